@@ -1,0 +1,231 @@
+"""Command line: one thin function per command; an error is one line on stderr and exit code 2. Starts without torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from irgdistill import __version__
+from irgdistill.errors import Interrupted, UserError
+
+app = typer.Typer(
+    name="irgdistill",
+    help="Distil any timm teacher into any timm student with Instance Relationship Graphs.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+FLAGS = {
+    "teacher": "teacher.name",
+    "teacher_checkpoint": "teacher.checkpoint",
+    "teacher_input_size": "teacher.input_size",
+    "student": "student.name",
+    "input_size": "student.input_size",
+    "data": "data.source",
+    "data_root": "data.root",
+    "download": "data.download",
+    "val_fraction": "data.val_fraction",
+    "max_bad_images": "data.max_bad_images",
+    "batch_size": "data.batch_size",
+    "workers": "data.workers",
+    "method": "method",
+    "kd_weight": "losses.kd.weight",
+    "logits_weight": "losses.logits.weight",
+    "edges_weight": "losses.edges.weight",
+    "transform_weight": "losses.transform.weight",
+    "temperature": "losses.kd.temperature",
+    "edge_blocks": "losses.edges.blocks",
+    "label_smoothing": "losses.ce.label_smoothing",
+    "epochs": "schedule.epochs",
+    "warmup_epochs": "schedule.warmup_epochs",
+    "opt": "optim.name",
+    "lr": "optim.lr",
+    "weight_decay": "optim.weight_decay",
+    "clip_grad": "optim.clip_grad",
+    "accumulate": "optim.accumulate",
+    "ema": "optim.ema",
+    "mixup": "augment.mixup",
+    "cutmix": "augment.cutmix",
+    "auto_augment": "augment.auto_augment",
+    "seed": "seed",
+    "device": "runtime.device",
+    "amp": "runtime.amp",
+    "channels_last": "runtime.channels_last",
+    "compile_": "runtime.compile",
+}
+"""Parameter of `distill` -> configuration key. Everything else is set with --set."""
+
+MOVABLE = {"data.source", "data.root", "data.workers", "teacher.checkpoint", "runtime.device"}
+"""What may change when a run goes on: where things are, never what is computed."""
+
+NETWORKS, DATA, METHOD, TRAINING, RUNTIME = "Networks", "Data", "Method", "Training", "Run"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"irgdistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _option(group: str, *names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=group, show_default=False)
+
+
+@app.command()
+def distill(
+    teacher: Annotated[str | None, _option(NETWORKS, help="timm name, hf-hub:… or local-dir:…")] = None,
+    teacher_checkpoint: Annotated[
+        Path | None, _option(NETWORKS, help="Weights (.safetensors, .pth); one of ours names its network.")
+    ] = None,
+    teacher_input_size: Annotated[
+        str | None, _option(NETWORKS, help="224 or 256x192; default: the teacher's own.")
+    ] = None,
+    student: Annotated[str | None, _option(NETWORKS, help="timm name of the network to train.")] = None,
+    input_size: Annotated[str | None, _option(NETWORKS, help="Student's; default: its own.")] = None,
+    skip_teacher_check: Annotated[
+        bool, _option(NETWORKS, "--skip-teacher-check", help="Train even if the teacher is near chance.")
+    ] = False,
+    data: Annotated[str | None, _option(DATA, help="Image folder, digits, or torch/…, hfds/…, wds/….")] = None,
+    data_root: Annotated[Path | None, _option(DATA, help="Where a named data set keeps its files.")] = None,
+    download: Annotated[bool | None, _option(DATA, "--download", help="Fetch a named data set.")] = None,
+    val_fraction: Annotated[float | None, _option(DATA, help="Hold out this share for validation.")] = None,
+    max_bad_images: Annotated[int | None, _option(DATA, help="Unreadable images to skip (10).")] = None,
+    batch_size: Annotated[int | None, _option(DATA, help="Images per step, the graph's size (128).")] = None,
+    workers: Annotated[int | None, _option(DATA, help="Loader processes (1); the result is the same.")] = None,
+    method: Annotated[str | None, _option(METHOD, help="none, kd, irg, mtk or irg+kd (default).")] = None,
+    kd_weight: Annotated[float | None, _option(METHOD, help="Soft targets.")] = None,
+    logits_weight: Annotated[float | None, _option(METHOD, help="Logit regression.")] = None,
+    edges_weight: Annotated[float | None, _option(METHOD, help="Edge matrices of the last stage.")] = None,
+    transform_weight: Annotated[float | None, _option(METHOD, help="Transformations of all stages.")] = None,
+    temperature: Annotated[float | None, _option(METHOD, help="Of the soft targets (4).")] = None,
+    edge_blocks: Annotated[int | None, _option(METHOD, help="1: one-to-one; K: one-to-many.")] = None,
+    label_smoothing: Annotated[float | None, _option(METHOD, help="Of the labels (0).")] = None,
+    epochs: Annotated[int | None, _option(TRAINING, help="Passes over the training images (100).")] = None,
+    warmup_epochs: Annotated[float | None, _option(TRAINING, help="Linear warm-up (0).")] = None,
+    opt: Annotated[str | None, _option(TRAINING, help="timm optimizer (sgd).")] = None,
+    lr: Annotated[float | None, _option(TRAINING, help="Peak learning rate (0.1).")] = None,
+    weight_decay: Annotated[float | None, _option(TRAINING, help="(5e-4)")] = None,
+    clip_grad: Annotated[float | None, _option(TRAINING, help="Maximum gradient norm.")] = None,
+    accumulate: Annotated[int | None, _option(TRAINING, help="Batches per update (1).")] = None,
+    ema: Annotated[float | None, _option(TRAINING, help="Decay of averaged weights, such as 0.999.")] = None,
+    mixup: Annotated[float | None, _option(TRAINING, help="Alpha.")] = None,
+    cutmix: Annotated[float | None, _option(TRAINING, help="Alpha.")] = None,
+    auto_augment: Annotated[str | None, _option(TRAINING, help="timm policy, such as rand-m9-mstd0.5.")] = None,
+    seed: Annotated[int | None, _option(TRAINING, help="Weights, order and augmentation (0).")] = None,
+    device: Annotated[str | None, _option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
+    amp: Annotated[str | None, _option(RUNTIME, help="auto, none, bf16 or fp16.")] = None,
+    channels_last: Annotated[bool | None, _option(RUNTIME, "--channels-last", help="Memory layout.")] = None,
+    compile_: Annotated[bool | None, _option(RUNTIME, "--compile", help="Use torch.compile.")] = None,
+    preset: Annotated[str | None, _option(RUNTIME, help="Name of a preset, or a YAML file.")] = None,
+    settings: Annotated[list[str] | None, _option(RUNTIME, "--set", help="Any key.path=value.")] = None,
+    output: Annotated[Path | None, _option(RUNTIME, help="Run folder (runs/STUDENT-METHOD-N).")] = None,
+    overwrite: Annotated[bool, _option(RUNTIME, "--overwrite", help="Replace the run that is there.")] = False,
+    resume: Annotated[Path | None, _option(RUNTIME, help="Go on with this run folder.")] = None,
+    dry_run: Annotated[bool, _option(RUNTIME, "--dry-run", help="Show configuration and plan; stop.")] = False,
+) -> None:
+    """Train a student under a teacher (or alone: --method none).
+
+    Stages are matched by spatial resolution; no layer names are needed.
+
+    Example: irgdistill distill --teacher resnet50 --student mobilenetv2_100 --data ./imagenet
+    """
+    from irgdistill.config import load_config
+
+    given = {FLAGS[name]: value for name, value in locals().items() if name in FLAGS and value is not None}
+    if skip_teacher_check:
+        given["teacher.check"] = False
+    if resume is not None:
+        if preset or settings or output or overwrite or dry_run:
+            raise UserError("--resume goes on with the run's own configuration; leave out --preset, --set, --output, --overwrite, --dry-run")
+        _resume(resume, given)
+        return
+    config = load_config(preset, settings, given)
+
+    from irgdistill.run import dry_run as show
+    from irgdistill.run import start
+
+    if dry_run:
+        show(config)
+    else:
+        start(config, output, overwrite)
+
+
+def _resume(folder: Path, given: dict[str, Any]) -> None:
+    fixed = sorted(set(given) - MOVABLE)
+    if fixed:
+        raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(MOVABLE))}")
+    from irgdistill.run import resume
+
+    resume(folder, given)
+
+
+@app.command(name="eval")
+def evaluate(
+    targets: Annotated[list[str], typer.Argument(help="Checkpoint, run folder or timm name; several make a table.")],
+    data: Annotated[str | None, typer.Option(help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Where a named data set keeps its files.")] = None,
+    against: Annotated[str | None, typer.Option(help="Teacher: checkpoint, run folder or timm name.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights for a timm name.")] = None,
+    against_checkpoint: Annotated[Path | None, typer.Option(help="Weights for the teacher's timm name.")] = None,
+    input_size: Annotated[str | None, typer.Option(help="224 or 256x192.")] = None,
+    val_fraction: Annotated[float | None, typer.Option(help="Hold out this share.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 256,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ….")] = "auto",
+    amp: Annotated[str, typer.Option(help="auto, none, bf16 or fp16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Accuracy, calibration, size and speed of a network.
+
+    Example: irgdistill eval runs/mobilenetv2_100-irg-kd-1
+    """
+    from irgdistill.config import load_config
+
+    flags = {
+        "data.source": data,
+        "data.root": data_root,
+        "data.val_fraction": val_fraction,
+        "data.eval_batch_size": batch_size,
+        "data.workers": workers,
+        "student.input_size": input_size,
+        "runtime.device": device,
+        "runtime.amp": amp,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    config = load_config(flags=given)
+
+    from irgdistill.run import evaluate_targets
+
+    evaluate_targets(targets, checkpoint, against, against_checkpoint, config, set(given), as_json)
+
+
+def main() -> None:
+    """Entry point: runs the app, turns our errors into one line and an exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except UserError as error:
+        _die(str(error), 2)
+    except KeyboardInterrupt:
+        _die("interrupted", 130)
+    except Interrupted as error:
+        _die(str(error), error.code)
+
+
+def _die(message: str, code: int) -> None:
+    typer.echo(f"irgdistill: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,317 @@
+"""Typed configuration: one class per section, presets, overrides, validation, dump. Imports no torch.
+
+What a run uses is built in this order, later wins: defaults, preset, `--set key.path=value`, explicit flags.
+A loss weight left unset takes the value that the method gives it (`METHODS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from irgdistill.errors import UserError, nearest
+
+METHODS: dict[str, dict[str, float]] = {
+    "none": {},
+    "kd": {"kd": 1.0},
+    "irg": {"logits": 0.5, "edges": 5.0},
+    "mtk": {"logits": 0.5, "edges": 5.0, "transform": 1.0},
+    "irg+kd": {"logits": 0.1, "edges": 5.0, "transform": 1.0, "kd": 1.0},
+}
+"""Each method is a set of hint weights beside cross-entropy; every term is a mean, so weights do not depend on the batch."""
+
+Method = Literal["none", "kd", "irg", "mtk", "irg+kd"]
+
+
+def _size(value: Any) -> Any:
+    """224, "224", "256x192" or [256, 192] -> (height, width)."""
+    if isinstance(value, str):
+        value = [int(part) for part in value.lower().split("x")] if value.lower().replace("x", "").isdigit() else value
+    if isinstance(value, int):
+        value = [value]
+    if isinstance(value, list) and len(value) == 1:
+        value = value * 2
+    return value
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(_size)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class TeacherConfig(Section):
+    name: str | None = None
+    """timm name, `hf-hub:…` or `local-dir:…`. Not needed with a checkpoint of ours, which names its architecture."""
+    checkpoint: Path | None = None
+    """Weights: safetensors, or a .pth read with `weights_only=True`. Without it the teacher is pretrained."""
+    input_size: Size | None = None
+    """Height and width in pixels; default: what the teacher was trained on."""
+    check: bool = True
+    """Evaluate the teacher before training and stop when it is near chance."""
+
+
+class StudentConfig(Section):
+    name: str | None = None
+    """timm name of the network to train, started from random weights."""
+    input_size: Size | None = None
+    """Height and width in pixels; default: the network's own."""
+    args: dict[str, Any] = {}
+    """Further arguments of `timm.create_model`, such as drop_path_rate."""
+
+
+class DataConfig(Section):
+    source: str | None = None
+    """ImageFolder root, `digits`, or a timm dataset string (`torch/cifar10`, `hfds/…`, `wds/…`)."""
+    root: Path = Path("data")
+    """Where a timm dataset string keeps its files."""
+    download: bool = False
+    """Let a timm dataset string fetch its files."""
+    train_split: str | None = None
+    """Name of the training split; default `train`."""
+    val_split: str | None = None
+    """Name of the validation split; default: the first of `val`, `validation`, `test` that is there."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Class-balanced share of the training images held out for validation, where there is no validation split."""
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """Images per training step: the size of the relation graph."""
+    eval_batch_size: Annotated[int, Field(ge=1)] = 256
+    """Images per evaluation step."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Processes that decode and augment; the result does not depend on their number."""
+    max_bad_images: Annotated[int, Field(ge=0)] = 10
+    """Unreadable images to skip, each named, before the run stops."""
+
+
+class AugmentConfig(Section):
+    crop: Literal["auto", "pad", "resized", "none"] = "auto"
+    """`pad`: zero-padded random crop (CIFAR style); `resized`: random resized crop; `auto`: `pad` up to 64 pixels."""
+    padding: Annotated[int, Field(ge=0)] | None = None
+    """Pixels on each side for `pad`; default: one eighth of the input size."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area range of the random resized crop."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Aspect range of the random resized crop."""
+    hflip: Probability = 0.5
+    """Probability of a mirror image."""
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of brightness, contrast and saturation jitter."""
+    auto_augment: str | None = None
+    """timm policy string, such as `rand-m9-mstd0.5`."""
+    erase: Probability = 0.0
+    """Probability of random erasing."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of mixup; 0 is off. Both networks see the mixed images."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of cutmix; 0 is off."""
+    mix_prob: Probability = 1.0
+    """Probability that a batch is mixed."""
+
+
+class OptimConfig(Section):
+    name: str = "sgd"
+    """Optimizer of timm's factory (`sgd` is Nesterov's)."""
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    """Peak learning rate, as given: not scaled with the batch."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Weight = 5e-4
+    """Not applied to biases and normalisation, as in timm."""
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Maximum norm of the student's gradient."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Batches per update. Relations span one batch, not the accumulated ones."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights; it is what is evaluated and saved."""
+
+
+class ScheduleConfig(Section):
+    name: Literal["cosine", "multistep", "step", "poly", "tanh", "none"] = "cosine"
+    """Schedule of timm's factory, stepped per update; `none` keeps the learning rate after the warm-up."""
+    epochs: Annotated[int, Field(ge=1)] = 100
+    """Passes over the training images, warm-up included."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0
+    """Length of the linear warm-up."""
+    warmup_lr: Annotated[float, Field(ge=0)] = 1e-5
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    milestones: list[int] = []
+    """Epochs at which `multistep` decays."""
+    decay_epochs: Annotated[float, Field(gt=0)] = 30
+    """Interval of `step`."""
+    decay_rate: Annotated[float, Field(gt=0)] = 0.1
+
+
+class TermConfig(Section):
+    weight: Weight | None = None
+    """Factor of this term's mean; unset: what the method gives it."""
+
+
+class CrossEntropyConfig(Section):
+    weight: Weight = 1.0
+    label_smoothing: Probability = 0.0
+
+
+class KDConfig(TermConfig):
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    """Softening of both softmaxes; the term is multiplied by its square."""
+
+
+class EdgesConfig(TermConfig):
+    blocks: Annotated[int, Field(ge=1)] = 1
+    """1: one-to-one; K: the teacher's last block against each of the student's last K blocks of the last stage."""
+
+
+class LossesConfig(Section):
+    ce: CrossEntropyConfig = CrossEntropyConfig()
+    """Cross-entropy with the labels."""
+    kd: KDConfig = KDConfig()
+    """Soft targets (Hinton et al. 2015)."""
+    logits: TermConfig = TermConfig()
+    """Mean squared error of the logits: the vertex part of IRG."""
+    edges: EdgesConfig = EdgesConfig()
+    """Edge matrices of the last stage."""
+    transform: TermConfig = TermConfig()
+    """Transformations between the first and last block of every stage, averaged over the stages."""
+
+    def weights(self) -> dict[str, float]:
+        """Every term with its weight, in the order of declaration; 0 is off."""
+        return {name: getattr(self, name).weight or 0.0 for name in type(self).model_fields}
+
+
+class RuntimeConfig(Section):
+    device: str = "auto"
+    """`auto`: CUDA where there is one, else the CPU."""
+    amp: Literal["auto", "none", "bf16", "fp16"] = "auto"
+    """Autocast precision; `auto`: bf16 on CUDA, none on the CPU. Relations are computed in float32 in any case."""
+    channels_last: bool = False
+    compile: bool = False
+    """Run both networks through `torch.compile`."""
+    log_every: Annotated[int, Field(ge=1)] = 50
+    """Updates between two records in metrics.jsonl."""
+    share_every: Annotated[int, Field(ge=0)] = 200
+    """Updates between two samples of each term's share of the student's gradient norm; 0 is off."""
+
+
+class Config(Section):
+    """Everything that defines a run."""
+
+    method: Method = "irg+kd"
+    """Which hints are on; see `METHODS`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Initial weights, data order and augmentation."""
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    losses: LossesConfig = LossesConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _fill_weights(self) -> Config:
+        given = METHODS[self.method]
+        for name in type(self.losses).model_fields:
+            term = getattr(self.losses, name)
+            if term.weight is None:
+                self.losses = self.losses.model_copy(
+                    update={name: term.model_copy(update={"weight": given.get(name, 0.0)})}
+                )
+        return self
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any term needs the teacher."""
+        return any(weight > 0 for name, weight in self.losses.weights().items() if name != "ce")
+
+
+def load_config(
+    preset: str | None = None, settings: list[str] | None = None, flags: Mapping[str, Any] | None = None
+) -> Config:
+    """Merge preset < `settings` ("key.path=value") < `flags` ({"key.path": value}) and validate. Raises UserError."""
+    tree: dict[str, Any] = load_preset(preset) if preset else {}
+    for setting in settings or []:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: expected key.path=value, such as --set losses.kd.temperature=2")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _assign(tree, path.strip(), value)
+    for path, value in (flags or {}).items():
+        _assign(tree, path, value)
+    return validate(tree)
+
+
+def validate(tree: Mapping[str, Any], where: str = "") -> Config:
+    """Tree of plain values -> Config. Raises UserError naming field, value and what is allowed."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise UserError(where + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {path!r}{nearest(path, list(keys()))}"
+    if error["type"] == "literal_error":
+        allowed = error["ctx"]["expected"]
+        return f"{path} = {error['input']!r}: expected {allowed}{nearest(str(error['input']), allowed.split(chr(39))[1::2])}"
+    return f"{path} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """All dotted keys that can be set."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def dump(config: Config) -> str:
+    """Resolved configuration as YAML; `validate(yaml.safe_load(…))` gives it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def presets() -> dict[str, Path]:
+    """Name -> file of every preset that comes with the package."""
+    here = Path(__file__).parent
+    folder = here / "presets" if (here / "presets").is_dir() else here.parent / "presets"
+    return {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Preset by name, or any YAML file by path. Raises UserError with the nearest names."""
+    path = presets().get(name) or Path(name)
+    if not path.is_file():
+        raise UserError(f"no preset {name!r}{nearest(name, presets())} (known: {', '.join(presets())}, or a YAML file)")
+    return read_yaml(path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of configuration keys, got {type(tree).__name__}")
+    return tree
+
+
+def _assign(tree: dict[str, Any], path: str, value: Any) -> None:
+    *sections, key = path.split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise UserError(f"unknown key {path!r}{nearest(path, list(keys()))}")
+        tree = child
+    tree[key] = value

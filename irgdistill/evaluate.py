@@ -1,0 +1,94 @@
+"""Accuracy, loss, calibration and agreement over a loader; used by the trainer and by `eval`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.utils import accuracy
+from torch import Tensor
+
+from irgdistill.data import Loader
+from irgdistill.losses.logits import soft_targets
+from irgdistill.taps import Tapped
+
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Over all readable images of a loader, each counted once."""
+
+    top1: float
+    """Percent."""
+    top5: float
+    """Percent; the best min(5, K) classes."""
+    loss: float
+    """Mean cross-entropy, no smoothing."""
+    calibration_error: float
+    """Expected calibration error in percent, 15 equal bins of confidence (Guo et al. 2017)."""
+    images: int
+    images_per_second: float
+    """End to end, loading included."""
+    agreement: float | None = None
+    """Percent of images on which student and teacher name the same class."""
+    kl: float | None = None
+    """Mean KL(teacher ‖ student) at temperature 1, in nats."""
+
+
+@torch.no_grad()
+def evaluate(
+    network: Tapped, loader: Loader, autocast: AbstractContextManager[Any], teacher: Tapped | None = None
+) -> Metrics:
+    """Run `network` (and `teacher`, on the same crops) over `loader` in eval mode; training mode is put back after."""
+    training = network.training
+    network.eval()
+    sums = torch.zeros(5, dtype=torch.float64, device=loader.device)
+    bins = torch.zeros(3, BINS, dtype=torch.float64, device=loader.device)
+    images_seen, start = 0, time.perf_counter()
+    for images, labels in loader.epoch():
+        with autocast:
+            logits = network(images).logits.float()
+            other = teacher(images).logits.float() if teacher is not None else None
+        sums += _batch_sums(logits, labels, other).to(sums)
+        bins += _batch_bins(logits, labels)
+        images_seen += len(labels)
+    seconds = time.perf_counter() - start
+    network.train(training)
+    top1, top5, loss, agreement, kl = (sums / max(images_seen, 1)).tolist()
+    confidence, correct, _ = bins
+    return Metrics(
+        top1=top1,
+        top5=top5,
+        loss=loss,
+        calibration_error=100 * float((confidence - correct).abs().sum()) / max(images_seen, 1),
+        images=images_seen,
+        images_per_second=images_seen / max(seconds, 1e-9),
+        agreement=agreement if teacher is not None else None,
+        kl=kl if teacher is not None else None,
+    )
+
+
+def _batch_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
+    """top-1 %, top-5 %, loss, agreement %, KL, each summed over the batch (5,)."""
+    count = len(labels)
+    top1, top5 = accuracy(logits, labels, topk=(1, 5))
+    values = [top1, top5, F.cross_entropy(logits, labels)]
+    if teacher is not None and teacher.shape == logits.shape:
+        same = (logits.argmax(1) == teacher.argmax(1)).float().mean()
+        values += [100 * same, soft_targets(logits, teacher, 1.0)]
+    else:
+        values += [logits.new_zeros(())] * 2
+    return torch.stack(values) * count
+
+
+def _batch_bins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Confidence, correctness and count per bin (3, 15)."""
+    confidence, predicted = logits.softmax(1).max(1)
+    index = (confidence * BINS).long().clamp(max=BINS - 1)
+    rows = torch.stack([confidence, (predicted == labels).float(), torch.ones_like(confidence)]).double()
+    return torch.zeros(3, BINS, dtype=torch.float64, device=logits.device).index_add_(1, index, rows)

@@ -1,0 +1,74 @@
+"""The mathematics of instance relationship graphs: edges and transformations. Pure tensor functions, torch only.
+
+Shapes: B images, D features.
+
+    features             (B, D)   pooled features of one layer, or logits
+    edge_matrix          (B, B)   A[i, j] = |f_i - f_j|² / max, symmetric, zero diagonal, in [0, 1]
+    transformation_vector(B,)     v[i] = |last_i - first_i|² / max, in [0, 1]
+
+Source: Liu et al., "Knowledge Distillation via Instance Relationship Graph", CVPR 2019, sections 3.2 and 3.3, and the
+authors' Caffe layers: the maximum is a constant in the backward pass. Unlike theirs, which divide by zero, a graph whose
+features are all equal is all zeros, and a loss against it is zero with zero gradient: it holds no relation to learn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def edge_matrix(features: Tensor) -> Tensor:
+    """Normalised squared distances between all images of a batch.
+
+    `features` is (B, D) of any floating type; the result is (B, B), float32 (float64 stays float64), also inside
+    autocast. Distances do not change when a constant is subtracted from every row, so the first row and then the mean
+    are removed: features with a large common offset keep their digits in the matrix product, and equal features become
+    exact zeros. B = 1 and all-equal features give zeros with zero gradient. Raises ValueError on another rank.
+    """
+    x = _matrix(features, "features")
+    with torch.autocast(x.device.type, enabled=False):
+        x = _widen(x)
+        x = x - x[:1].detach()
+        x = x - x.mean(0).detach()
+        norms = x.square().sum(1)
+        distances = (norms[:, None] + norms[None, :] - 2 * (x @ x.T)).clamp(min=0)
+        off_diagonal = 1 - torch.eye(len(x), dtype=x.dtype, device=x.device)
+        return _by_maximum(distances * off_diagonal)
+
+
+def transformation_vector(first: Tensor, last: Tensor) -> Tensor:
+    """How far each image moves between two layers of one network, relative to the image that moves farthest.
+
+    `first` and `last` are (B, D) with equal D; the result is (B,), float32 (float64 stays float64), also inside
+    autocast. Raises ValueError when the shapes differ.
+    """
+    first, last = _matrix(first, "first"), _matrix(last, "last")
+    if first.shape != last.shape:
+        raise ValueError(f"first {tuple(first.shape)} and last {tuple(last.shape)} must have the same shape (B, D)")
+    with torch.autocast(first.device.type, enabled=False):
+        return _by_maximum((_widen(last) - _widen(first)).square().sum(1))
+
+
+def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of two normalised relations of equal shape: edge matrices or transformation vectors.
+
+    Zero, with zero gradient, when either relation is degenerate (all zeros): a maximum of 1 marks every other one.
+    The authors' Euclidean loss is B/2 times this for both kinds, and their edge gradient half of that loss's.
+    """
+    informative = (student.detach().amax() * teacher.detach().amax() > 0).to(student.dtype)
+    return informative * (student - teacher.to(student.dtype)).square().mean()
+
+
+def _matrix(x: Tensor, name: str) -> Tensor:
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point matrix (B, D), got {tuple(x.shape)} of {x.dtype}")
+    return x
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _by_maximum(distances: Tensor) -> Tensor:
+    maximum = distances.detach().amax()
+    return distances / torch.where(maximum > 0, maximum, torch.ones_like(maximum))

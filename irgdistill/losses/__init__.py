@@ -1,0 +1,69 @@
+"""Loss terms and their weighted sum: objective = Σ weight × raw mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from irgdistill.config import LossesConfig
+from irgdistill.errors import UserError
+from irgdistill.losses.logits import CrossEntropy, LogitRegression, SoftTargets
+from irgdistill.losses.relation import Edges, Transformations
+from irgdistill.losses.term import Batch, Term
+from irgdistill.matching import Plan
+
+__all__ = ["Batch", "DistillLoss", "Term", "build_loss", "gradient_shares"]
+
+
+class DistillLoss:
+    """The weighted sum of terms. Raw values are kept apart from what is summed."""
+
+    def __init__(self, terms: dict[str, Term], weights: dict[str, float]) -> None:
+        self.terms = terms
+        self.weights = {name: weights[name] for name in terms}
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Raw value of every term, a scalar each."""
+        return {name: term(batch) for name, term in self.terms.items()}
+
+    def total(self, raw: dict[str, Tensor]) -> Tensor:
+        """The objective."""
+        return sum((self.weights[name] * value for name, value in raw.items()), start=raw["ce"].new_zeros(()))
+
+
+def build_loss(config: LossesConfig, plan: Plan | None) -> DistillLoss:
+    """The terms whose weight is above zero (cross-entropy always, for the record). Raises UserError where the plan offers nothing."""
+    weights = config.weights()
+    on = {name for name, weight in weights.items() if weight > 0}
+    terms: dict[str, Term] = {"ce": CrossEntropy(config.ce.label_smoothing)}
+    if "kd" in on:
+        terms["kd"] = SoftTargets(config.kd.temperature)
+    if "logits" in on:
+        terms["logits"] = LogitRegression()
+    if on & {"edges", "transform"}:
+        assert plan is not None
+        if "edges" in on:
+            terms["edges"] = Edges(plan, config.edges.blocks)
+        pairs = [pair for pair in plan.pairs if pair.has_transformation]
+        if "transform" in on and not pairs:
+            raise UserError(
+                "losses.transform: no matched stage has two taps of equal width in both networks; "
+                "use --set losses.transform.weight=0"
+            )
+        if "transform" in on:
+            terms["transform"] = Transformations(pairs)
+    return DistillLoss(terms, weights)
+
+
+def gradient_shares(
+    raw: dict[str, Tensor], weights: dict[str, float], parameters: list[nn.Parameter]
+) -> dict[str, float]:
+    """Share of each weighted term in the sum of the norms of their gradients; keeps the graph for the real backward."""
+    norms = {}
+    for name, value in raw.items():
+        grads: tuple[Tensor | None, ...] = ()
+        if weights[name] > 0 and value.requires_grad:
+            grads = torch.autograd.grad(weights[name] * value, parameters, retain_graph=True, allow_unused=True)
+        norms[name] = float(sum(grad.double().square().sum() for grad in grads if grad is not None)) ** 0.5
+    total = sum(norms.values())
+    return {name: norm / total if total > 0 else 0.0 for name, norm in norms.items()}

@@ -1,0 +1,56 @@
+"""Terms on relations between the images of a batch: edges and transformations (Liu et al., CVPR 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from irgdistill.graph import edge_matrix, relation_loss, transformation_vector
+from irgdistill.losses.term import Batch
+from irgdistill.matching import Pair, Plan
+from irgdistill.taps import tap_name
+
+
+class Edges:
+    """Teacher's last block against the student's last K blocks of the last stage, mean over the K and over (B, B).
+
+    K = 1 is the paper's one-to-one, more its one-to-many (section 3.2). Each loss is 2/B times the authors' Euclidean loss,
+    and its gradient 4/B times theirs, which pushes one end of each pair only.
+    """
+
+    def __init__(self, plan: Plan, blocks: int = 1) -> None:
+        self.teacher = tap_name(plan.pairs[-1].teacher.exit)
+        self.students = [tap_name(tap) for tap in plan.student_tail(blocks)]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        teacher = edge_matrix(batch.teacher.features[self.teacher])
+        losses = [relation_loss(edge_matrix(batch.student.features[name]), teacher) for name in self.students]
+        return torch.stack(losses).mean()
+
+
+class Transformations:
+    """First to last block of every stage, mean over the stages and over (B,). Section 3.3.
+
+    Only the B movements are compared, so the two networks may differ in width. 2/B times the authors' loss and gradient,
+    per stage.
+    """
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.stages = [(_ends(pair, "teacher"), _ends(pair, "student")) for pair in pairs]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        losses = []
+        for (first_t, last_t), (first_s, last_s) in self.stages:
+            teacher, student = batch.teacher.features, batch.student.features
+            moved_t = transformation_vector(teacher[first_t], teacher[last_t])
+            moved_s = transformation_vector(student[first_s], student[last_s])
+            losses.append(relation_loss(moved_s, moved_t))
+        return torch.stack(losses).mean()
+
+
+def _ends(pair: Pair, role: str) -> tuple[str, str]:
+    level = getattr(pair, role)
+    assert level.entry is not None
+    return tap_name(level.entry), tap_name(level.exit)

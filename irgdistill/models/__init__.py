@@ -1,0 +1,6 @@
+"""Teacher and student through timm. Importing this package registers the CIFAR networks."""
+
+from irgdistill.models import cifar
+from irgdistill.models.build import Network, build_network, known_models, multiply_adds, parameters
+
+__all__ = ["Network", "build_network", "cifar", "known_models", "multiply_adds", "parameters"]

@@ -1,0 +1,190 @@
+"""One call that turns a name (and perhaps a checkpoint) into a network with everything needed to feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models import load_state_dict
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from irgdistill.errors import UserError, nearest
+from irgdistill.levels import Level, LevelsError, find_levels
+from irgdistill.taps import View
+
+_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+@dataclass
+class Network:
+    """A timm model and how it wants its images."""
+
+    name: str
+    model: nn.Module
+    args: dict[str, Any]
+    """What `timm.create_model` needs beside the name and the number of classes."""
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    classes: list[str] | None = None
+    """Class names in label order, where a checkpoint tells them."""
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.model.num_classes)  # type: ignore[arg-type]
+
+    @property
+    def architecture(self) -> str:
+        """The registered name, without a source or a weight tag."""
+        return str(self.model.pretrained_cfg["architecture"])  # type: ignore[index]
+
+    def view(self) -> View:
+        return View(self.size, self.mean, self.std)
+
+    def levels(self) -> list[Level]:
+        """What can be tapped, found at the network's own default size, where no map has shrunk to a point.
+
+        Raises UserError, one line, when nothing can."""
+        own = tuple(self.model.pretrained_cfg["input_size"])  # type: ignore[index]
+        size = own if not self._fixed else (own[0], *self.size)
+        try:
+            return find_levels(self.model, size)
+        except LevelsError as error:
+            raise UserError(f"{self.name} cannot be matched yet: {error}") from None
+
+    @property
+    def _fixed(self) -> bool:
+        return bool(self.model.pretrained_cfg.get("fixed_input_size"))  # type: ignore[union-attr,operator]
+
+
+def known_models() -> list[str]:
+    """Every name that timm can build here."""
+    return list(timm.list_models())
+
+
+def build_network(
+    name: str,
+    *,
+    pretrained: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
+    num_classes: int | None = None,
+    input_size: tuple[int, int] | None = None,
+    args: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    origin: str = "",
+) -> Network:
+    """Build `name`, with pretrained weights, with `weights` (loaded strictly), or from random ones.
+
+    `preprocessing` may hold mean, std, interpolation and crop_pct that override the network's own; `origin` names where the
+    weights come from. Raises UserError: unknown name (nearest ones), weights that do not fit, weights that cannot be fetched.
+    """
+    _check_name(name)
+    args = dict(args or {})
+    if num_classes is None and weights is not None:
+        num_classes = _classes_of(name, weights)
+    if input_size is not None and _fixed_size(name, args):
+        args["img_size"] = input_size
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args)
+    except (OSError, RuntimeError, FileNotFoundError) as error:
+        if not pretrained:
+            raise UserError(f"{name} cannot be built: {_one_line(error)}") from None
+        raise UserError(
+            f"no pretrained weights of {name} could be fetched ({_one_line(error)}); give them with --teacher-checkpoint FILE"
+        ) from None
+    except TypeError as error:
+        raise UserError(f"{name} does not accept the arguments {args}: {_one_line(error)}") from None
+    if weights is not None:
+        load_weights(model, weights, name, origin)
+    data = {**resolve_model_data_config(model), **(preprocessing or {})}
+    return Network(
+        name=name,
+        model=model,
+        args=args,
+        size=tuple(input_size or data["input_size"][-2:]),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        interpolation=str(data["interpolation"]),
+        crop_pct=float(data["crop_pct"]),
+    )
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], name: str, origin: str) -> None:
+    """Load strictly. Raises UserError that says what is missing, left over or of another shape."""
+    own = model.state_dict()
+    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    missing, extra = [k for k in own if k not in weights], [k for k in weights if k not in own]
+    for problem, names in (("lack", missing), ("have, beyond it,", extra), ("differ in shape at", shapes)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(f"the weights in {origin} do not fit {name}: they {problem} {', '.join(names[:3])}{more}")
+    model.load_state_dict(dict(weights), strict=True)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of a .safetensors or .pth file, never unpickling code. Raises UserError when it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    try:
+        weights = load_state_dict(str(path), device="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is truncated or no checkpoint: {_one_line(error)}") from None
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} does not hold a dictionary of weights")
+    return dict(weights)
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of trainable and frozen parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def multiply_adds(network: Network) -> int:
+    """Multiply-adds of one image, counted on shapes alone."""
+    tensors = {**dict(network.model.named_parameters()), **dict(network.model.named_buffers())}
+    meta = {key: value.detach().to("meta") for key, value in tensors.items()}
+    image = torch.empty(1, len(network.mean), *network.size, device="meta")
+    training = network.model.training
+    network.model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(network.model, meta, (image,))
+    network.model.train(training)
+    return int(counter.get_total_flops()) // 2
+
+
+def _check_name(name: str) -> None:
+    if name.startswith(_SOURCES):
+        if name.startswith("local-dir:") and not (Path(name[len("local-dir:") :]) / "config.json").is_file():
+            raise UserError(f"{name}: no config.json in that folder")
+    elif not timm.is_model(name):
+        raise UserError(f"unknown model {name!r}{nearest(name, [m.split('.')[0] for m in known_models()])}")
+
+
+def _fixed_size(name: str, args: Mapping[str, Any]) -> bool:
+    if name.startswith(_SOURCES) or args.get("dynamic_img_size"):
+        return False
+    cfg = timm.get_pretrained_cfg(name)
+    return bool(cfg is not None and cfg.fixed_input_size)
+
+
+def _classes_of(name: str, weights: Mapping[str, Tensor]) -> int | None:
+    """Number of classes from the shape of the classifier in `weights`, None where it does not say."""
+    cfg = None if name.startswith(_SOURCES) else timm.get_pretrained_cfg(name)
+    head = cfg.classifier if cfg is not None else None
+    for key in [head] if isinstance(head, str) else list(head or ()):
+        for suffix in (".bias", ".weight"):
+            if key + suffix in weights:
+                return int(weights[key + suffix].shape[0])
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,246 @@
+"""Small CIFAR networks in the authors' shape, registered with timm: 3×3 stem, three stages at 32, 16 and 8 pixels.
+
+ResNets: He et al. 2016, section 4.2, with parameter-free shortcuts (every second pixel, channels padded with zeros); keys
+`conv1 bn1 layer{1,2,3}.{b}.{conv1,bn1,conv2,bn2} fc`. ShuffleNet: Zhang et al. 2018, width 0.5, 3 groups, its first stage
+at full resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class _CifarNet(nn.Module):
+    """What both families share: timm's interface around `stages()` and a linear head on the pooled map."""
+
+    conv1: nn.Module
+    bn1: nn.Module
+
+    def __init__(self, widths: tuple[int, ...], num_classes: int, drop_rate: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.feature_info = [
+            {"num_chs": width, "reduction": 2**i, "module": f"layer{i + 1}"} for i, width in enumerate(widths)
+        ]
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+    def stages(self) -> Iterator[nn.Sequential]:
+        """The three stages in order."""
+        for name in ("layer1", "layer2", "layer3"):
+            yield self.get_submodule(name)  # type: ignore[misc]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, H/4, W/4)"""
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in self.stages():
+            for block in stage:
+                x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = F.dropout(x.mean((2, 3)), self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class BasicBlock(nn.Module):
+    """conv-bn-relu-conv-bn, add, relu."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.stride = stride
+        self.padding = width - width_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1 or self.padding:
+            before = self.padding // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.padding - before))
+        return F.relu(x + y)
+
+
+class CifarResNet(_CifarNet):
+    """6n+2 layers, `depth` = (n, n, n) blocks of the given widths."""
+
+    def __init__(
+        self,
+        blocks: int = 3,
+        widths: tuple[int, int, int] = (16, 32, 64),
+        num_classes: int = 10,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+    ) -> None:
+        super().__init__(widths, num_classes, drop_rate)
+        self.conv1 = nn.Conv2d(in_chans, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        width_in = widths[0]
+        for i, width in enumerate(widths):
+            stage = [BasicBlock(width if b else width_in, width, 2 if i and not b else 1) for b in range(blocks)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+            width_in = width
+        self.reset_classifier(num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class ShuffleBlock(nn.Module):
+    """Grouped 1×1, shuffle, depthwise 3×3, grouped 1×1; added to the input, or concatenated to it where width grows."""
+
+    def __init__(self, width_in: int, width: int, stride: int, groups: int, grouped_first: bool = True) -> None:
+        super().__init__()
+        self.concat = width != width_in
+        width_out = width - width_in if self.concat else width
+        middle = width // 4
+        first_groups = groups if grouped_first else 1
+        self.groups = first_groups
+        self.conv1 = nn.Conv2d(width_in, middle, 1, groups=first_groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, 1, groups=middle, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.conv3 = nn.Conv2d(middle, width_out, 1, groups=groups, bias=False)
+        self.bn3 = nn.BatchNorm2d(width_out)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = y.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+        y = self.bn3(self.conv3(self.bn2(self.conv2(y))))
+        if self.stride != 1:
+            x = F.avg_pool2d(x, 3, self.stride, 1)
+        return F.relu(torch.cat([x, y], 1) if self.concat else x + y)
+
+
+class CifarShuffleNet(_CifarNet):
+    """ShuffleNet (v1) with stages of 4, 8 and 4 blocks."""
+
+    def __init__(
+        self,
+        blocks: tuple[int, int, int] = (4, 8, 4),
+        widths: tuple[int, int, int] = (120, 240, 480),
+        stem: int = 12,
+        groups: int = 3,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+    ) -> None:
+        super().__init__(widths, num_classes, drop_rate)
+        self.conv1 = nn.Conv2d(in_chans, stem, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        width_in = stem
+        for i, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            stage = [
+                ShuffleBlock(width if b else width_in, width, 2 if i and not b else 1, groups, bool(i or b))
+                for b in range(count)
+            ]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+            width_in = width
+        self.reset_classifier(num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "conv1",
+        "classifier": "fc",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": _cfg()
+        for name in (
+            "cifar_resnet20",
+            "cifar_resnet20_x0_5",
+            "cifar_resnet20_x0_375",
+            "cifar_resnet14_x0_5",
+            "cifar_resnet56",
+            "cifar_resnet110",
+            "cifar_shufflenet_x0_5",
+        )
+    }
+)
+
+
+def _create(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    return build_model_with_cfg(cls, variant, pretrained, **kwargs)
+
+
+@register_model
+def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> Any:
+    """ResNet-20, 16/32/64, 0.27 M parameters."""
+    return _create(CifarResNet, "cifar_resnet20", pretrained, **kwargs)
+
+
+@register_model
+def cifar_resnet20_x0_5(pretrained: bool = False, **kwargs: Any) -> Any:
+    """ResNet-20 of half the width, 8/16/32."""
+    return _create(CifarResNet, "cifar_resnet20_x0_5", pretrained, **{"widths": (8, 16, 32), **kwargs})
+
+
+@register_model
+def cifar_resnet20_x0_375(pretrained: bool = False, **kwargs: Any) -> Any:
+    """ResNet-20 of 0.375 the width, 6/12/24."""
+    return _create(CifarResNet, "cifar_resnet20_x0_375", pretrained, **{"widths": (6, 12, 24), **kwargs})
+
+
+@register_model
+def cifar_resnet14_x0_5(pretrained: bool = False, **kwargs: Any) -> Any:
+    """ResNet-14 of half the width, 8/16/32."""
+    return _create(
+        CifarResNet, "cifar_resnet14_x0_5", pretrained, **{"blocks": 2, "widths": (8, 16, 32), **kwargs}
+    )
+
+
+@register_model
+def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> Any:
+    """ResNet-56, 16/32/64, 0.85 M parameters."""
+    return _create(CifarResNet, "cifar_resnet56", pretrained, **{"blocks": 9, **kwargs})
+
+
+@register_model
+def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> Any:
+    """ResNet-110, 16/32/64, 1.7 M parameters."""
+    return _create(CifarResNet, "cifar_resnet110", pretrained, **{"blocks": 18, **kwargs})
+
+
+@register_model
+def cifar_shufflenet_x0_5(pretrained: bool = False, **kwargs: Any) -> Any:
+    """ShuffleNet 0.5×, 3 groups, 120/240/480, about 0.24 M parameters."""
+    return _create(CifarShuffleNet, "cifar_shufflenet_x0_5", pretrained, **kwargs)

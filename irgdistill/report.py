@@ -1,0 +1,100 @@
+"""What a run says: progress on a terminal, plain lines elsewhere, metrics.jsonl on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+LINE_EVERY = 30.0
+"""Seconds between two lines of the plain log within an epoch."""
+
+
+class Report:
+    """Terminal and metrics file of one run. All output of a run goes through here, on stderr, so stdout stays for results."""
+
+    def __init__(self, metrics: Path | None = None) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.metrics = metrics
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_line = time.monotonic()
+
+    def line(self, text: str) -> None:
+        """One line of log."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One line that stands out."""
+        self.console.print(f"warning: {text}", markup=False, soft_wrap=True, style="yellow")
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Append one record to metrics.jsonl."""
+        if self.metrics is not None:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(_rounded(values)) + "\n")
+
+    def offset(self) -> int:
+        """Length of metrics.jsonl in bytes."""
+        return self.metrics.stat().st_size if self.metrics is not None and self.metrics.exists() else 0
+
+    def rewind(self, offset: int) -> None:
+        """Forget records written after a state was saved."""
+        if self.metrics is not None and self.metrics.exists():
+            with open(self.metrics, "r+b") as file:
+                file.truncate(offset)
+
+    @contextmanager
+    def progress(self, total: int, done: int) -> Iterator[None]:
+        """A bar over `total` batches of the run, on a terminal."""
+        if not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[terms]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        with Progress(*columns, console=self.console, speed_estimate_period=120) as self._progress:
+            self._task = self._progress.add_task("starting", total=total, completed=done, terms="")
+            yield
+        self._progress = None
+
+    def advance(self, done: int, epoch: str, terms: Mapping[str, float], images_per_second: float) -> None:
+        """Show where the run is; called at every log interval."""
+        text = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+        text += f"  {images_per_second:,.0f} img/s"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, description=epoch, terms=text)
+        elif time.monotonic() - self._last_line > LINE_EVERY:
+            self._last_line = time.monotonic()
+            self.line(f"{epoch}  {text}")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stdout: bool = True) -> None:
+    """A small table on the terminal."""
+    view = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        view.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        view.add_row(*row)
+    Console(stderr=not stdout).print(view)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,183 @@
+"""What the commands do, between the command line and the rooms below."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
+from irgdistill.config import Config, DataConfig, dump, read_yaml, validate
+from irgdistill.data import BadImages, eval_loader, open_splits
+from irgdistill.errors import UserError
+from irgdistill.evaluate import Metrics, evaluate
+from irgdistill.matching import Plan
+from irgdistill.models import Network, build_network, multiply_adds, parameters
+from irgdistill.report import Report, table
+from irgdistill.setup import autocast, choose_device, prepare
+from irgdistill.taps import Tapped
+from irgdistill.trainer import Trainer
+
+
+def dry_run(config: Config) -> None:
+    """Print the resolved configuration and the matching; check everything that can be checked without training."""
+    setup = prepare(config)
+    print_plan(setup.plan)
+    print(dump(setup.config), end="")  # noqa: T201  the command's result
+
+
+def start(config: Config, output: Path | None, overwrite: bool) -> None:
+    """Train from the beginning, in a new folder."""
+    setup = prepare(config)
+    folder = RunFolder(output if output is not None else _next_folder(config))
+    report = Report(folder.metrics)
+    trainer = Trainer(setup, folder, report)
+    folder.create(overwrite)
+    print_plan(setup.plan)
+    report.line(f"run folder {folder.path}")
+    trainer.start()
+    _finish(trainer)
+
+
+def resume(path: Path, changes: Mapping[str, Any]) -> None:
+    """Go on where the state in a run folder stands. Raises UserError when there is nothing to go on with."""
+    folder = RunFolder(path)
+    if folder.summary.exists():
+        raise UserError(f"{path} holds a finished run; there is nothing to resume")
+    if not folder.config.exists() or not folder.state.exists():
+        raise UserError(f"{path} holds no run that can be resumed (no config.yaml or no state)")
+    tree = read_yaml(folder.config)
+    for key, value in changes.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    trainer = Trainer(prepare(validate(tree, f"{folder.config}: ")), folder, Report(folder.metrics))
+    trainer.resume()
+    trainer.report.line(f"resuming {path} at epoch {trainer.epoch + 1}, batch {trainer.batch} of {trainer.batches}")
+    _finish(trainer)
+
+
+def _finish(trainer: Trainer) -> None:
+    summary = trainer.fit()
+    trainer.report.line(
+        f"best top-1 {summary['top1']:.2f} at epoch {summary['epoch']} of {summary['epochs']}, "
+        f"{summary['seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s: {trainer.folder.best}"
+    )
+
+
+def _next_folder(config: Config) -> Path:
+    name = f"{config.student.name}-{config.method}".replace("+", "-").replace("/", "-").replace(":", "-")
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def print_plan(plan: Plan | None) -> None:
+    """The matching as a table; what was left out and why below it."""
+    if plan is None:
+        return
+    rows = []
+    for pair in plan.pairs:
+        for role, level in (("teacher", pair.teacher), ("student", pair.student)):
+            first = level.entry.module if level.entry is not None else "–"
+            size = f"{level.exit.height}×{level.exit.width}"
+            name = pair.name if role == "teacher" else ""
+            rows.append([name, role, first, level.exit.module, str(len(level.blocks)), str(level.exit.channels), size])
+    table("matched stages", ["stage", "network", "first block", "last block", "blocks", "width", "map"], rows, stdout=False)
+    for note in plan.notes:
+        Report().line(f"  {note}")
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_targets(
+    targets: list[str],
+    checkpoint: Path | None,
+    against: str | None,
+    against_checkpoint: Path | None,
+    config: Config,
+    given: set[str],
+    as_json: bool,
+) -> None:
+    """Evaluate each target and print a table, or JSON: one object, or a list of them for several targets."""
+    if checkpoint is not None and len(targets) > 1:
+        raise UserError("--checkpoint holds the weights of one network; give one target with it")
+    size = config.student.input_size
+    results = []
+    for target in targets:
+        network, metadata = open_network(target, checkpoint, size)
+        teacher = open_network(against, against_checkpoint, None)[0] if against else None
+        data = _data_of(target, metadata, config.data, given)
+        metrics = _evaluate(network, teacher, data, config)
+        values = {"name": target, "architecture": network.architecture, **asdict(metrics)}
+        values |= {"params": parameters(network.model), "macs": multiply_adds(network), "data": data.source}
+        results.append({key: value for key, value in values.items() if value is not None})
+    if as_json:
+        print(json.dumps(results[0] if len(results) == 1 else results, indent=2))  # noqa: T201  the command's result
+    else:
+        _print_results(results)
+
+
+def open_network(target: str, checkpoint: Path | None, size: tuple[int, int] | None) -> tuple[Network, dict[str, Any]]:
+    """Checkpoint, run folder or timm name (pretrained, or with `checkpoint`) -> network and metadata ({} if none)."""
+    path = find_checkpoint(target)
+    if path is not None:
+        if checkpoint is not None:
+            raise UserError(f"{target} is a checkpoint itself; leave out the second one, {checkpoint}")
+        return restore(path, None, size)
+    if checkpoint is not None:
+        return restore(checkpoint, target, size)
+    return build_network(target, pretrained=True, input_size=size), {}
+
+
+def _data_of(target: str, metadata: Mapping[str, Any], asked: DataConfig, given: set[str]) -> DataConfig:
+    """The remembered data set, with what was asked for now on top."""
+    if "data" not in metadata:
+        if asked.source is None:
+            raise UserError(f"{target} does not remember a data set; give --data")
+        return asked
+    remembered = DataConfig.model_validate(metadata["data"])
+    names = {key.removeprefix("data.") for key in given if key.startswith("data.")}
+    names |= {"eval_batch_size", "workers"}
+    data = remembered.model_copy(update={name: getattr(asked, name) for name in names})
+    if data.source and "/" in data.source and Path(data.source).is_absolute() and not Path(data.source).is_dir():
+        raise UserError(f"the data set of {target} is no longer at {data.source}; say where it is with --data")
+    return data
+
+
+def _evaluate(network: Network, teacher: Network | None, data: DataConfig, config: Config) -> Metrics:
+    device = choose_device(config.runtime.device)
+    splits = open_splits(data, val_only=True)
+    if network.num_classes != len(splits.classes):
+        raise UserError(
+            f"{network.name} has {network.num_classes} classes and {data.source} {len(splits.classes)}: nothing to compare"
+        )
+    if network.classes is not None and network.classes != splits.classes:
+        raise UserError(f"the class names of {data.source} are not those that {network.name} was trained on")
+    bad = BadImages(data.max_bad_images, Report().warn)
+    size = network.size if teacher is None else max(network.size, teacher.size)
+    loader = eval_loader(splits, data, size, network.interpolation, network.crop_pct, device, bad)
+    plain = [None if n is None else Tapped(n.model.to(device), n.view().to(device)).eval() for n in (network, teacher)]
+    assert plain[0] is not None
+    return evaluate(plain[0], loader, autocast(config.runtime.amp, device), plain[1])
+
+
+def _print_results(results: list[dict[str, Any]]) -> None:
+    columns = {
+        "top-1 %": ("top1", "{:.2f}"),
+        "top-5 %": ("top5", "{:.2f}"),
+        "loss": ("loss", "{:.4f}"),
+        "calibration %": ("calibration_error", "{:.2f}"),
+        "agreement %": ("agreement", "{:.2f}"),
+        "KL": ("kl", "{:.4f}"),
+        "parameters": ("params", "{:,}"),
+        "multiply-adds": ("macs", "{:,}"),
+        "images/s": ("images_per_second", "{:,.0f}"),
+    }
+    shown = {title: spec for title, spec in columns.items() if any(spec[0] in r for r in results)}
+    rows = [[r["name"], *(form.format(r[key]) for key, form in shown.values())] for r in results]
+    table(f"{results[0]['images']} images of {results[0]['data']}", ["network", *shown], rows)
+

@@ -1,0 +1,124 @@
+"""From a configuration to everything a run needs, checked before anything is trained: data, networks, plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from irgdistill.checkpoint import restore
+from irgdistill.config import Config
+from irgdistill.data import Splits, open_splits
+from irgdistill.errors import UserError
+from irgdistill.matching import Plan, match
+from irgdistill.models import Network, build_network
+
+LOGIT_TERMS = ("kd", "logits")
+RELATION_TERMS = ("edges", "transform")
+
+
+@dataclass
+class Setup:
+    """What a run works with."""
+
+    config: Config
+    splits: Splits
+    student: Network
+    teacher: Network | None
+    plan: Plan | None
+    size: tuple[int, int]
+    """Of the crop that both networks see: the larger of their two sizes."""
+
+    @property
+    def classes(self) -> list[str]:
+        return self.splits.classes
+
+
+def prepare(config: Config) -> Setup:
+    """Build and check. Raises UserError for everything that can be refused before training."""
+    if not config.student.name:
+        raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
+    config = with_absolute_paths(config)
+    splits = open_splits(config.data)
+    teacher = build_teacher(config) if config.uses_teacher else None
+    if teacher is not None:
+        check_classes(config, teacher, splits.classes)
+    torch.manual_seed(config.seed)
+    student = build_network(
+        config.student.name,
+        num_classes=len(splits.classes),
+        input_size=config.student.input_size,
+        args=config.student.args,
+    )
+    plan = None
+    if teacher is not None and any(config.losses.weights()[name] > 0 for name in RELATION_TERMS):
+        plan = match(teacher.levels(), student.levels())
+    size = student.size if teacher is None else max(student.size, teacher.size)
+    return Setup(config, splits, student, teacher, plan, size)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same run, whatever folder it is continued or evaluated from."""
+    config = config.model_copy(deep=True)
+    data, teacher = config.data, config.teacher
+    if data.source and Path(data.source).is_dir():
+        data.source = str(Path(data.source).resolve())
+    data.root = data.root.resolve()
+    if teacher.checkpoint is not None:
+        teacher.checkpoint = teacher.checkpoint.resolve()
+    return config
+
+
+def build_teacher(config: Config) -> Network:
+    """The teacher by name and checkpoint. Raises UserError when neither is given."""
+    spec = config.teacher
+    if spec.checkpoint is not None:
+        return restore(spec.checkpoint, spec.name, spec.input_size)[0]
+    if spec.name is None:
+        raise UserError(
+            f"method {config.method!r} needs a teacher: give --teacher NAME or --teacher-checkpoint FILE "
+            "(or --method none to train the student alone)"
+        )
+    return build_network(spec.name, pretrained=True, input_size=spec.input_size)
+
+
+def check_classes(config: Config, teacher: Network, classes: list[str]) -> None:
+    """Terms on logits need the same classes in the same order; relation terms need none. Raises UserError."""
+    weights = config.losses.weights()
+    used = [name for name in LOGIT_TERMS if weights[name] > 0]
+    if not used:
+        return
+    remedy = "relation terms need no shared classes: " + " ".join(f"--set losses.{name}.weight=0" for name in used)
+    if teacher.num_classes != len(classes):
+        raise UserError(
+            f"the teacher has {teacher.num_classes} classes and the data {len(classes)}, "
+            f"so {' and '.join(used)} cannot compare their logits; {remedy}"
+        )
+    if teacher.classes is not None and teacher.classes != classes:
+        first = next(i for i, (a, b) in enumerate(zip(teacher.classes, classes, strict=True)) if a != b)
+        raise UserError(
+            f"class {first} is {teacher.classes[first]!r} for the teacher and {classes[first]!r} in the data, "
+            f"so {' and '.join(used)} cannot compare their logits; {remedy}"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, or any torch device. Raises UserError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {' '.join(str(error).split())[:120]} (auto, cpu, cuda, cuda:1, …)") from None
+    return device
+
+
+def autocast(amp: str, device: torch.device) -> Any:
+    """Reusable autocast context for a precision of `RuntimeConfig.amp`."""
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" else "none"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

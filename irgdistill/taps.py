@@ -1,0 +1,95 @@
+"""One forward of a network -> logits and pooled block outputs.
+
+Hooks stand on the blocks that the plan names and pool at once, so nothing larger than (B, C) is kept and nothing can be
+changed in place afterwards. They are installed once, before any `torch.compile`, and live on this wrapper's model; what
+is saved is that model's `state_dict`, in which nothing of the tapping appears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from irgdistill.levels import Tap, pool
+
+
+class Output(NamedTuple):
+    """What a network says about a batch."""
+
+    logits: Tensor
+    """(B, K)"""
+    features: dict[str, Tensor]
+    """Tap name -> (B, C), float32"""
+
+
+def tap_name(tap: Tap) -> str:
+    """Unique, readable key of a tap: its module, and what is taken there when that is not the output."""
+    index = "" if tap.index is None else f"[{tap.index}]"
+    return tap.module + ("" if tap.source == "output" else f":{tap.source}") + index
+
+
+class View(nn.Module):
+    """Raw images -> what one network expects: its own size, its own mean and standard deviation.
+
+    Input (B, 3, H, W) in 0…255, uint8 or float; output (B, 3, *size) float32. Teacher and student each have one and see
+    the same augmented crop.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, size: tuple[int, int], mean: Iterable[float], std: Iterable[float]) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean", 255 * torch.tensor(tuple(mean)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(tuple(std)).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.float()
+        if x.shape[-2:] != self.size:
+            x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+        return (x - self.mean) / self.std
+
+
+class Tapped(nn.Module):
+    """A network behind its view, with pooled taps. `forward` (B, 3, H, W) raw images -> `Output`."""
+
+    def __init__(self, model: nn.Module, view: View, taps: Iterable[Tap] = (), channels_last: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.view = view
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._pooled: dict[str, Tensor] = {}
+        self._hooks = [self._install(tap) for tap in taps]
+
+    def forward(self, images: Tensor) -> Output:
+        self._pooled.clear()
+        logits = self.model(self.view(images).contiguous(memory_format=self.memory_format))
+        if isinstance(logits, (tuple, list)):
+            logits = logits[0]
+        pooled = dict(self._pooled)
+        self._pooled.clear()
+        return Output(logits, pooled)
+
+    def release(self) -> nn.Module:
+        """Remove the hooks and give back the plain model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        return self.model
+
+    def _install(self, tap: Tap) -> Any:
+        module, name = self.model.get_submodule(tap.module), tap_name(tap)
+
+        def keep(value: Any) -> None:
+            # Gradient checkpointing runs the block, and this hook, again in backward: the first value counts.
+            if name not in self._pooled:
+                self._pooled[name] = pool(value, tap)
+
+        if tap.source == "input":
+            return module.register_forward_pre_hook(lambda _module, args: keep(args[0]))
+        return module.register_forward_hook(lambda _module, _args, output: keep(output))
