@@ -31,7 +31,7 @@ def distill(folder: Path, options: list[str]) -> None:
 
 def row(folder: Path, method: str, against: list[str]) -> dict[str, Any]:
     """Numbers of one finished run."""
-    command = ["irgdistill", "eval", str(folder), "--json", *(against if method != "none" else against)]
+    command = ["irgdistill", "eval", str(folder), "--json", *against]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     summary = json.loads((folder / "summary.json").read_text())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

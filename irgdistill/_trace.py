@@ -1,7 +1,7 @@
-"""A dry run of a network on the meta device: which module gives which map, and which tensors all data passes.
+"""A dry run of a network on the meta device: which module gives which map, which tensors all data passes.
 
-The parameters are frozen meta tensors and the image is the only leaf that requires a gradient, so the autograd
-graph of the output is exactly the data flow from image to logits. Nothing is computed, nothing allocated.
+The parameters are frozen meta tensors and the image is the only leaf that requires a gradient, so the
+autograd graph of the output is exactly the data flow from image to logits. Nothing is computed or allocated.
 
 B batch, C channels, H W the map, L tokens.
 """
@@ -26,7 +26,7 @@ BATCH = 3  # odd and small: an activation whose first axis is not 3 holds someth
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A tensor as a hook saw it: graph node and version are those of that moment, not of the end of the run."""
+    """A tensor as a hook saw it: graph node and version are of that moment, not of the end of the run."""
 
     tensor: Tensor
     node: Node | None
@@ -62,7 +62,7 @@ class Call:
 
 @dataclass(eq=False)
 class Trace:
-    """All calls of one forward in the order they ended, and the nodes every path from image to output passes."""
+    """All calls of one forward in the order they ended, and the nodes all paths from image to output pass."""
 
     image: Tensor
     calls: list[Call]
@@ -88,7 +88,7 @@ class Trace:
 def dry_run(model: nn.Module, input_size: tuple[int, int, int]) -> Trace:
     """Run `model`, on any device, on a meta image (BATCH, *input_size) in eval mode; it stays as it was.
 
-    Raises whatever the model's forward raises, and RuntimeError where the output does not depend on the image.
+    Raises whatever the model's forward raises, and RuntimeError where the output is independent of the image.
     """
     with torch.inference_mode(False), torch.enable_grad(), _eval_mode(model):
         state = {
@@ -119,7 +119,8 @@ def _cuts(roots: list[Node]) -> set[Node]:
                 stack.append(parent)
             uses[parent] += 1
     cuts, waiting, open_edges = set(), uses.copy(), len(roots)
-    ready, reached = [], roots
+    ready: list[Node] = []
+    reached = roots
     while ready or reached:
         for node in reached:
             waiting[node] -= 1

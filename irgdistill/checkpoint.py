@@ -1,9 +1,9 @@
 """The run folder: weights that describe themselves, the state to go on from, atomic writes. No pickle.
 
-    best.safetensors  last.safetensors   student weights; everything needed to use them is in the metadata
-    config.json                          makes the folder a timm `local-dir:`
-    config.yaml  metrics.jsonl  summary.json
-    state/state.safetensors              optimizer, EMA, position, random states
+best.safetensors  last.safetensors   student weights; everything needed to use them is in the metadata
+config.json                          makes the folder a timm `local-dir:`
+config.yaml  metrics.jsonl  summary.json
+state/state.safetensors              optimizer, EMA, position, random states
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint of ours says about itself; None for other safetensors. Raises UserError when it cannot be read."""
+    """What a checkpoint of ours says about itself; None for other safetensors. Raises UserError when unreadable."""
     if not path.is_file():
         raise UserError(f"no file {path}")
     try:
@@ -107,7 +107,9 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
         return None
     metadata: dict[str, Any] = json.loads(header[KEY])
     if metadata.get("format", 0) > FORMAT:
-        raise UserError(f"{path} was written by a newer irgdistill (format {metadata['format']}, this one reads {FORMAT})")
+        raise UserError(
+            f"{path} was written by a newer irgdistill (format {metadata['format']}, this one reads {FORMAT})"
+        )
     return metadata
 
 
@@ -145,8 +147,8 @@ def describe(network: Network, classes: list[str]) -> dict[str, Any]:
 
 def timm_config(network: Network, classes: list[str]) -> dict[str, Any]:
     """config.json of a timm `local-dir:`."""
-    cfg = network.model.pretrained_cfg
-    keep = {key: cfg[key] for key in ("first_conv", "classifier", "fixed_input_size", "pool_size") if cfg.get(key)}  # type: ignore[index,operator,union-attr]
+    cfg: Any = network.model.pretrained_cfg
+    keep = {key: cfg[key] for key in ("first_conv", "classifier", "fixed_input_size", "pool_size") if cfg.get(key)}
     return {
         "architecture": network.architecture,
         "num_classes": network.num_classes,
@@ -164,17 +166,21 @@ def timm_config(network: Network, classes: list[str]) -> dict[str, Any]:
     }
 
 
-def restore(path: Path, name: str | None = None, input_size: tuple[int, int] | None = None) -> tuple[Network, dict[str, Any]]:
+def restore(
+    path: Path, name: str | None = None, input_size: tuple[int, int] | None = None
+) -> tuple[Network, dict[str, Any]]:
     """A network from a checkpoint: ours by itself, any other one given its `name`. Second value: metadata, or {}.
 
-    Raises UserError: unreadable or truncated file, foreign file without a name, weights that do not fit, another name than
-    the checkpoint's own.
+    Raises UserError: unreadable or truncated file, foreign file without a name, weights that do not fit, another name
+    than the checkpoint's own.
     """
     metadata = read_metadata(path) if path.suffix == ".safetensors" else None
     weights = read_weights(path)
     if metadata is None:
         if name is None:
-            raise UserError(f"{path} was not written by irgdistill and does not name its network; name the architecture too")
+            raise UserError(
+                f"{path} was not written by irgdistill and does not name its network; name the architecture too"
+            )
         return build_network(name, weights=weights, input_size=input_size, origin=str(path)), {}
     if name is not None and name.split(".")[0] != metadata["architecture"]:
         raise UserError(f"{path} holds a {metadata['architecture']}, not a {name}; leave the name out")

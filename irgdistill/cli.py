@@ -150,7 +150,10 @@ def distill(
         given["teacher.check"] = False
     if resume is not None:
         if preset or settings or output or overwrite or dry_run:
-            raise UserError("--resume goes on with the run's own configuration; leave out --preset, --set, --output, --overwrite, --dry-run")
+            raise UserError(
+                "--resume goes on with the run's own configuration; "
+                "leave out --preset, --set, --output, --overwrite and --dry-run"
+            )
         _resume(resume, given)
         return
     config = load_config(preset, settings, given)

@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, float]] = {
     "mtk": {"logits": 0.5, "edges": 5.0, "transform": 1.0},
     "irg+kd": {"logits": 0.1, "edges": 5.0, "transform": 1.0, "kd": 1.0},
 }
-"""Each method is a set of hint weights beside cross-entropy; every term is a mean, so weights do not depend on the batch."""
+"""A method is a set of hint weights beside cross-entropy. Every term is a mean: weights do not depend on the batch."""
 
 Method = Literal["none", "kd", "irg", "mtk", "irg+kd"]
 
@@ -264,7 +264,8 @@ def _explain(error: Any) -> str:
         return f"unknown key {path!r}{nearest(path, list(keys()))}"
     if error["type"] == "literal_error":
         allowed = error["ctx"]["expected"]
-        return f"{path} = {error['input']!r}: expected {allowed}{nearest(str(error['input']), allowed.split(chr(39))[1::2])}"
+        near = nearest(str(error["input"]), allowed.split("'")[1::2])
+        return f"{path} = {error['input']!r}: expected {allowed}{near}"
     return f"{path} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 

@@ -1,17 +1,18 @@
 """Datasets and loaders from configuration, through timm's datasets and transforms.
 
 Every image is addressed by (epoch, index): its augmentation is seeded by these and the run's seed, so a run does not
-depend on the number of workers and can go on in the middle of an epoch. Loaders yield raw images, uint8 (B, 3, H, W), and
-labels (B,); each network normalises and resizes for itself (`taps.View`).
+depend on the number of workers and can go on in the middle of an epoch. Loaders yield raw images, uint8
+(B, 3, H, W), and labels (B,); each network normalises and resizes for itself (`taps.View`).
 """
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from torchvision import transforms
+from torchvision import datasets, transforms
 
 from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.errors import UserError, nearest
@@ -134,6 +135,9 @@ def _open_named(source: str, config: DataConfig) -> Splits:
     opened = {}
     for role, name in split.items():
         try:
+            if source == "torch/cifar100-coarse":
+                opened[role] = CoarseCifar100(str(config.root), role == "train", config.download)
+                continue
             opened[role] = create_dataset(
                 source,
                 root=str(config.root),
@@ -155,6 +159,18 @@ def _open_named(source: str, config: DataConfig) -> Splits:
     train, val = TimmSource(opened["train"]), TimmSource(opened["val"])
     names = _class_names(opened["train"]) or [str(i) for i in range(max(train.labels()) + 1)]
     return Splits(train, val, names, range(len(train)), range(len(val)))
+
+
+class CoarseCifar100(datasets.CIFAR100):  # type: ignore[misc]
+    """CIFAR-100 under its 20 coarse classes (`torch/cifar100-coarse`)."""
+
+    meta: ClassVar[dict[str, str]] = {**datasets.CIFAR100.meta, "key": "coarse_label_names"}
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        super().__init__(root, train=train, download=download)
+        name = self.train_list[0][0] if train else self.test_list[0][0]
+        with open(Path(root) / self.base_folder / name, "rb") as file:  # its checksum was verified just now
+            self.targets = pickle.load(file, encoding="latin1")["coarse_labels"]
 
 
 def _class_names(dataset: Any) -> list[str]:
@@ -189,7 +205,9 @@ def _open_train_val(root: Path, train_root: Path, config: DataConfig, val_only: 
     val_root = next((root / name for name in names if (root / name).is_dir()), None)
     if val_root is None:
         if config.val_split or config.val_fraction is None:
-            raise UserError(f"{root} has no {', '.join(names)} folder beside train/; or hold out a part: --val-fraction 0.1")
+            raise UserError(
+                f"{root} has no {', '.join(names)} folder beside train/; or hold out a part: --val-fraction 0.1"
+            )
         source = _folder_source(train_root, classes)
         return _hold_out(source, source.labels(), classes, config.val_fraction)
     other = _class_folders(val_root)
@@ -234,7 +252,9 @@ def _hold_out(source: Source, labels: Sequence[int], classes: list[str], fractio
         val += members[:held].tolist()
         train += members[held:].tolist()
     if not val or not train:
-        raise UserError(f"--val-fraction {fraction:g} of {len(labels)} images leaves {len(train)} to train, {len(val)} to validate")
+        raise UserError(
+            f"--val-fraction {fraction:g} of {len(labels)} images leaves {len(train)} to train, {len(val)} to validate"
+        )
     return Splits(source, source, classes, sorted(train), sorted(val))
 
 
@@ -278,7 +298,7 @@ class BadImages:
     def __init__(self, limit: int, warn: Callable[[str], None] = lambda line: None) -> None:
         self.limit = limit
         self.names: list[str] = []
-        self.queue = mp.SimpleQueue()
+        self.queue: Any = mp.SimpleQueue()
         self._warn = warn
 
     def collect(self) -> None:
@@ -364,7 +384,9 @@ class Order(torch.utils.data.Sampler[int]):
         offset = self.epoch * self.length
         if not self.shuffle:
             return iter(range(offset + self.start, offset + self.length))
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]))
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
+        )
         return iter((torch.randperm(self.length, generator=generator)[self.start :] + offset).tolist())
 
     def __len__(self) -> int:
@@ -375,7 +397,14 @@ class Loader:
     """Batches of one split on the device: raw images (B, 3, H, W) uint8 and labels (B,)."""
 
     def __init__(
-        self, images: Any, batch_size: int, workers: int, device: torch.device, seed: int, training: bool, bad: BadImages
+        self,
+        images: Any,
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+        seed: int,
+        training: bool,
+        bad: BadImages,
     ) -> None:
         self.batch_size = batch_size
         self.device = device
@@ -390,6 +419,7 @@ class Loader:
             drop_last=training,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # its own, so that opening an epoch draws nothing from the run's
         )
         self.training = training
         self.images = len(images)

@@ -33,7 +33,7 @@ class Metrics:
     """Expected calibration error in percent, 15 equal bins of confidence (Guo et al. 2017)."""
     images: int
     images_per_second: float
-    """End to end, loading included."""
+    """Of the network's forward pass alone, without loading and without the first batch."""
     agreement: float | None = None
     """Percent of images on which student and teacher name the same class."""
     kl: float | None = None
@@ -49,15 +49,18 @@ def evaluate(
     network.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=loader.device)
     bins = torch.zeros(3, BINS, dtype=torch.float64, device=loader.device)
-    images_seen, start = 0, time.perf_counter()
+    images_seen, timed, seconds = 0, 0, 0.0
     for images, labels in loader.epoch():
         with autocast:
+            start = _now(loader.device)
             logits = network(images).logits.float()
+            elapsed = _now(loader.device) - start
             other = teacher(images).logits.float() if teacher is not None else None
+        if images_seen or len(labels) == loader.images:  # the first batch warms up
+            timed, seconds = timed + len(labels), seconds + elapsed
         sums += _batch_sums(logits, labels, other).to(sums)
         bins += _batch_bins(logits, labels)
         images_seen += len(labels)
-    seconds = time.perf_counter() - start
     network.train(training)
     top1, top5, loss, agreement, kl = (sums / max(images_seen, 1)).tolist()
     confidence, correct, _ = bins
@@ -67,10 +70,16 @@ def evaluate(
         loss=loss,
         calibration_error=100 * float((confidence - correct).abs().sum()) / max(images_seen, 1),
         images=images_seen,
-        images_per_second=images_seen / max(seconds, 1e-9),
+        images_per_second=timed / max(seconds, 1e-9),
         agreement=agreement if teacher is not None else None,
         kl=kl if teacher is not None else None,
     )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _batch_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:

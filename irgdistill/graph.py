@@ -6,9 +6,9 @@ Shapes: B images, D features.
     edge_matrix          (B, B)   A[i, j] = |f_i - f_j|² / max, symmetric, zero diagonal, in [0, 1]
     transformation_vector(B,)     v[i] = |last_i - first_i|² / max, in [0, 1]
 
-Source: Liu et al., "Knowledge Distillation via Instance Relationship Graph", CVPR 2019, sections 3.2 and 3.3, and the
-authors' Caffe layers: the maximum is a constant in the backward pass. Unlike theirs, which divide by zero, a graph whose
-features are all equal is all zeros, and a loss against it is zero with zero gradient: it holds no relation to learn.
+Source: Liu et al., "Knowledge Distillation via Instance Relationship Graph", CVPR 2019, sections 3.2 and 3.3, and
+the authors' Caffe layers: the maximum is a constant in the backward pass. Theirs divide by zero where all features
+are equal; here such a graph is all zeros, and a loss against it is zero with zero gradient: nothing is to be learnt.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One network -> its levels: where its stages begin and end, found by a dry run, without a table of names.
 
-A level k holds the blocks whose map is 1/2^k of the network's input. What a block is, is read from the data flow:
-its output is a *cut*, a tensor that every path from image to logits passes. Tensors on a residual branch, gates,
-inception branches and dense layers are none. Among the modules whose output is a cut, the module tree tells the
-blocks from the lists of blocks.
+A level k holds the blocks whose map is 1/2^k of the network's input. What a block is, is read from the data
+flow: its output is a *cut*, a tensor that every path from image to logits passes. Tensors on a residual branch,
+gates, inception branches and dense layers are none. Among the modules whose output is a cut, the module tree
+tells the blocks from the lists of blocks.
 
 B batch, C channels, H W the map, L tokens.
 """
@@ -60,15 +60,16 @@ class Level:
     level: int
     """k of /2^k: floor(log2(sqrt(H_in/H * W_in/W)) + 0.5)"""
     entry: Tap | None
-    """Output of the first block, as wide as the exit where possible; None if the level holds no other tensor"""
+    """Output of the first block, as wide as the exit where possible; None if there is no other tensor"""
     exit: Tap
     """Output of the last block"""
     kind: str
     """How the entry was chosen.
 
-    block: the first block as wide as the exit; block-inner: no other block is as wide as the exit, so the first of
-    the last blocks of one width; stage-input: the level has one block, so an equally wide tensor before it; inner:
-    so one inside it; unequal: the first block, or the first tensor, of another width; single: there is none.
+    block: the first block as wide as the exit. block-inner: no other block is as wide as the exit, so the first
+    of the last blocks that are alike; the last of those is its partner. stage-input: no two blocks are alike,
+    so the first cut as wide as the exit, mostly what the stage begins with. inner: so a tensor inside the last
+    block. unequal: the first block, or the first cut, of another width. single: there is no other tensor.
     """
     blocks: tuple[Tap, ...]
     """All block outputs in order, the exit last; an isotropic network has one level with all its depth"""
@@ -77,33 +78,33 @@ class Level:
 def find_levels(model: nn.Module, input_size: tuple[int, int, int]) -> list[Level]:
     """The levels of `model` for images of `input_size` (C, H, W), finest first.
 
-    The model may be on any device, meta included, and stays as it was. Raises LevelsError where its forward does
-    not run on the meta device and where it has no block with a map.
+    The model may be on any device, meta included, and stays as it was. Raises LevelsError where its forward
+    does not run on the meta device and where it has no block with a map.
     """
+    what = f"{type(model).__name__} at input size {tuple(input_size)}"
     try:
         trace = dry_run(model, input_size)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LevelsError(f"{type(model).__name__} does not run at input size {input_size}: {reason}") from error
+        raise LevelsError(f"{what} does not run on the meta device: {reason}") from error
     reader = _Reader(model, trace)
     by_level: dict[int, list[_Place]] = {}
     for place in _Tree(model, reader).blocks() or _plain_blocks(reader):
         by_level.setdefault(reader.level(place), []).append(place)
     if not by_level:
-        raise LevelsError(f"{type(model).__name__} has no block with a map at input size {input_size}")
+        raise LevelsError(f"{what} has no block with a map of more than one pixel")
     return [_describe(reader, level, places) for level, places in sorted(by_level.items())]
 
 
 def pool(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
-    """Mean over the map: what stands at `tap`, for any batch and map size -> (B, C), float32 (float64 stays).
+    """Mean over the map of what stands at `tap`, of any batch and size -> (B, C), float32 (float64 stays).
 
-    A tuple is what the module returned: `tap.index` is taken from it, or all of it is joined along C.
+    A tuple is what the module returned: `tap.index` is taken from it, or its tensors are joined along C.
     """
     if not isinstance(output, Tensor):
-        if tap.index is None:
-            return torch.cat([pool(item, tap) for item in output if isinstance(item, Tensor)], dim=1)
-        output = output[tap.index]
-    if tap.layout == "BLC" and tap.prefix:
+        items = output if tap.index is None else [output[tap.index]]
+        return torch.cat([pool(item, tap) for item in items if isinstance(item, Tensor)], dim=1)
+    if tap.prefix:
         output = output[:, tap.prefix :]
     axes = [axis for axis, letter in enumerate(tap.layout) if axis > 0 and letter != "C"]
     return output.mean(axes, dtype=torch.promote_types(output.dtype, torch.float32))
@@ -133,6 +134,7 @@ class _Reader:
         self.geometries = Geometries(trace, (prefix if isinstance(prefix, int) else 0, 0, 1, 2))
         weights = [call for call in trace.calls if weight_rank(call.module) > 1 and _is_leaf(call.module)]
         self.weights = sorted(call.start for call in weights)
+        self.convolutions = sorted(call.start for call in weights if weight_rank(call.module) == 4)
         self.map_weights = sorted(
             call.start for call in weights if any(self.geometries.read(value.shape) for value in call.outputs)
         )
@@ -144,7 +146,8 @@ class _Reader:
     def places(self, call: Call) -> list[_Place]:
         """The maps that a call makes: one, or one for each element of a tuple; equal sizes are joined along C.
 
-        Tensors it only passes on are not its own (the shortcut that SelecSLS hands from block to block).
+        Tensors it only passes on are not its own (the shortcut that SelecSLS hands from block to block). Where
+        C = H = W, a module with linear layers and no convolution is NHWC.
         """
         name = self._firing(call)
         known, maps = {None, *(value.node for value in call.inputs)}, []
@@ -152,11 +155,17 @@ class _Reader:
             geometry = self.geometries.read(value.shape)
             if geometry and value.shape[0] == BATCH and value.node not in known:
                 known.add(value.node)
+                if geometry.layout == "NCHW" and len(set(value.shape[1:])) == 1 and self._is_linear(call):
+                    geometry = geometry._replace(layout="NHWC")
                 maps.append((value, geometry))
-        if len(maps) == len(call.outputs) and len({geometry[1:] for _, geometry in maps}) == 1:
+        if len(call.outputs) == len(maps) > 1 and len({geometry[1:] for _, geometry in maps}) == 1:
             channels = sum(geometry.channels for _, geometry in maps)
             return [_Place(Tap(name, channels, *maps[0][1][1:]), call)]
         return [_Place(Tap(name, *geometry, index=value.index), call) for value, geometry in maps]
+
+    def _is_linear(self, call: Call) -> bool:
+        convolutions = _between(self.convolutions, call.start, call.end)
+        return convolutions == 0 and self.weights_between(call.start, call.end) > 0
 
     def _firing(self, call: Call) -> str:
         """The innermost module that returns what a Sequential returns.
@@ -164,10 +173,10 @@ class _Reader:
         Gradient checkpointing in timm runs a Sequential's children one by one: its own hooks do not fire.
         """
         name, module = call.name, call.module
-        while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        while type(module).forward is nn.Sequential.forward and not _is_leaf(module):
             child, module = list(module.named_children())[-1]
             last = self.calls.get(f"{name}.{child}")
-            if last is None or [value.node for value in last.outputs] != [value.node for value in call.outputs]:
+            if last is None or [v.node for v in last.outputs] != [v.node for v in call.outputs]:
                 break
             name = last.name
         return name
@@ -177,7 +186,7 @@ class _Reader:
         return _between(self.weights, start, end)
 
     def may_be_block(self, call: Call) -> bool:
-        """True for a module of two weights at least that act on the map (or on windows of it), and gives a map.
+        """True for a module that gives a map and has two weights at least that act on it (or on windows of it).
 
         Where most weights see the class token alone, it is class attention: the map is no longer worked on.
         """
@@ -208,8 +217,8 @@ class _Tree:
     def blocks(self) -> list[_Place]:
         """All block outputs in the order of the run.
 
-        Where no cut is found at a level, because a second path runs beside the blocks through all of it (NASNet),
-        blocks are looked for without that test, outside of those already found.
+        Where a level has no cut, because a second path runs beside its blocks through all of it (NASNet), blocks
+        are looked for without that test, outside of those already found.
         """
         found, _ = self._read("", self.cuts)
         levels = {self.reader.level(place) for place in found}
@@ -222,8 +231,8 @@ class _Tree:
     def _read(self, name: str, candidates: set[str]) -> tuple[list[_Place], bool]:
         """The blocks under a module, and whether it is a list of blocks.
 
-        It is one if it holds two numbered candidates in a row, or a list, or ends at another resolution than its
-        last candidate. What it does after its last block, if that has a weight, counts as a block.
+        It is one if it holds two numbered candidates in a row, or a list, or ends at another resolution than
+        its last candidate. What it does after its last block, if that has a weight, counts as a block.
         """
         children = self._children(name)
         parts = [self._read(child, candidates) for child in children]
@@ -267,7 +276,7 @@ class _Tree:
 
 
 def _plain_blocks(reader: _Reader) -> list[_Place]:
-    """For a network without blocks (VGG): what each convolution becomes before the next weight or a pooling."""
+    """For a network without blocks (VGG): what each convolution becomes before the next one or a pooling."""
     starts = reader.map_weights
     found: dict[int, _Place] = {}
     for call in reader.calls.values():
@@ -314,10 +323,11 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _series(name: str) -> str:
-    """What numbered siblings have in common: `stage.block` of `stage.block12`; an unnumbered name is its own."""
+    """What numbered siblings have in common: `stage.block` of `stage.block12`; another name is its own."""
     parent, _, child = name.rpartition(".")
     return f"{parent}.{re.split('[0-9]', child)[0]}"
 
 
 def _between(moments: list[int], start: int, end: int) -> int:
-    return bisect_left(moments, end) - bisect_right(moments, start)
+    """How many of the sorted moments lie between the two; 0 where `end` comes first."""
+    return max(0, bisect_left(moments, end) - bisect_right(moments, start))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from irgdistill.errors import UserError
@@ -97,7 +98,7 @@ def _by_depth(levels: list[Level], count: int) -> list[Level]:
     blocks = levels[0].blocks
     count = min(count, len(blocks))
     bounds = [round(i * len(blocks) / count) for i in range(count + 1)]
-    groups = [blocks[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    groups = [blocks[a:b] for a, b in pairwise(bounds)]
     return [replace(levels[0], entry=g[0] if len(g) > 1 else None, exit=g[-1], blocks=g) for g in groups]
 
 

@@ -18,7 +18,7 @@ LINE_EVERY = 30.0
 
 
 class Report:
-    """Terminal and metrics file of one run. All output of a run goes through here, on stderr, so stdout stays for results."""
+    """Terminal (stderr, so that stdout stays for results) and metrics file of one run."""
 
     def __init__(self, metrics: Path | None = None) -> None:
         self.console = Console(stderr=True, highlight=False)

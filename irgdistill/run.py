@@ -85,7 +85,12 @@ def print_plan(plan: Plan | None) -> None:
             size = f"{level.exit.height}×{level.exit.width}"
             name = pair.name if role == "teacher" else ""
             rows.append([name, role, first, level.exit.module, str(len(level.blocks)), str(level.exit.channels), size])
-    table("matched stages", ["stage", "network", "first block", "last block", "blocks", "width", "map"], rows, stdout=False)
+    table(
+        "matched stages",
+        ["stage", "network", "first block", "last block", "blocks", "width", "map"],
+        rows,
+        stdout=False,
+    )
     for note in plan.notes:
         Report().line(f"  {note}")
 
@@ -153,7 +158,7 @@ def _evaluate(network: Network, teacher: Network | None, data: DataConfig, confi
     splits = open_splits(data, val_only=True)
     if network.num_classes != len(splits.classes):
         raise UserError(
-            f"{network.name} has {network.num_classes} classes and {data.source} {len(splits.classes)}: nothing to compare"
+            f"{network.name} has {network.num_classes} classes, {data.source} has {len(splits.classes)}: not comparable"
         )
     if network.classes is not None and network.classes != splits.classes:
         raise UserError(f"the class names of {data.source} are not those that {network.name} was trained on")
@@ -177,7 +182,10 @@ def _print_results(results: list[dict[str, Any]]) -> None:
         "multiply-adds": ("macs", "{:,}"),
         "images/s": ("images_per_second", "{:,.0f}"),
     }
-    shown = {title: spec for title, spec in columns.items() if any(spec[0] in r for r in results)}
-    rows = [[r["name"], *(form.format(r[key]) for key, form in shown.values())] for r in results]
-    table(f"{results[0]['images']} images of {results[0]['data']}", ["network", *shown], rows)
-
+    rows = [
+        [title, *(form.format(result[key]) for result in results)]
+        for title, (key, form) in columns.items()
+        if all(key in result for result in results)
+    ]
+    names = [result["name"] for result in results]
+    table(f"{results[0]['images']:,} images of {results[0]['data']}", ["", *names], rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import random_seed
 
 from irgdistill.checkpoint import restore
 from irgdistill.config import Config
@@ -38,16 +39,17 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Build and check. Raises UserError for everything that can be refused before training."""
-    if not config.student.name:
+    name = config.student.name
+    if name is None:
         raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
     config = with_absolute_paths(config)
     splits = open_splits(config.data)
     teacher = build_teacher(config) if config.uses_teacher else None
     if teacher is not None:
         check_classes(config, teacher, splits.classes)
-    torch.manual_seed(config.seed)
+    random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
     student = build_network(
-        config.student.name,
+        name,
         num_classes=len(splits.classes),
         input_size=config.student.input_size,
         args=config.student.args,

@@ -13,11 +13,8 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
-from torch import Tensor
+from timm.utils import ModelEmaV3, random_seed
+from torch import Tensor, nn
 
 from irgdistill import __version__
 from irgdistill.checkpoint import (
@@ -31,11 +28,12 @@ from irgdistill.checkpoint import (
     timm_config,
     write_text,
 )
-from irgdistill.config import Config, dump
+from irgdistill.config import dump
 from irgdistill.data import BadImages, eval_loader, train_loader
-from irgdistill.errors import Interrupted, UserError, nearest
+from irgdistill.errors import Interrupted, UserError
 from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.losses import Batch, build_loss, gradient_shares
+from irgdistill.optim import build_mix, build_optimizer, build_scheduler
 from irgdistill.report import Report
 from irgdistill.setup import Setup, autocast, choose_device
 from irgdistill.taps import Tapped
@@ -57,6 +55,7 @@ class Trainer:
         self._build_loaders()
         self._build_optimizer()
         self.epoch = self.batch = self.update = 0
+        """Epochs done, batches of the next one done, updates done."""
         self.sums: dict[str, Tensor] = {}
         self.best: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
@@ -66,7 +65,7 @@ class Trainer:
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Raw images (B, 3, H, W), labels (B,) -> every raw term and the total; one backward, at a boundary one update."""
+        """Raw images (B, 3, H, W), labels (B,) -> total and raw terms. One backward; an update at a boundary."""
         images, targets = (images, labels) if self.mix is None else self.mix(images.float(), labels)
         with self.autocast:
             with torch.no_grad():
@@ -98,7 +97,7 @@ class Trainer:
         if not total.isfinite():
             guilty = ", ".join(f"{name} = {float(value)}" for name, value in raw.items() if not value.isfinite())
             raise UserError(
-                f"the loss is not finite at update {self.update + 1}, epoch {self.epoch + 1} ({guilty or float(total)}); "
+                f"the loss is not finite at update {self.update + 1}, epoch {self.epoch + 1} ({guilty or 'total'}); "
                 "the weights were not changed; a lower --lr, --clip-grad 1 or --amp none may help"
             )
 
@@ -128,6 +127,7 @@ class Trainer:
         write_text(self.folder.timm_config, json.dumps(config, indent=2) + "\n")
         if self.teacher is not None and self.config.teacher.check:
             self._check_teacher()
+        random_seed(self.config.seed)
         self._save_state()
 
     def resume(self) -> None:
@@ -160,7 +160,6 @@ class Trainer:
                 return
             if self.batch % self.accumulate == 0:
                 self._stop_if_asked()
-        self.batches = self.batch  # a stream that is shorter than it said
 
     def _log(self, images: int, seconds: float) -> None:
         self.seconds, self.images_seen = self.seconds + seconds, self.images_seen + images
@@ -289,20 +288,24 @@ class Trainer:
     # --- building -----------------------------------------------------------------------------------------------------
 
     def _build_networks(self) -> None:
-        setup, runtime, optim = self.setup, self.config.runtime, self.config.optim
-        tail = self.config.losses.edges.blocks if self.config.losses.weights()["edges"] > 0 else 1
-        plan, last = setup.plan, runtime.channels_last
-        model = setup.student.model.to(self.device, memory_format=torch.channels_last if last else None)
-        self.ema = None if optim.ema is None else ModelEmaV3(model, decay=optim.ema, use_warmup=True)
+        setup, config = self.setup, self.config
+        tail = config.losses.edges.blocks if config.losses.weights()["edges"] > 0 else 1
+        plan, last = setup.plan, config.runtime.channels_last
+        model = self._place(setup.student.model)
+        self.ema = None if config.optim.ema is None else ModelEmaV3(model, decay=config.optim.ema, use_warmup=True)
         view = setup.student.view().to(self.device)
         self.tapped = Tapped(model, view, plan.student_taps(tail) if plan else (), last)
         self.student = self._compiled(self.tapped)
         self.deployed = self.student if self.ema is None else Tapped(self.ema.module, view, (), last)
         self.teacher = None
         if setup.teacher is not None:
-            model = setup.teacher.model.to(self.device, memory_format=torch.channels_last if last else None)
-            tapped = Tapped(model, setup.teacher.view().to(self.device), plan.teacher_taps() if plan else (), last)
-            self.teacher = self._compiled(tapped.requires_grad_(False).eval())
+            model, view = self._place(setup.teacher.model), setup.teacher.view().to(self.device)
+            teacher = Tapped(model, view, plan.teacher_taps() if plan else (), last)
+            self.teacher = self._compiled(teacher.requires_grad_(False).eval())
+
+    def _place(self, model: nn.Module) -> nn.Module:
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.config.runtime.channels_last else model
 
     def _compiled(self, network: Tapped) -> Tapped:
         if not self.config.runtime.compile:
@@ -333,48 +336,13 @@ class Trainer:
             raise UserError(
                 f"--accumulate {self.accumulate}: an epoch has {len(self.train)} batches, at most that many accumulate"
             )
-        augment = config.augment
-        self.mix = None
-        if augment.mixup > 0 or augment.cutmix > 0:
-            if config.data.batch_size % 2:
-                raise UserError(f"mixup pairs images: --batch-size {config.data.batch_size} must be even")
-            self.mix = Mixup(
-                mixup_alpha=augment.mixup,
-                cutmix_alpha=augment.cutmix,
-                prob=augment.mix_prob,
-                label_smoothing=0.0,  # the cross-entropy term smooths
-                num_classes=len(setup.classes),
-            )
+        self.mix = build_mix(config.augment, config.data.batch_size, len(setup.classes))
 
     def _build_optimizer(self) -> None:
-        optim, schedule = self.config.optim, self.config.schedule
-        try:
-            self.optimizer = create_optimizer_v2(
-                self.tapped.model,
-                opt=optim.name,
-                lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                momentum=optim.momentum,
-            )
-        except ValueError:
-            known = timm.optim.list_optimizers()
-            raise UserError(f"unknown optimizer {optim.name!r}{nearest(optim.name, known)}") from None
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched="multistep" if schedule.name == "none" else schedule.name,
-            num_epochs=schedule.epochs,
-            decay_epochs=schedule.decay_epochs,
-            decay_milestones=schedule.milestones if schedule.name == "multistep" else [],
-            decay_rate=schedule.decay_rate,
-            min_lr=schedule.min_lr,
-            warmup_lr=schedule.warmup_lr,
-            warmup_epochs=schedule.warmup_epochs,
-            step_on_epochs=False,
-            updates_per_epoch=self.batches // self.accumulate,
-        )
-        self.scheduler.step_update(0)
-        fp16 = self.config.runtime.amp == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        config = self.config
+        self.optimizer = build_optimizer(self.tapped.model, config.optim)
+        self.scheduler = build_scheduler(self.optimizer, config.schedule, self.batches // self.accumulate)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.runtime.amp == "fp16")
 
     def _check_teacher(self) -> None:
         """Evaluate the teacher with its own preprocessing. Raises UserError near chance."""
@@ -382,7 +350,7 @@ class Trainer:
         assert teacher is not None and self.teacher is not None
         if teacher.num_classes != len(setup.classes):
             self.report.warn(
-                f"the teacher has {teacher.num_classes} classes, the data {len(setup.classes)}: its accuracy cannot be checked"
+                f"the teacher has {teacher.num_classes} classes, the data {len(setup.classes)}: accuracy not checked"
             )
             return
         loader = eval_loader(
@@ -400,6 +368,6 @@ class Trainer:
         self.report.line(f"teacher {teacher.name}: top-1 {top1:.2f} on {loader.images} validation images")
         if top1 < chance + 0.1 * (100 - chance):
             raise UserError(
-                f"the teacher reaches top-1 {top1:.1f} on this data, chance is {chance:.1f}: its classes may be in another order, "
-                "its mean/std or weights wrong; --skip-teacher-check trains all the same"
+                f"the teacher reaches top-1 {top1:.1f} on this data, chance is {chance:.1f}: its classes may be in "
+                "another order, its mean/std or weights wrong; --skip-teacher-check trains all the same"
             )

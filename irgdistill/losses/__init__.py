@@ -32,7 +32,7 @@ class DistillLoss:
 
 
 def build_loss(config: LossesConfig, plan: Plan | None) -> DistillLoss:
-    """The terms whose weight is above zero (cross-entropy always, for the record). Raises UserError where the plan offers nothing."""
+    """The terms with a weight, and cross-entropy. Raises UserError where the plan lacks what one needs."""
     weights = config.weights()
     on = {name for name, weight in weights.items() if weight > 0}
     terms: dict[str, Term] = {"ce": CrossEntropy(config.ce.label_smoothing)}

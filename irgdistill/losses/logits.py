@@ -1,4 +1,4 @@
-"""Terms on logits: cross-entropy, soft targets, regression. All are means, so that weights do not depend on the batch."""
+"""Terms on logits: cross-entropy, soft targets, regression. All are means: weights do not depend on the batch."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from irgdistill.taps import tap_name
 class Edges:
     """Teacher's last block against the student's last K blocks of the last stage, mean over the K and over (B, B).
 
-    K = 1 is the paper's one-to-one, more its one-to-many (section 3.2). Each loss is 2/B times the authors' Euclidean loss,
-    and its gradient 4/B times theirs, which pushes one end of each pair only.
+    K = 1 is the paper's one-to-one, more its one-to-many (section 3.2). Each loss is 2/B times the authors' Euclidean
+    loss, and its gradient 4/B times theirs, which pushes one end of each pair only.
     """
 
     def __init__(self, plan: Plan, blocks: int = 1) -> None:
@@ -33,8 +33,8 @@ class Edges:
 class Transformations:
     """First to last block of every stage, mean over the stages and over (B,). Section 3.3.
 
-    Only the B movements are compared, so the two networks may differ in width. 2/B times the authors' loss and gradient,
-    per stage.
+    Only the B movements are compared, so the two networks may differ in width. Per stage 2/B times the authors' loss
+    and gradient.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:

@@ -83,8 +83,8 @@ def build_network(
 ) -> Network:
     """Build `name`, with pretrained weights, with `weights` (loaded strictly), or from random ones.
 
-    `preprocessing` may hold mean, std, interpolation and crop_pct that override the network's own; `origin` names where the
-    weights come from. Raises UserError: unknown name (nearest ones), weights that do not fit, weights that cannot be fetched.
+    `preprocessing` may hold mean, std, interpolation and crop_pct that override the network's own; `origin` names where
+    the weights come from. Raises UserError: unknown name (nearest ones), weights that do not fit or cannot be fetched.
     """
     _check_name(name)
     args = dict(args or {})
@@ -98,7 +98,8 @@ def build_network(
         if not pretrained:
             raise UserError(f"{name} cannot be built: {_one_line(error)}") from None
         raise UserError(
-            f"no pretrained weights of {name} could be fetched ({_one_line(error)}); give them with --teacher-checkpoint FILE"
+            f"no pretrained weights of {name} could be fetched ({_one_line(error)}); "
+            "give them with --teacher-checkpoint FILE (eval: --checkpoint)"
         ) from None
     except TypeError as error:
         raise UserError(f"{name} does not accept the arguments {args}: {_one_line(error)}") from None

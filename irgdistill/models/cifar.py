@@ -1,8 +1,8 @@
 """Small CIFAR networks in the authors' shape, registered with timm: 3×3 stem, three stages at 32, 16 and 8 pixels.
 
-ResNets: He et al. 2016, section 4.2, with parameter-free shortcuts (every second pixel, channels padded with zeros); keys
-`conv1 bn1 layer{1,2,3}.{b}.{conv1,bn1,conv2,bn2} fc`. ShuffleNet: Zhang et al. 2018, width 0.5, 3 groups, its first stage
-at full resolution.
+ResNets: He et al. 2016, section 4.2, with parameter-free shortcuts (every second pixel, channels padded with zeros);
+keys `conv1 bn1 layer{1,2,3}.{b}.{conv1,bn1,conv2,bn2} fc`. ShuffleNet: Zhang et al. 2018, width 0.5, 3 groups, its
+first stage at full resolution.
 """
 
 from __future__ import annotations
@@ -198,49 +198,21 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    return build_model_with_cfg(cls, variant, pretrained, **kwargs)
+def _register(name: str, cls: type[nn.Module], summary: str, **defaults: Any) -> None:
+    """Register an entry point with timm under `name`."""
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> Any:
+        return build_model_with_cfg(cls, name, pretrained, **{**defaults, **kwargs})
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = summary
+    globals()[name] = register_model(entry)
 
 
-@register_model
-def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> Any:
-    """ResNet-20, 16/32/64, 0.27 M parameters."""
-    return _create(CifarResNet, "cifar_resnet20", pretrained, **kwargs)
-
-
-@register_model
-def cifar_resnet20_x0_5(pretrained: bool = False, **kwargs: Any) -> Any:
-    """ResNet-20 of half the width, 8/16/32."""
-    return _create(CifarResNet, "cifar_resnet20_x0_5", pretrained, **{"widths": (8, 16, 32), **kwargs})
-
-
-@register_model
-def cifar_resnet20_x0_375(pretrained: bool = False, **kwargs: Any) -> Any:
-    """ResNet-20 of 0.375 the width, 6/12/24."""
-    return _create(CifarResNet, "cifar_resnet20_x0_375", pretrained, **{"widths": (6, 12, 24), **kwargs})
-
-
-@register_model
-def cifar_resnet14_x0_5(pretrained: bool = False, **kwargs: Any) -> Any:
-    """ResNet-14 of half the width, 8/16/32."""
-    return _create(
-        CifarResNet, "cifar_resnet14_x0_5", pretrained, **{"blocks": 2, "widths": (8, 16, 32), **kwargs}
-    )
-
-
-@register_model
-def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> Any:
-    """ResNet-56, 16/32/64, 0.85 M parameters."""
-    return _create(CifarResNet, "cifar_resnet56", pretrained, **{"blocks": 9, **kwargs})
-
-
-@register_model
-def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> Any:
-    """ResNet-110, 16/32/64, 1.7 M parameters."""
-    return _create(CifarResNet, "cifar_resnet110", pretrained, **{"blocks": 18, **kwargs})
-
-
-@register_model
-def cifar_shufflenet_x0_5(pretrained: bool = False, **kwargs: Any) -> Any:
-    """ShuffleNet 0.5×, 3 groups, 120/240/480, about 0.24 M parameters."""
-    return _create(CifarShuffleNet, "cifar_shufflenet_x0_5", pretrained, **kwargs)
+_register("cifar_resnet20", CifarResNet, "ResNet-20, 16/32/64, 0.27 M parameters.")
+_register("cifar_resnet20_x0_5", CifarResNet, "ResNet-20 of half the width, 8/16/32.", widths=(8, 16, 32))
+_register("cifar_resnet20_x0_375", CifarResNet, "ResNet-20 of 0.375 the width, 6/12/24.", widths=(6, 12, 24))
+_register("cifar_resnet14_x0_5", CifarResNet, "ResNet-14 of half the width, 8/16/32.", blocks=2, widths=(8, 16, 32))
+_register("cifar_resnet56", CifarResNet, "ResNet-56, 16/32/64, 0.85 M parameters.", blocks=9)
+_register("cifar_resnet110", CifarResNet, "ResNet-110, 16/32/64, 1.7 M parameters.", blocks=18)
+_register("cifar_shufflenet_x0_5", CifarShuffleNet, "ShuffleNet 0.5×, 3 groups, 120/240/480, 0.24 M parameters.")

@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all their own set-up; PYTHON chooses the interpreter, VENV the environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNS ?= runs/demo
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+$(VENV)/.package: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[digits]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# A small teacher, the student alone, the student distilled: one table.
+demo: $(VENV)/.package
+	rm -rf $(RUNS)
+	$(BIN)/irgdistill distill --preset quickstart --method none --student cifar_resnet20 --output $(RUNS)/teacher
+	$(BIN)/irgdistill distill --preset quickstart --method none --student cifar_resnet14_x0_5 --output $(RUNS)/alone
+	$(BIN)/irgdistill distill --preset quickstart --student cifar_resnet14_x0_5 \
+		--teacher-checkpoint $(RUNS)/teacher/best.safetensors --output $(RUNS)/distilled
+	$(BIN)/irgdistill eval $(RUNS)/teacher $(RUNS)/alone $(RUNS)/distilled --against $(RUNS)/teacher
+
+test: $(VENV)/.dev
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

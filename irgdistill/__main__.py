@@ -1,0 +1,5 @@
+"""`python -m irgdistill`"""
+
+from irgdistill.cli import main
+
+main()

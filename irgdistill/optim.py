@@ -1,0 +1,59 @@
+"""Optimizer, schedule and mixing of images, from configuration, through timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torch.optim import Optimizer
+
+from irgdistill.config import AugmentConfig, OptimConfig, ScheduleConfig
+from irgdistill.errors import UserError, nearest
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """Weight decay leaves out biases and normalisation. Raises UserError on an unknown name."""
+    known = [str(name) for name in list_optimizers()]
+    if config.name not in known:
+        raise UserError(f"unknown optimizer {config.name!r}{nearest(config.name, known)}")
+    optimizer: Optimizer = create_optimizer_v2(
+        model, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+    return optimizer
+
+
+def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Any:
+    """A timm scheduler that is a function of the update alone: `step_update(n)` sets the rate of update n."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="multistep" if config.name == "none" else config.name,
+        num_epochs=config.epochs,
+        decay_epochs=config.decay_epochs,
+        decay_milestones=config.milestones if config.name == "multistep" else [],
+        decay_rate=config.decay_rate,
+        min_lr=config.min_lr,
+        warmup_lr=config.warmup_lr,
+        warmup_epochs=config.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    scheduler.step_update(0)
+    return scheduler
+
+
+def build_mix(config: AugmentConfig, batch_size: int, num_classes: int) -> Any:
+    """timm's mixup and cutmix on a batch of raw images, or None. Raises UserError on an odd batch."""
+    if config.mixup == 0 and config.cutmix == 0:
+        return None
+    if batch_size % 2:
+        raise UserError(f"mixup pairs images: --batch-size {batch_size} must be even")
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mix_prob,
+        label_smoothing=0.0,  # the cross-entropy term smooths
+        num_classes=num_classes,
+    )

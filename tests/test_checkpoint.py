@@ -1,0 +1,147 @@
+"""What lies on disk: exact keys, metadata, atomic files, states."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from irgdistill import checkpoint
+from irgdistill.checkpoint import RunFolder, load_state, read_metadata, restore, save_state, save_tensors
+from irgdistill.errors import UserError
+from irgdistill.models import build_network
+
+CLASSES = ["a", "b", "c"]
+
+
+def save(path: Path, name: str = "cifar_resnet14_x0_5", **options: object) -> nn.Module:
+    network = build_network(name, num_classes=3, **options)  # type: ignore[arg-type]
+    save_tensors(path, network.model.state_dict(), checkpoint.describe(network, CLASSES))
+    return network.model
+
+
+def test_a_checkpoint_describes_itself(tmp_path: Path) -> None:
+    model = save(tmp_path / "c.safetensors", input_size=(24, 24))
+    assert set(load_file(tmp_path / "c.safetensors")) == set(model.state_dict())
+    network, metadata = restore(tmp_path / "c.safetensors")
+    assert network.architecture == "cifar_resnet14_x0_5" and network.classes == CLASSES
+    assert network.size == (24, 24) and network.num_classes == 3
+    assert metadata["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    for key, value in network.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key])
+    with pytest.raises(UserError, match="holds a cifar_resnet14_x0_5, not a resnet18"):
+        restore(tmp_path / "c.safetensors", "resnet18")
+
+
+def test_files_are_readable_by_others(tmp_path: Path) -> None:
+    save(tmp_path / "c.safetensors")
+    assert (tmp_path / "c.safetensors").stat().st_mode & 0o444 == 0o444
+
+
+BARE = """
+import sys, timm, torch
+model = timm.create_model({name!r}, num_classes=3, checkpoint_path={path!r}, **{args!r})
+print(float(model.eval()(torch.ones(1, 3, {size}, {size})).sum()))
+local = timm.create_model('local-dir:' + {folder!r}, pretrained=True)
+print(float(local.eval()(torch.ones(1, 3, {size}, {size})).sum()))
+assert 'irgdistill' not in sys.modules
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("mobilenetv3_small_050", 64), ("vit_tiny_patch16_224", 64)])
+def test_the_student_is_a_plain_timm_model_in_a_bare_process(tmp_path: Path, name: str, size: int) -> None:
+    torch.manual_seed(0)
+    network = build_network(name, num_classes=3, input_size=(size, size))
+    folder = RunFolder(tmp_path / "run")
+    folder.create(overwrite=False)
+    for path in (folder.best, folder.last):
+        save_tensors(path, network.model.state_dict(), checkpoint.describe(network, CLASSES))
+    folder.timm_config.write_text(json.dumps(checkpoint.timm_config(network, CLASSES)))
+    expected = network.model.eval()(torch.ones(1, 3, size, size)).sum().item()
+    code = BARE.format(name=name, path=str(folder.best), folder=str(folder.path), size=size, args=network.args)
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert [float(line) for line in output.split()] == pytest.approx([expected, expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, 5000])
+def test_truncated_files_are_one_line(tmp_path: Path, size: int) -> None:
+    save(tmp_path / "c.safetensors")
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes((tmp_path / "c.safetensors").read_bytes()[:size])
+    with pytest.raises(UserError, match="truncated or no safetensors file") as error:
+        restore(path)
+    assert "\n" not in str(error.value)
+
+
+def test_newer_formats_are_refused(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "c.safetensors", {"x": torch.ones(1)}, {"format": 99})
+    with pytest.raises(UserError, match="newer irgdistill"):
+        read_metadata(tmp_path / "c.safetensors")
+
+
+def test_foreign_safetensors_have_no_metadata(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "f.safetensors")
+    assert read_metadata(tmp_path / "f.safetensors") is None
+    with pytest.raises(UserError, match="no file"):
+        read_metadata(tmp_path / "missing.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    checkpoint.write_text(path, "old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {"optimizer": optimizer.state_dict(), "none": None, "best": {}, "list": [1, 2.5, "x"], "t": torch.arange(3)}
+    save_state(tmp_path / "s.safetensors", state)
+    loaded = load_state(tmp_path / "s.safetensors")
+    assert loaded["list"] == [1, 2.5, "x"] and loaded["none"] is None and loaded["best"] == {}
+    other = torch.optim.AdamW(nn.Linear(3, 2).parameters(), lr=9.0)
+    other.load_state_dict(loaded["optimizer"])
+    assert other.param_groups[0]["lr"] == 0.1
+    for key, value in optimizer.state_dict()["state"][0].items():
+        assert torch.equal(other.state_dict()["state"][0][key], value)
+
+
+def test_random_states_come_back(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    save_state(tmp_path / "s.safetensors", {"random": checkpoint.random_states()})
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    checkpoint.restore_random_states(load_state(tmp_path / "s.safetensors")["random"])
+    assert (random.random(), np.random.rand()) == expected[:2] and torch.equal(torch.rand(1), expected[2])
+
+
+def test_another_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    folder.create(overwrite=False)
+    folder.config.write_text("seed: 0")
+    with pytest.raises(UserError, match=r"unfinished run; .*--resume"):
+        folder.create(overwrite=False)
+    folder.summary.write_text("{}")
+    with pytest.raises(UserError, match="finished run; give another --output or --overwrite"):
+        folder.create(overwrite=False)
+    folder.create(overwrite=True)
+    assert not folder.config.exists() and (tmp_path / "notes.txt").read_text() == "mine"

@@ -1,0 +1,346 @@
+"""The real commands, in-process, on small real data: what they leave, and what they say when they cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Result, write_images
+from safetensors.torch import load_file, save_file
+
+from irgdistill.checkpoint import read_metadata
+
+Run = Callable[..., Result]
+SMALL = ("--input-size", 16, "--workers", 0, "--batch-size", 24, "--set", "runtime.log_every=1", "--seed", 3)
+
+
+def records(run_folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of the three colours, trained through the command line."""
+    from irgdistill.cli import main
+
+    root = tmp_path_factory.mktemp("teacher")
+    write_images(root / "data" / "train", {"red": 24, "green": 24, "blue": 24})
+    write_images(root / "data" / "val", {"red": 8, "green": 8, "blue": 8}, seed=1)
+    options = ["--data", root / "data", "--student", "cifar_resnet14_x0_5", "--method", "none", "--epochs", 3, *SMALL]
+    before, sys.argv = sys.argv, ["irgdistill", "distill", *map(str, options), "--output", str(root / "run")]
+    try:
+        main()
+    except SystemExit as error:
+        assert not error.code
+    finally:
+        sys.argv = before
+    return root / "run"
+
+
+def distill(run: Run, teacher: Path, folder: Path, output: Path, *options: object) -> Result:
+    checkpoint = ("--teacher-checkpoint", teacher / "best.safetensors")
+    student = ("--student", "cifar_resnet14_x0_5", "--data", folder, "--output", output)
+    return run("distill", *checkpoint, *student, *SMALL, *options)
+
+
+def test_distil_then_eval_without_another_flag(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    result = distill(run, teacher, folder, output, "--epochs", 2, "--set", "runtime.share_every=2")
+    assert result.code == 0, result.err
+    assert {path.name for path in output.iterdir()} == {
+        "best.safetensors",
+        "last.safetensors",
+        "config.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "state",
+    }
+    assert "matched stages" in result.err and "teacher cifar_resnet14_x0_5: top-1" in result.err
+
+    train = records(output, "train")
+    assert len(train) == 6 and set(train[0]["terms"]) == {"ce", "kd", "logits", "edges", "transform"}
+    weights = {"ce": 1, "kd": 1, "logits": 0.1, "edges": 5, "transform": 1}
+    assert train[0]["loss"] == pytest.approx(sum(weights[k] * v for k, v in train[0]["terms"].items()), rel=1e-5)
+    assert all(sum(r["share"].values()) == pytest.approx(1) for r in records(output, "gradient"))
+    assert len(records(output, "gradient")) == 3
+
+    summary = json.loads((output / "summary.json").read_text())
+    assert {"top1", "top5", "epoch", "seconds", "images_per_second"} <= set(summary)
+    metadata = read_metadata(output / "best.safetensors")
+    assert metadata is not None
+    assert metadata["classes"] == ["blue", "green", "red"] and metadata["seed"] == 3
+    assert metadata["teacher"]["architecture"] == "cifar_resnet14_x0_5" and len(metadata["plan"]["pairs"]) == 3
+    assert {"torch", "timm", "irgdistill"} <= set(metadata["versions"])
+
+    evaluated = run("eval", output, "--json")
+    values = json.loads(evaluated.out)
+    assert {"top1", "top5", "loss", "images", "params", "macs", "images_per_second"} <= set(values)
+    assert values["top1"] == pytest.approx(summary["top1"]) and values["images"] == 24
+
+    against = json.loads(run("eval", output / "best.safetensors", "--against", teacher, "--json").out)
+    assert 0 <= against["agreement"] <= 100 and against["kl"] >= 0
+    table = run("eval", output, teacher)
+    assert table.code == 0 and "top-1 %" in table.out
+
+
+def test_the_saved_student_has_exactly_the_networks_keys(teacher: Path) -> None:
+    import timm
+
+    model = timm.create_model("cifar_resnet14_x0_5", num_classes=3)
+    assert set(load_file(teacher / "best.safetensors")) == set(model.state_dict())
+
+
+def test_a_seed_fixes_every_number(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
+    weights = []
+    for name, workers in (("a", 0), ("b", 2)):
+        result = distill(run, teacher, folder, tmp_path / name, "--epochs", 1, "--mixup", 0.2, "--workers", workers)
+        assert result.code == 0, result.err
+        weights.append(load_file(tmp_path / name / "last.safetensors"))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "mtk", "--edge-blocks", 2, "--ema", 0.9, "--clip-grad", 1, "--accumulate", 3),
+        ("--method", "irg", "--amp", "bf16", "--channels-last", "--opt", "adamw", "--lr", 0.001),
+        (
+            "--method",
+            "kd",
+            "--cutmix",
+            1,
+            "--auto-augment",
+            "rand-m3",
+            "--label-smoothing",
+            0.1,
+            "--set",
+            "augment.erase=1",
+        ),
+        ("--teacher-input-size", 32, "--method", "irg+kd", "--set", "schedule.name=multistep"),
+    ],
+)
+def test_the_usual_machinery(
+    run: Run, teacher: Path, folder: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    result = distill(run, teacher, folder, tmp_path / "run", "--epochs", 1, *options)
+    assert result.code == 0, result.err
+    assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "run/last.safetensors").values())
+
+
+def test_a_stopped_run_goes_on_to_the_same_student(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
+    """Stopped by a signal in the middle of an epoch, with dropout, mixup and EMA: bit for bit the same weights."""
+    from irgdistill.trainer import Trainer
+
+    options = ("--epochs", 2, "--mixup", 0.3, "--ema", 0.9, "--set", "student.args={drop_rate: 0.2}")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert distill(run, teacher, folder, whole, *options).code == 0
+
+    step, calls = Trainer.train_step, []
+
+    def interrupted(self: Trainer, *batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        result = distill(run, teacher, folder, parts, *options)
+    assert result.code == 130
+    assert f"go on with: irgdistill distill --resume {parts}" in result.err
+    assert "Traceback" not in result.err and (parts / "last.safetensors").exists()
+
+    resumed = run("distill", "--resume", parts)
+    assert resumed.code == 0, resumed.err
+    for name in ("last", "best"):
+        a, b = load_file(whole / f"{name}.safetensors"), load_file(parts / f"{name}.safetensors")
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    strip = lambda r: {key: value for key, value in r.items() if key != "images_per_second"}  # noqa: E731
+    for kind in ("train", "eval"):
+        assert list(map(strip, records(whole, kind))) == list(map(strip, records(parts, kind)))
+
+    again = run("distill", "--resume", parts)
+    assert again.code == 2 and "holds a finished run" in again.err
+
+
+def test_networks_of_other_sizes_and_classes(run: Run, folder: Path, tmp_path: Path) -> None:
+    """A teacher with a head for other classes and its own input size: terms on logits are refused, relations work."""
+    import timm
+
+    save_file(timm.create_model("cifar_resnet20", num_classes=7).state_dict(), tmp_path / "seven.safetensors")
+    options = ("distill", "--teacher", "cifar_resnet20", "--teacher-checkpoint", tmp_path / "seven.safetensors")
+    options += (
+        "--student",
+        "cifar_shufflenet_x0_5",
+        "--data",
+        folder,
+        *SMALL,
+        "--epochs",
+        1,
+        "--teacher-input-size",
+        32,
+    )
+    refused = run(*options, "--output", tmp_path / "run")
+    assert refused.code == 2 and "the teacher has 7 classes and the data 3" in refused.err
+    assert "--set losses.kd.weight=0 --set losses.logits.weight=0" in refused.err
+    assert not (tmp_path / "run").exists()
+    allowed = run(
+        *options, "--output", tmp_path / "run", "--set", "losses.kd.weight=0", "--set", "losses.logits.weight=0"
+    )
+    assert allowed.code == 0, allowed.err
+    assert set(records(tmp_path / "run", "train")[0]["terms"]) == {"ce", "edges", "transform"}
+
+
+def test_a_teacher_near_chance_stops_the_run(run: Run, folder: Path, tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    save_file(timm.create_model("cifar_resnet20", num_classes=3).state_dict(), tmp_path / "raw.safetensors")
+    options = ("distill", "--teacher", "cifar_resnet20", "--teacher-checkpoint", tmp_path / "raw.safetensors")
+    options += ("--student", "cifar_resnet14_x0_5", "--data", folder, *SMALL, "--epochs", 1)
+    stopped = run(*options, "--output", tmp_path / "a")
+    assert stopped.code == 2 and "chance is 33.3" in stopped.err and "--skip-teacher-check" in stopped.err
+    assert run(*options, "--output", tmp_path / "b", "--skip-teacher-check").code == 0
+
+
+def test_dry_run_shows_configuration_and_plan_and_leaves_nothing(
+    run: Run, teacher: Path, folder: Path, tmp_path: Path
+) -> None:
+    result = distill(run, teacher, folder, tmp_path / "run", "--dry-run")
+    assert result.code == 0, result.err
+    assert "temperature: 4.0" in result.out and "layer3.1" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_overwritten(run: Run, teacher: Path, folder: Path) -> None:
+    before = (teacher / "best.safetensors").read_bytes()
+    result = distill(run, teacher, folder, teacher)
+    assert result.code == 2 and "holds a finished run; give another --output or --overwrite" in result.err
+    assert (teacher / "best.safetensors").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+    run: Run, teacher: Path, folder: Path, tmp_path: Path
+) -> None:
+    result = distill(run, teacher, folder, tmp_path / "run", "--epochs", 3, "--lr", 1e18, "--method", "kd")
+    assert result.code == 2 and "the loss is not finite at update" in result.err and "kd = " in result.err
+
+
+def test_bad_images_are_named_and_counted(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
+    (folder / "train" / "red" / "000.png").write_bytes(b"broken")
+    result = distill(run, teacher, folder, tmp_path / "a", "--epochs", 1)
+    assert result.code == 0 and "unreadable image skipped (1 of 10 allowed)" in result.err and "000.png" in result.err
+    result = distill(run, teacher, folder, tmp_path / "b", "--epochs", 2, "--max-bad-images", 0)
+    assert result.code == 2 and "1 unreadable images, 0 allowed (--max-bad-images)" in result.err
+
+
+def test_data_that_moved_is_asked_for(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
+    distill(run, teacher, folder, tmp_path / "run", "--epochs", 1)
+    folder.rename(tmp_path / "moved")
+    result = run("eval", tmp_path / "run")
+    assert result.code == 2 and "say where it is with --data" in result.err
+    assert run("eval", tmp_path / "run", "--data", tmp_path / "moved").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("distill",), "no student: give --student NAME"),
+        (("distill", "--student", "resnet18"), "no data: give --data"),
+        (("distill", "--student", "resnet18", "--data", "digits"), "needs a teacher: give --teacher NAME"),
+        (("distill", "--student", "resnt18", "--data", "digits", "--method", "none"), "did you mean resnet18"),
+        (("distill", "--student", "resnet18", "--data", "digits", "--method", "nonne"), "did you mean none"),
+        (("distill", "--set", "losses.kd.wieght=1"), "did you mean losses.kd.weight"),
+        (("distill", "--preset", "quikstart"), "did you mean quickstart"),
+        (
+            ("distill", "--preset", "quickstart", "--student", "cifar_resnet20", "--teacher", "cifar_resnet56"),
+            "--teacher-checkpoint",
+        ),
+        (
+            (
+                "distill",
+                "--preset",
+                "quickstart",
+                "--method",
+                "none",
+                "--student",
+                "cifar_resnet20",
+                "--batch-size",
+                "5000",
+            ),
+            "larger",
+        ),
+        (
+            ("distill", "--preset", "quickstart", "--method", "none", "--student", "cifar_resnet20", "--opt", "sgdd"),
+            "did you mean sgd",
+        ),
+        (
+            ("distill", "--preset", "quickstart", "--method", "none", "--student", "cifar_resnet20", "--device", "tpu"),
+            "--device tpu",
+        ),
+        (("distill", "--resume", "nowhere"), "holds no run that can be resumed"),
+        (("distill", "--resume", "nowhere", "--epochs", "3"), "cannot change schedule.epochs"),
+        (("distill", "--resume", "nowhere", "--overwrite"), "leave out"),
+        (("eval", "nowhere.safetensors"), "no file nowhere.safetensors"),
+        (("eval", "resnet1O1"), "unknown model"),
+        (("eval", "cifar_resnet20", "--checkpoint", "x.safetensors"), "no file x.safetensors"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    run: Run, arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.code == 2
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("irgdistill: ") and message in lines[0]
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_foreign_and_truncated_checkpoints(run: Run, teacher: Path, tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    foreign = run("eval", tmp_path / "foreign.safetensors")
+    assert foreign.code == 2 and "was not written by irgdistill" in foreign.err
+    (tmp_path / "cut.safetensors").write_bytes((teacher / "best.safetensors").read_bytes()[:3000])
+    cut = run("eval", tmp_path / "cut.safetensors")
+    assert cut.code == 2 and "truncated" in cut.err and cut.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["distill", "--help"], ["distill", "--nonsense"], ["nope"]]
+)
+def test_help_version_and_usage_errors_start_without_torch(arguments: list[str]) -> None:
+    code = "\n".join(
+        [
+            f"import sys; sys.argv[1:] = {arguments!r}",
+            "from irgdistill.cli import main",
+            "try: main()",
+            "except SystemExit as end: code = end.code",
+            "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)",
+            "sys.exit(code)",
+        ]
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == (2 if arguments[-1] in ("--nonsense", "nope") else 0), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_is_quick() -> None:
+    """Best of five, in its own process."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "irgdistill", "--version"], capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5

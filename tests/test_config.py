@@ -1,0 +1,93 @@
+"""Presets, precedence, validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from irgdistill.config import dump, keys, load_config, presets, validate
+from irgdistill.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_preset_file_is_found_and_loads() -> None:
+    assert set(presets()) == {path.stem for path in (ROOT / "presets").rglob("*.yaml")}
+    assert {
+        "quickstart",
+        "cifar10-paper",
+        "cifar100-paper",
+        "cifar100-coarse-paper",
+        "imagenet-paper",
+        "imagenet-modern",
+    } <= set(presets())
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_are_valid(name: str) -> None:
+    config = load_config(name)
+    assert config.uses_teacher
+    assert validate(yaml.safe_load(dump(config))) == config
+
+
+def test_the_paper_preset_states_the_authors_weights() -> None:
+    """0.005 on Σ(a-b)²/(2N) at B = 64: 0.16 of a mean, half of that for the edge gradient, three stages in one mean."""
+    weights = load_config("cifar10-paper").losses.weights()
+    assert weights["edges"] == pytest.approx(0.005 * 64 / 2 / 2)
+    assert weights["transform"] == pytest.approx(0.005 * 64 / 2 * 3)
+    assert "0.005" in presets()["cifar10-paper"].read_text()
+
+
+def test_later_wins_preset_then_set_then_flag(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("seed: 1\nschedule: {epochs: 1, min_lr: 0.001}\noptim: {lr: 1.0}\n")
+    config = load_config(str(preset), ["schedule.epochs=2", "optim.lr=2"], {"optim.lr": 3.0})
+    assert (config.seed, config.schedule.epochs, config.optim.lr, config.schedule.min_lr) == (1, 2, 3.0, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("losses.kd.temprature=2", "unknown key 'losses.kd.temprature'; did you mean losses.kd.temperature"),
+        ("schedule.epoch=2", "did you mean schedule.epochs"),
+        ("optim.lr.x=2", "optim.lr = {'x': 2}"),
+        ("optim.lr=fast", "optim.lr = 'fast'"),
+        ("optim.lr=-1", "greater than 0"),
+        ("method=irgkd", "expected 'none', 'kd', 'irg', 'mtk' or 'irg+kd'; did you mean irg+kd"),
+        ("data.val_fraction=1.5", "data.val_fraction = 1.5"),
+        ("losses.edges.weight=.nan", "finite"),
+        ("student.input_size=abc", "student.input_size"),
+        ("noequals", "expected key.path=value"),
+    ],
+)
+def test_bad_settings_are_named(setting: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(settings=[setting])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_preset_gets_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no preset 'cifar10-papr'; did you mean cifar10-paper"):
+        load_config("cifar10-papr")
+
+
+def test_broken_preset_file(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(str(bad))
+    bad.write_text("- 1\n")
+    with pytest.raises(UserError, match="must hold a mapping"):
+        load_config(str(bad))
+
+
+@pytest.mark.parametrize("given", [224, "224", "224x224", [224, 224]])
+def test_sizes(given: object) -> None:
+    assert load_config(flags={"student.input_size": given}).student.input_size == (224, 224)
+
+
+def test_every_key_has_a_docstring_where_it_needs_one() -> None:
+    assert "losses.kd.temperature" in set(keys())
+    assert len(set(keys())) == len(list(keys()))
