@@ -95,7 +95,7 @@ class Trainer:
 
     def _refuse_non_finite(self, total: Tensor, raw: dict[str, Tensor]) -> None:
         if not total.isfinite():
-            guilty = ", ".join(f"{name} = {float(value)}" for name, value in raw.items() if not value.isfinite())
+            guilty = ", ".join(f"{name} = {value.item()}" for name, value in raw.items() if not value.isfinite())
             raise UserError(
                 f"the loss is not finite at update {self.update + 1}, epoch {self.epoch + 1} ({guilty or 'total'}); "
                 "the weights were not changed; a lower --lr, --clip-grad 1 or --amp none may help"

@@ -26,8 +26,8 @@ def tensor(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
 def close(value: Tensor, golden: Tensor, exact: Tensor, kind: str, tolerance: float) -> None:
     """To the tolerance of the authors' numbers.
 
-    Features near 100 lose 4e-6 when they are rounded to float32, before anything is computed. So in float32 the offset
-    cases meet the tolerance against float64 on the same rounded features, and the authors' numbers within that rounding.
+    Features near 100 lose 4e-6 when they are rounded to float32, before anything is computed. So in float32 the
+    offset cases meet the tolerance against float64 on the same rounded features, and the authors' numbers within that rounding.
     """
     rounded = kind == "offset" and value.dtype == torch.float32
     torch.testing.assert_close(value.double(), exact, atol=tolerance, rtol=0)
