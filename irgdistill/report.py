@@ -9,12 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 LINE_EVERY = 30.0
 """Seconds between two lines of the plain log within an epoch."""
+
+
+class _Bar(Progress):
+    """A progress bar with a line of text below it."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.below)
 
 
 class Report:
@@ -23,7 +34,7 @@ class Report:
     def __init__(self, metrics: Path | None = None) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.metrics = metrics
-        self._progress: Progress | None = None
+        self._progress: _Bar | None = None
         self._task: TaskID | None = None
         self._last_line = time.monotonic()
 
@@ -59,24 +70,24 @@ class Report:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=20),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[terms]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, speed_estimate_period=120) as self._progress:
-            self._task = self._progress.add_task("starting", total=total, completed=done, terms="")
+        with _Bar(*columns, console=self.console, speed_estimate_period=120) as self._progress:
+            self._task = self._progress.add_task("starting", total=total, completed=done)
             yield
         self._progress = None
 
     def advance(self, done: int, epoch: str, terms: Mapping[str, float], images_per_second: float) -> None:
         """Show where the run is; called at every log interval."""
-        text = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+        text = "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
         text += f"  {images_per_second:,.0f} img/s"
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, description=epoch, terms=text)
+            self._progress.below = text
+            self._progress.update(self._task, completed=done, description=epoch)
         elif time.monotonic() - self._last_line > LINE_EVERY:
             self._last_line = time.monotonic()
             self.line(f"{epoch}  {text}")

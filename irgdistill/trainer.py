@@ -179,6 +179,8 @@ class Trainer:
             }
         )
         title = f"epoch {self.epoch + 1}/{self.config.schedule.epochs}"
+        if self.best:
+            title += f"  top-1 {self.last['top1']:.2f} (best {self.best['top1']:.2f})"
         self.report.advance(self._done(), title, means, images / seconds)
 
     def _end_epoch(self, metrics: Metrics) -> None:

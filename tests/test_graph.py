@@ -27,7 +27,8 @@ def close(value: Tensor, golden: Tensor, exact: Tensor, kind: str, tolerance: fl
     """To the tolerance of the authors' numbers.
 
     Features near 100 lose 4e-6 when they are rounded to float32, before anything is computed. So in float32 the
-    offset cases meet the tolerance against float64 on the same rounded features, and the authors' numbers within that rounding.
+    offset cases meet the tolerance against float64 on the same rounded features, and the authors' numbers within that
+    rounding.
     """
     rounded = kind == "offset" and value.dtype == torch.float32
     torch.testing.assert_close(value.double(), exact, atol=tolerance, rtol=0)
