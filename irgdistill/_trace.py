@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -91,18 +91,26 @@ def dry_run(model: nn.Module, input_size: tuple[int, int, int]) -> Trace:
     Raises whatever the model's forward raises, and RuntimeError where the output is independent of the image.
     """
     with torch.inference_mode(False), torch.enable_grad(), _eval_mode(model):
-        state = {
-            name: torch.empty_like(tensor, device="meta", requires_grad=False)
-            for name, tensor in chain(model.named_parameters(), model.named_buffers())
-        }
+        state = {name: torch.empty_like(tensor, device="meta", requires_grad=False) for name, tensor in _slots(model)}
         dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
         image = torch.empty((BATCH, *input_size), dtype=dtype, device="meta", requires_grad=True)
         with _recorded(model) as calls:
-            output = functional_call(model, state, (image,))
+            output = functional_call(model, state, (image,), tie_weights=False)
     roots = list({tensor.grad_fn: None for tensor in _tensors(output) if tensor.grad_fn is not None})
     if not roots:
         raise RuntimeError("the output does not depend on the image")
     return Trace(image, calls, roots, _cuts(roots))
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every place that holds a parameter or a buffer, under one name.
+
+    A place with two names (its module is used in two others) comes once, or `functional_call` would leave the
+    meta tensor in it. A parameter in two places comes twice.
+    """
+    for prefix, module in model.named_modules():
+        yield from module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+        yield from module.named_buffers(prefix, recurse=False, remove_duplicate=False)
 
 
 def _cuts(roots: list[Node]) -> set[Node]:

@@ -33,6 +33,10 @@ FLAGS = {
     "max_bad_images": "data.max_bad_images",
     "batch_size": "data.batch_size",
     "workers": "data.workers",
+    "levels": "matching.levels",
+    "skip_level": "matching.skip",
+    "taps_teacher": "matching.taps_teacher",
+    "taps_student": "matching.taps_student",
     "method": "method",
     "kd_weight": "losses.kd.weight",
     "logits_weight": "losses.logits.weight",
@@ -63,7 +67,7 @@ FLAGS = {
 MOVABLE = {"data.source", "data.root", "data.workers", "teacher.checkpoint", "runtime.device"}
 """What may change when a run goes on: where things are, never what is computed."""
 
-NETWORKS, DATA, METHOD, TRAINING, RUNTIME = "Networks", "Data", "Method", "Training", "Run"
+NETWORKS, DATA, MATCHING, METHOD, TRAINING, RUNTIME = "Networks", "Data", "Matching", "Method", "Training", "Run"
 
 
 def _version(wanted: bool) -> None:
@@ -106,6 +110,10 @@ def distill(
     max_bad_images: Annotated[int | None, _option(DATA, help="Unreadable images to skip (10).")] = None,
     batch_size: Annotated[int | None, _option(DATA, help="Images per step, the graph's size (128).")] = None,
     workers: Annotated[int | None, _option(DATA, help="Loader processes (1); the result is the same.")] = None,
+    levels: Annotated[int | None, _option(MATCHING, help="Match by depth, in at most so many stages.")] = None,
+    skip_level: Annotated[list[int] | None, _option(MATCHING, help="Leave out /N; may be repeated.")] = None,
+    taps_teacher: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    taps_student: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
     method: Annotated[str | None, _option(METHOD, help="none, kd, irg, mtk or irg+kd (default).")] = None,
     kd_weight: Annotated[float | None, _option(METHOD, help="Soft targets.")] = None,
     logits_weight: Annotated[float | None, _option(METHOD, help="Logit regression.")] = None,
@@ -174,6 +182,52 @@ def _resume(folder: Path, given: dict[str, Any]) -> None:
     from irgdistill.run import resume
 
     resume(folder, given)
+
+
+@app.command(name="inspect-graph")
+def inspect_graph(
+    teacher: Annotated[str, typer.Option(help="timm name.")],
+    student: Annotated[str, typer.Option(help="timm name.")],
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Show which stages meet; no data, no weights.")
+    ] = False,
+    teacher_input_size: Annotated[str | None, typer.Option(help="224 or 256x192.")] = None,
+    input_size: Annotated[str | None, typer.Option(help="The student's.")] = None,
+    levels: Annotated[int | None, typer.Option(help="Match by depth, in at most so many stages.")] = None,
+    skip_level: Annotated[list[int] | None, typer.Option(help="Leave out /N; may be repeated.")] = None,
+    taps_teacher: Annotated[str | None, typer.Option(help="Blocks that end the stages: NAME,NAME.")] = None,
+    taps_student: Annotated[str | None, typer.Option(help="Blocks that end the stages: NAME,NAME.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show which stages of two networks meet, and why.
+
+    Example: irgdistill inspect-graph --plan-only --teacher resnet50 --student mobilenetv2_100
+    """
+    from irgdistill.config import load_config
+
+    if not plan_only:
+        raise UserError("inspect-graph shows the plan so far: add --plan-only")
+    sizes = {"teacher.input_size": teacher_input_size, "student.input_size": input_size}
+    given = {FLAGS[name]: value for name, value in locals().items() if name in FLAGS and value is not None}
+    config = load_config(flags=given | {key: value for key, value in sizes.items() if value is not None})
+
+    from irgdistill.run import show_plan
+
+    show_plan(config, as_json)
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(metavar="[FILTER]", help="Such as resnet or mobilenet*_100.")] = "*",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """List networks with parameters, multiply-adds, input size and the resolutions of their stages.
+
+    Example: irgdistill models 'mobilenet*'
+    """
+    from irgdistill.run import list_models
+
+    list_models(pattern, as_json)
 
 
 @app.command(name="eval")

@@ -38,6 +38,12 @@ def _size(value: Any) -> Any:
     return value
 
 
+def _names(value: Any) -> Any:
+    """"a,b" -> ["a", "b"]."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_names)]
 Size = Annotated[tuple[int, int], BeforeValidator(_size)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -88,6 +94,19 @@ class DataConfig(Section):
     """Processes that decode and augment; the result does not depend on their number."""
     max_bad_images: Annotated[int, Field(ge=0)] = 10
     """Unreadable images to skip, each named, before the run stops."""
+
+
+class MatchingConfig(Section):
+    """Overrides of what is otherwise matched by resolution."""
+
+    levels: Annotated[int, Field(ge=1)] | None = None
+    """Match by depth, in at most this many stages."""
+    skip: list[int] = []
+    """Relative resolutions to leave out, as reductions: 4 is /4."""
+    taps_teacher: Names = []
+    """Blocks at which the teacher's stages end, in order of depth."""
+    taps_student: Names = []
+    """Blocks at which the student's stages end, in order of depth."""
 
 
 class AugmentConfig(Section):
@@ -207,6 +226,7 @@ class Config(Section):
     """Initial weights, data order and augmentation."""
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
+    matching: MatchingConfig = MatchingConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()

@@ -1,19 +1,28 @@
 """Two networks' levels -> a plan: which stages meet, which blocks are tapped, what is left out and why.
 
 A level k holds the blocks whose map is 1/2^k of that network's own input, so stages of networks with different input
-sizes meet. Deepest stages always meet, because they are nearest to the logits; a match that would cross that one is
-dropped. A network with one level (a plain transformer) is split by depth.
+sizes meet. The deepest stages always meet, because they are nearest to the logits; a match that would cross that one
+is dropped. Levels finer than /4 are left out where two others remain: they hold edges and colours. A network with one
+level (a plain transformer) is split by depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from irgdistill.errors import UserError
+from irgdistill.config import MatchingConfig
+from irgdistill.errors import UserError, nearest
 from irgdistill.levels import Level, Tap
+
+FINEST = 2
+"""Levels below this one (/4) are left out where two others remain."""
+DEPTH_GROUPS = 4
+"""Parts of two networks of one resolution each."""
+
+Ends = tuple[Tap, Tap]
 
 
 @dataclass(frozen=True)
@@ -24,10 +33,10 @@ class Pair:
     teacher: Level
     student: Level
 
-    @property
-    def has_transformation(self) -> bool:
-        """Whether both networks offer a first and a last block of equal width here."""
-        return all(s.entry is not None and s.entry.channels == s.exit.channels for s in (self.teacher, self.student))
+    def transformation(self) -> tuple[Ends, Ends] | None:
+        """First and last tap of equal width, of teacher and student; None where either has no two."""
+        teacher, student = ends(self.teacher), ends(self.student)
+        return (teacher, student) if teacher is not None and student is not None else None
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,11 @@ class Plan:
 
     def teacher_taps(self) -> list[Tap]:
         """All places tapped in the teacher."""
-        return _unique(tap for pair in self.pairs for tap in (pair.teacher.entry, pair.teacher.exit))
+        return _taps(pair.teacher for pair in self.pairs)
 
     def student_taps(self, blocks: int = 1) -> list[Tap]:
         """All places tapped in the student, with the last `blocks` blocks of its last stage."""
-        taps = [tap for pair in self.pairs for tap in (pair.student.entry, pair.student.exit)]
-        return _unique([*taps, *self.student_tail(blocks)])
+        return list(dict.fromkeys([*_taps(pair.student for pair in self.pairs), *self.student_tail(blocks)]))
 
     def student_tail(self, blocks: int) -> tuple[Tap, ...]:
         """The student's last `blocks` block outputs of the last stage: the one-to-many side of the edges."""
@@ -55,40 +63,72 @@ class Plan:
         return asdict(self)
 
 
-def match(teacher: Sequence[Level], student: Sequence[Level]) -> Plan:
-    """Match the levels of two networks. Raises UserError when either has none."""
-    if not teacher or not student:
-        raise UserError(f"the {'teacher' if not teacher else 'student'} has no stage that can be tapped")
-    teacher, student = list(teacher), list(student)
+def ends(level: Level) -> Ends | None:
+    """First and last tap of a stage that are equally wide: the exit, or the last block as wide as the entry."""
+    if level.entry is None:
+        return None
+    for tap in (level.exit, *reversed(level.blocks)):
+        if tap.channels == level.entry.channels and tap != level.entry:
+            return level.entry, tap
+    return None
+
+
+def match(teacher: Sequence[Level], student: Sequence[Level], config: MatchingConfig | None = None) -> Plan:
+    """Match the levels of two networks. Raises UserError: no level left, or one asked for that is not there."""
+    config = config or MatchingConfig()
     notes: list[str] = []
-    if len(teacher) == 1 or len(student) == 1:
-        count = max(len(teacher), len(student)) if len(teacher) != len(student) else 4
-        teacher, student = _by_depth(teacher, count), _by_depth(student, count)
-        count = min(len(teacher), len(student))
-        notes.append(f"matched by depth in {count} parts: a network of one resolution has no levels to compare")
-        matched = list(zip(teacher[-count:], student[-count:], strict=True))
-    else:
-        matched = _by_level(teacher, student, notes)
+    named = {"teacher": config.taps_teacher, "student": config.taps_student}
+    sides = {}
+    for role, levels in (("teacher", teacher), ("student", student)):
+        kept = [level for level in levels if 2**level.level not in config.skip]
+        if not kept:
+            raise UserError(f"the {role} has no stage {'left' if levels else 'that can be tapped'}")
+        sides[role] = _by_name(levels, named[role], role) if named[role] else kept
+    _check_skip(config.skip, [*teacher, *student])
+    matched = _meet(sides["teacher"], sides["student"], config, notes)
     pairs = tuple(Pair(_name(t, s, i), t, s) for i, (t, s) in enumerate(matched))
     for pair in pairs:
-        if not pair.has_transformation:
-            side = "teacher" if not Pair("", pair.teacher, pair.teacher).has_transformation else "student"
-            notes.append(f"{pair.name}: no transformation, the {side} has no two taps of equal width there")
+        for role, level in (("teacher", pair.teacher), ("student", pair.student)):
+            if ends(level) is None:
+                notes.append(f"{pair.name}: no transformation, the {role} has no two taps of equal width there")
     return Plan(pairs, tuple(notes))
 
 
+def _meet(
+    teacher: list[Level], student: list[Level], config: MatchingConfig, notes: list[str]
+) -> list[tuple[Level, Level]]:
+    by_name = bool(config.taps_teacher or config.taps_student)
+    if config.taps_teacher and config.taps_student and len(teacher) != len(student):
+        raise UserError(f"{len(teacher)} teacher taps and {len(student)} student taps were named: give as many of each")
+    if not by_name and config.levels is None and len(teacher) > 1 and len(student) > 1:
+        matched = _by_level(teacher, student, notes)
+        if len(matched) > 1:
+            return matched
+    count = config.levels or max(len(teacher), len(student))
+    if len(teacher) == len(student) == 1 and config.levels is None:
+        count = DEPTH_GROUPS
+    teacher, student = _by_depth(teacher, count), _by_depth(student, count)
+    count = min(count, len(teacher), len(student))
+    notes.append(f"matched {'by name' if by_name else 'by depth'} in {count} stage{'s' if count > 1 else ''}")
+    return list(zip(teacher[-count:], student[-count:], strict=True))
+
+
 def _by_level(teacher: list[Level], student: list[Level], notes: list[str]) -> list[tuple[Level, Level]]:
-    last_t, last_s = teacher[-1], student[-1]
     by_level = {level.level: level for level in student[:-1]}
-    pairs = [(t, by_level[t.level]) for t in teacher[:-1] if t.level in by_level]
-    if len(teacher) > 1 and len(student) > 1 and last_t.level != last_s.level:
-        notes.append(f"last stages meet although /{2**last_t.level} and /{2**last_s.level} differ")
-    kept = {id(level) for pair in [*pairs, (last_t, last_s)] for level in pair}
+    last = teacher[-1], student[-1]
+    pairs = [(level, by_level[level.level]) for level in teacher[:-1] if level.level in by_level]
+    coarse = [pair for pair in pairs if pair[0].level >= FINEST]
+    dropped = [pair[0].level for pair in pairs if pair not in coarse] if coarse else []
+    pairs = [*(coarse or pairs), last]
+    if last[0].level != last[1].level:
+        notes.append(f"the last stages meet although /{2 ** last[0].level} and /{2 ** last[1].level} differ")
+    notes += [f"/{2**level} is left out: finer than /{2**FINEST}" for level in dropped]
+    kept = {id(level) for pair in pairs for level in pair}
     for role, levels in (("teacher", teacher), ("student", student)):
         for level in levels:
-            if id(level) not in kept:
+            if id(level) not in kept and level.level not in dropped:
                 notes.append(f"{role} /{2**level.level} ({level.exit.module}) has no counterpart")
-    return [*pairs, (last_t, last_s)]
+    return pairs
 
 
 def _by_depth(levels: list[Level], count: int) -> list[Level]:
@@ -97,14 +137,48 @@ def _by_depth(levels: list[Level], count: int) -> list[Level]:
         return levels
     blocks = levels[0].blocks
     count = min(count, len(blocks))
+    if count == 1:
+        return levels
     bounds = [round(i * len(blocks) / count) for i in range(count + 1)]
-    groups = [blocks[a:b] for a, b in pairwise(bounds)]
-    return [replace(levels[0], entry=g[0] if len(g) > 1 else None, exit=g[-1], blocks=g) for g in groups]
+    return [_stage(levels[0], blocks[start:end]) for start, end in pairwise(bounds)]
+
+
+def _by_name(levels: Sequence[Level], names: Sequence[str], role: str) -> list[Level]:
+    """Stages that end at the named blocks, each beginning after the one before."""
+    blocks = [(level, tap) for level in levels for tap in level.blocks]
+    modules = [tap.module for _, tap in blocks]
+    for name in names:
+        if name not in modules:
+            raise UserError(f"the {role} has no block {name!r}{nearest(name, modules)} (blocks: {', '.join(modules)})")
+    places = [modules.index(name) for name in names]
+    if places != sorted(set(places)):
+        raise UserError(f"the {role}'s taps must be named in the order of its depth: {', '.join(modules)}")
+    stages = []
+    for start, end in pairwise([-1, *places]):
+        level, last = blocks[end]
+        group = [tap for _, tap in blocks[start + 1 : end + 1] if (tap.height, tap.width) == (last.height, last.width)]
+        stages.append(level if last == level.exit and len(group) == 1 else _stage(level, tuple(group)))
+    return stages
+
+
+def _stage(level: Level, blocks: tuple[Tap, ...]) -> Level:
+    alike = [tap for tap in blocks if tap.channels == blocks[-1].channels]
+    entry = alike[0] if len(alike) > 1 else blocks[0] if len(blocks) > 1 else None
+    kind = "block" if len(alike) > 1 else "unequal" if len(blocks) > 1 else "single"
+    return replace(level, entry=entry, exit=blocks[-1], blocks=blocks, kind=kind)
+
+
+def _check_skip(skip: Sequence[int], levels: Sequence[Level]) -> None:
+    known = sorted({2**level.level for level in levels})
+    for reduction in skip:
+        if reduction not in known:
+            raise UserError(f"--skip-level {reduction}: neither network has it (levels: {', '.join(map(str, known))})")
 
 
 def _name(teacher: Level, student: Level, index: int) -> str:
-    return f"/{2**student.level}" if teacher.level == student.level else f"stage{index + 1}"
+    return f"/{2**student.level}" if teacher.level == student.level else f"stage {index + 1}"
 
 
-def _unique(taps: Any) -> list[Tap]:
-    return list(dict.fromkeys(tap for tap in taps if tap is not None))
+def _taps(levels: Iterable[Level]) -> list[Tap]:
+    taps = [tap for level in levels for tap in (*(ends(level) or ()), level.exit)]
+    return list(dict.fromkeys(taps))

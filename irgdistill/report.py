@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -31,8 +32,8 @@ class _Bar(Progress):
 class Report:
     """Terminal (stderr, so that stdout stays for results) and metrics file of one run."""
 
-    def __init__(self, metrics: Path | None = None) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(self, metrics: Path | None = None, stdout: bool = False) -> None:
+        self.console = Console(stderr=not stdout, highlight=False)
         self.metrics = metrics
         self._progress: _Bar | None = None
         self._task: TaskID | None = None
@@ -95,7 +96,7 @@ class Report:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stdout: bool = True) -> None:
     """A small table on the terminal."""
-    view = Table(title=title, title_justify="left")
+    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for i, column in enumerate(columns):
         view.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
 from irgdistill.config import Config, DataConfig, dump, read_yaml, validate
 from irgdistill.data import BadImages, eval_loader, open_splits
-from irgdistill.errors import UserError
+from irgdistill.errors import UserError, nearest
 from irgdistill.evaluate import Metrics, evaluate
-from irgdistill.matching import Plan
-from irgdistill.models import Network, build_network, multiply_adds, parameters
+from irgdistill.matching import Plan, ends, match
+from irgdistill.models import Network, build_network, known_models, multiply_adds, parameters
 from irgdistill.report import Report, table
-from irgdistill.setup import autocast, choose_device, prepare
-from irgdistill.taps import Tapped
+from irgdistill.setup import autocast, check_input_sizes, choose_device, prepare
+from irgdistill.taps import Tapped, tap_name
 from irgdistill.trainer import Trainer
 
 
@@ -26,6 +27,45 @@ def dry_run(config: Config) -> None:
     setup = prepare(config)
     print_plan(setup.plan)
     print(dump(setup.config), end="")  # noqa: T201  the command's result
+
+
+def show_plan(config: Config, as_json: bool) -> None:
+    """Print which stages of two networks meet, from shapes alone."""
+    networks = []
+    for spec in (config.teacher, config.student):
+        assert spec.name is not None
+        networks.append(build_network(spec.name, meta=True, input_size=spec.input_size))
+    teacher, student = networks
+    plan = match(teacher.levels(), student.levels(), config.matching)
+    check_input_sizes(teacher, student, plan)
+    if as_json:
+        sizes = {"teacher_input_size": teacher.size, "student_input_size": student.size}
+        print(json.dumps({"teacher": teacher.name, "student": student.name, **sizes, **plan.to_dict()}, indent=1))  # noqa: T201
+    else:
+        print_plan(plan, stdout=True)
+
+
+def list_models(pattern: str, as_json: bool) -> None:
+    """Print a line for every network whose name matches, as it is measured on the meta device."""
+    names = [name for name in known_models() if fnmatch(name, pattern) or pattern in name]
+    if not names:
+        raise UserError(f"no model matches {pattern!r}{nearest(pattern, known_models())}")
+    if not as_json:
+        print(f"{'name':44} {'parameters':>14} {'multiply-adds':>16} {'input':>9}  levels")  # noqa: T201
+    for name in names:
+        network = build_network(name, meta=True)
+        try:
+            reductions = [2**level.level for level in network.levels()]
+        except UserError:
+            reductions = []
+        size = f"{network.size[0]}×{network.size[1]}"
+        count, macs = parameters(network.model), multiply_adds(network)
+        if as_json:
+            values = {"name": name, "params": count, "macs": macs, "input_size": network.size, "levels": reductions}
+            print(json.dumps(values), flush=True)  # noqa: T201
+        else:
+            text = " ".join(f"/{reduction}" for reduction in reductions)
+            print(f"{name:44} {count:14,} {macs:16,} {size:>9}  {text}", flush=True)  # noqa: T201
 
 
 def start(config: Config, output: Path | None, overwrite: bool) -> None:
@@ -74,25 +114,31 @@ def _next_folder(config: Config) -> Path:
     return path
 
 
-def print_plan(plan: Plan | None) -> None:
+def print_plan(plan: Plan | None, stdout: bool = False) -> None:
     """The matching as a table; what was left out and why below it."""
     if plan is None:
         return
-    rows = []
+    rows, notes = [], []
     for pair in plan.pairs:
         for role, level in (("teacher", pair.teacher), ("student", pair.student)):
-            first = level.entry.module if level.entry is not None else "–"
-            size = f"{level.exit.height}×{level.exit.width}"
-            name = pair.name if role == "teacher" else ""
-            rows.append([name, role, first, level.exit.module, str(len(level.blocks)), str(level.exit.channels), size])
-    table(
-        "matched stages",
-        ["stage", "network", "first block", "last block", "blocks", "width", "map"],
-        rows,
-        stdout=False,
-    )
-    for note in plan.notes:
-        Report().line(f"  {note}")
+            moved, tap = ends(level), level.exit
+            rows.append(
+                [
+                    pair.name if role == "teacher" else "",
+                    role,
+                    tap_name(moved[0]) if moved is not None else "–",
+                    tap_name(tap),
+                    str(len(level.blocks)),
+                    str(tap.channels),
+                    f"{tap.height}×{tap.width} {tap.layout}" + (f"+{tap.prefix}" if tap.prefix else ""),
+                ]
+            )
+            if moved is not None and (level.kind != "block" or moved[1] != tap):
+                notes.append(f"{pair.name} {role}: {level.kind}, {tap_name(moved[0])} → {tap_name(moved[1])}")
+    columns = ["stage", "network", "first block", "last block", "blocks", "width", "map"]
+    table("matched stages", columns, rows, stdout)
+    for note in (*notes, *plan.notes):
+        Report(stdout=stdout).line(f"  {note}")
 
 
 # --- eval -------------------------------------------------------------------------------------------------------------

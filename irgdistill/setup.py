@@ -13,6 +13,7 @@ from irgdistill.checkpoint import restore
 from irgdistill.config import Config
 from irgdistill.data import Splits, open_splits
 from irgdistill.errors import UserError
+from irgdistill.levels import Level
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
 
@@ -56,7 +57,8 @@ def prepare(config: Config) -> Setup:
     )
     plan = None
     if teacher is not None and any(config.losses.weights()[name] > 0 for name in RELATION_TERMS):
-        plan = match(teacher.levels(), student.levels())
+        plan = match(teacher.levels(), student.levels(), config.matching)
+        check_input_sizes(teacher, student, plan)
     size = student.size if teacher is None else max(student.size, teacher.size)
     return Setup(config, splits, student, teacher, plan, size)
 
@@ -104,6 +106,27 @@ def check_classes(config: Config, teacher: Network, classes: list[str]) -> None:
             f"class {first} is {teacher.classes[first]!r} for the teacher and {classes[first]!r} in the data, "
             f"so {' and '.join(used)} cannot compare their logits; {remedy}"
         )
+
+
+def check_input_sizes(teacher: Network, student: Network, plan: Plan) -> None:
+    """A map of one pixel has no stage to speak of. Raises UserError with the smallest size that works."""
+    for role, network in (("teacher", teacher), ("student", student)):
+        for pair in plan.pairs:
+            level: Level = getattr(pair, role)
+            step = 2**level.level
+            if min(network.size) > 2 * step:
+                continue
+            found = network.map_size(level.exit, network.size)
+            if found is not None and min(found) > 1:
+                continue
+            sizes = [step + 1, *range(step + step // 4, 5 * step + 1, max(step // 4, 1))]
+            maps = ((size, network.map_size(level.exit, (size, size))) for size in sorted(set(sizes)))
+            smallest = next((size for size, found in maps if found is not None and min(found) > 1), 2 * step)
+            option = "--input-size" if role == "student" else "--teacher-input-size"
+            raise UserError(
+                f"at {network.size[0]}×{network.size[1]} the /{step} map of {network.name} shrinks to a point; "
+                f"the smallest size that works is {option} {smallest}"
+            )
 
 
 def choose_device(name: str) -> torch.device:

@@ -347,6 +347,25 @@ def test_model_is_left_untouched() -> None:
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 1
 
 
+class Sharing(ResNet):
+    """A parameter in two modules, and a module in two others (as in CoaT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer1[1].conv1.weight = self.layer1[0].conv1.weight
+        self.layer2[1].conv2 = self.layer2[1].conv1
+        self.layer3[1].bn2 = self.layer3[0].bn2
+
+
+def test_shared_parameters_and_modules_stay_in_place() -> None:
+    model = Sharing()
+    held = {name: tensor for name, tensor in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: tensor for name, tensor in model.named_buffers(remove_duplicate=False)}
+    assert len(find_levels(model, (3, 32, 32))) == 3
+    assert all(tensor is held[name] for name, tensor in model.named_parameters(remove_duplicate=False))
+    assert all(tensor is buffers[name] for name, tensor in model.named_buffers(remove_duplicate=False))
+
+
 # -- measured timm networks ------------------------------------------------------------------------------------------
 
 

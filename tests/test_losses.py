@@ -108,7 +108,7 @@ def test_labels_alone_give_plain_cross_entropy_with_mixed_targets() -> None:
 
 def test_transformations_need_two_taps_of_equal_width() -> None:
     narrow = Plan((Pair("/4", level("t", 2, [6, 8]), level("s", 2, [4, 4])),))
-    assert not narrow.pairs[0].has_transformation
+    assert narrow.pairs[0].transformation() is None
     with pytest.raises(UserError, match=r"transform.*equal width.*weight=0"):
         build_loss(load_config(flags={"method": "mtk"}).losses, narrow)
 

@@ -27,9 +27,10 @@ def meets(plan: Plan) -> list[tuple[int, int]]:
     [
         ([2, 3, 4, 5], [2, 3, 4, 5], [(2, 2), (3, 3), (4, 4), (5, 5)]),
         ([0, 1, 2], [1, 2, 3], [(1, 1), (2, 3)]),
-        ([1, 2, 3, 4, 5], [1, 2, 3, 4], [(1, 1), (2, 2), (3, 3), (5, 4)]),
+        ([1, 2, 3, 4, 5], [1, 2, 3, 4], [(2, 2), (3, 3), (5, 4)]),
         ([3, 4], [2, 3, 4, 5], [(3, 3), (4, 5)]),
-        ([4, 5, 6], [2, 3], [(6, 3)]),
+        ([4, 5, 6], [2, 3], [(5, 2), (6, 3)]),
+        ([0, 2, 3, 4], [0, 1, 2, 3, 4], [(2, 2), (3, 3), (4, 4)]),
     ],
 )
 def test_equal_levels_meet_and_the_last_ones_always(
@@ -95,7 +96,8 @@ def test_resnet50_to_mobilenetv2_without_a_layer_name() -> None:
     assert meets(plan) == [(2, 2), (3, 3), (4, 4), (5, 5)]
     assert [pair.teacher.exit.module for pair in plan.pairs] == ["layer1.2", "layer2.3", "layer3.5", "layer4.2"]
     assert [pair.student.exit.module for pair in plan.pairs] == ["blocks.1.1", "blocks.2.2", "blocks.4.2", "blocks.6.0"]
-    assert all(pair.has_transformation for pair in plan.pairs[:-1])
+    assert all(pair.transformation() is not None for pair in plan.pairs)
+    assert "/2 is left out: finer than /4" not in plan.notes, "resnet50 has no /2 block"
 
 
 def test_the_plan_survives_metadata() -> None:

@@ -44,14 +44,14 @@ def build_loss(config: LossesConfig, plan: Plan | None) -> DistillLoss:
         assert plan is not None
         if "edges" in on:
             terms["edges"] = Edges(plan, config.edges.blocks)
-        pairs = [pair for pair in plan.pairs if pair.has_transformation]
-        if "transform" in on and not pairs:
+        stages = [ends for pair in plan.pairs if (ends := pair.transformation()) is not None]
+        if "transform" in on and not stages:
             raise UserError(
                 "losses.transform: no matched stage has two taps of equal width in both networks; "
                 "use --set losses.transform.weight=0"
             )
         if "transform" in on:
-            terms["transform"] = Transformations(pairs)
+            terms["transform"] = Transformations(stages)
     return DistillLoss(terms, weights)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from irgdistill.graph import edge_matrix, relation_loss, transformation_vector
 from irgdistill.losses.term import Batch
-from irgdistill.matching import Pair, Plan
+from irgdistill.matching import Ends, Plan
 from irgdistill.taps import tap_name
 
 
@@ -37,8 +37,8 @@ class Transformations:
     and gradient.
     """
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self.stages = [(_ends(pair, "teacher"), _ends(pair, "student")) for pair in pairs]
+    def __init__(self, stages: Sequence[tuple[Ends, Ends]]) -> None:
+        self.stages = [tuple((tap_name(first), tap_name(last)) for first, last in stage) for stage in stages]
 
     def __call__(self, batch: Batch) -> Tensor:
         losses = []
@@ -48,9 +48,3 @@ class Transformations:
             moved_s = transformation_vector(student[first_s], student[last_s])
             losses.append(relation_loss(moved_s, moved_t))
         return torch.stack(losses).mean()
-
-
-def _ends(pair: Pair, role: str) -> tuple[str, str]:
-    level = getattr(pair, role)
-    assert level.entry is not None
-    return tap_name(level.entry), tap_name(level.exit)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from irgdistill.errors import UserError, nearest
-from irgdistill.levels import Level, LevelsError, find_levels
+from irgdistill.levels import Level, LevelsError, Tap, find_levels
 from irgdistill.taps import View
 
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -60,6 +60,17 @@ class Network:
         except LevelsError as error:
             raise UserError(f"{self.name} cannot be matched yet: {error}") from None
 
+    def map_size(self, tap: Tap, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width of the map at `tap` for images of another size; None where the network does not run."""
+        try:
+            for level in find_levels(self.model, (len(self.mean), *size)):
+                for other in level.blocks:
+                    if other.module == tap.module:
+                        return other.height, other.width
+        except LevelsError:
+            pass
+        return None
+
     @property
     def _fixed(self) -> bool:
         return bool(self.model.pretrained_cfg.get("fixed_input_size"))  # type: ignore[union-attr,operator]
@@ -80,11 +91,13 @@ def build_network(
     args: Mapping[str, Any] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     origin: str = "",
+    meta: bool = False,
 ) -> Network:
     """Build `name`, with pretrained weights, with `weights` (loaded strictly), or from random ones.
 
     `preprocessing` may hold mean, std, interpolation and crop_pct that override the network's own; `origin` names where
-    the weights come from. Raises UserError: unknown name (nearest ones), weights that do not fit or cannot be fetched.
+    the weights come from; `meta` builds shapes without weights, also of the largest networks.
+    Raises UserError: unknown name (nearest ones), weights that do not fit or cannot be fetched.
     """
     _check_name(name)
     args = dict(args or {})
@@ -93,7 +106,8 @@ def build_network(
     if input_size is not None and _fixed_size(name, args):
         args["img_size"] = input_size
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args)
+        device = {"device": "meta"} if meta else {}
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args, **device)
     except (OSError, RuntimeError, FileNotFoundError) as error:
         if not pretrained:
             raise UserError(f"{name} cannot be built: {_one_line(error)}") from None
