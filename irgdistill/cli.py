@@ -277,6 +277,8 @@ def main() -> None:
         app()
     except UserError as error:
         _die(str(error), 2)
+    except OSError as error:
+        _die(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 2)
     except KeyboardInterrupt:
         _die("interrupted", 130)
     except Interrupted as error:

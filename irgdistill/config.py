@@ -39,7 +39,7 @@ def _size(value: Any) -> Any:
 
 
 def _names(value: Any) -> Any:
-    """"a,b" -> ["a", "b"]."""
+    """ "a,b" -> ["a", "b"]."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
@@ -69,6 +69,8 @@ class StudentConfig(Section):
     """timm name of the network to train, started from random weights."""
     input_size: Size | None = None
     """Height and width in pixels; default: the network's own."""
+    grad_checkpointing: bool = False
+    """Recompute blocks in the backward pass instead of keeping them."""
     args: dict[str, Any] = {}
     """Further arguments of `timm.create_model`, such as drop_path_rate."""
 
@@ -80,6 +82,8 @@ class DataConfig(Section):
     """Where a timm dataset string keeps its files."""
     download: bool = False
     """Let a timm dataset string fetch its files."""
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """Classes of a streamed data set that does not tell them."""
     train_split: str | None = None
     """Name of the training split; default `train`."""
     val_split: str | None = None

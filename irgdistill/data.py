@@ -152,9 +152,9 @@ def _open_named(source: str, config: DataConfig) -> Splits:
                 f"cannot open the {name} split of {source} in {config.root}: {' '.join(str(error).split())[:200]}{hint}"
             ) from None
     if streaming:
-        names = _class_names(opened["train"])
+        names = _class_names(opened["train"]) or [str(i) for i in range(config.num_classes or 0)]
         if not names:
-            raise UserError(f"{source} does not tell its classes; use a folder or an hfds/ dataset")
+            raise UserError(f"{source} does not tell its classes: give --set data.num_classes=N")
         return Splits(opened["train"], opened["val"], names, range(0), range(0), streaming=True)
     train, val = TimmSource(opened["train"]), TimmSource(opened["val"])
     names = _class_names(opened["train"]) or [str(i) for i in range(max(train.labels()) + 1)]
@@ -409,6 +409,7 @@ class Loader:
         self.batch_size = batch_size
         self.device = device
         self.bad = bad
+        self.stream: Any = images
         self.order = None if isinstance(images, IterableDataset) else Order(len(images), seed, shuffle=training)
         self.loader = DataLoader(
             images,
@@ -418,7 +419,7 @@ class Loader:
             collate_fn=_collate,
             drop_last=training,
             pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
+            persistent_workers=workers > 0 and self.order is not None,  # a stream learns its epoch when workers start
             generator=torch.Generator(),  # its own, so that opening an epoch draws nothing from the run's
         )
         self.training = training
@@ -430,11 +431,15 @@ class Loader:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of one epoch, from batch `start` on. Raises UserError when too many images are unreadable."""
+        skip = 0
         if self.order is not None:
             self.order.epoch, self.order.start = epoch, start * self.batch_size
-        for batch in self.loader:
+        else:
+            self.stream.set_epoch(epoch)
+            skip = start
+        for number, batch in enumerate(self.loader):
             self.bad.collect()
-            if batch is not None:
+            if batch is not None and number >= skip:
                 images, labels = batch
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 

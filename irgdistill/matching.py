@@ -104,11 +104,11 @@ def _meet(
         matched = _by_level(teacher, student, notes)
         if len(matched) > 1:
             return matched
-    count = config.levels or max(len(teacher), len(student))
-    if len(teacher) == len(student) == 1 and config.levels is None:
-        count = DEPTH_GROUPS
-    teacher, student = _by_depth(teacher, count), _by_depth(student, count)
-    count = min(count, len(teacher), len(student))
+    if not by_name:
+        both_flat = len(teacher) == len(student) == 1
+        count = config.levels or (DEPTH_GROUPS if both_flat else max(len(teacher), len(student)))
+        teacher, student = _by_depth(teacher, count), _by_depth(student, count)
+    count = min(config.levels or len(teacher), len(teacher), len(student))
     notes.append(f"matched {'by name' if by_name else 'by depth'} in {count} stage{'s' if count > 1 else ''}")
     return list(zip(teacher[-count:], student[-count:], strict=True))
 
@@ -132,15 +132,18 @@ def _by_level(teacher: list[Level], student: list[Level], notes: list[str]) -> l
 
 
 def _by_depth(levels: list[Level], count: int) -> list[Level]:
-    """Split a network of one level into `count` groups of consecutive blocks; others stay as they are."""
+    """Split a network of one level into `count` groups of consecutive blocks; others stay as they are.
+
+    Where branches of other widths run beside the last one (crossvit), only the last one's blocks count.
+    """
     if len(levels) != 1:
         return levels
-    blocks = levels[0].blocks
+    blocks = tuple(tap for tap in levels[0].blocks if tap.channels == levels[0].exit.channels)
     count = min(count, len(blocks))
     if count == 1:
         return levels
     bounds = [round(i * len(blocks) / count) for i in range(count + 1)]
-    return [_stage(levels[0], blocks[start:end]) for start, end in pairwise(bounds)]
+    return [_stage(levels[0], blocks[start:end], blocks[:start][-1:]) for start, end in pairwise(bounds)]
 
 
 def _by_name(levels: Sequence[Level], names: Sequence[str], role: str) -> list[Level]:
@@ -161,7 +164,10 @@ def _by_name(levels: Sequence[Level], names: Sequence[str], role: str) -> list[L
     return stages
 
 
-def _stage(level: Level, blocks: tuple[Tap, ...]) -> Level:
+def _stage(level: Level, blocks: tuple[Tap, ...], before: tuple[Tap, ...] = ()) -> Level:
+    """A stage of consecutive blocks. A single one is entered where the stage before it ends, if that is as wide."""
+    if len(blocks) == 1 and before and before[0].channels == blocks[0].channels:
+        return replace(level, entry=before[0], exit=blocks[0], blocks=blocks, kind="stage-input")
     alike = [tap for tap in blocks if tap.channels == blocks[-1].channels]
     entry = alike[0] if len(alike) > 1 else blocks[0] if len(blocks) > 1 else None
     kind = "block" if len(alike) > 1 else "unequal" if len(blocks) > 1 else "single"

@@ -96,9 +96,10 @@ class Report:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stdout: bool = True) -> None:
     """A small table on the terminal."""
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for i, column in enumerate(columns):
-        view.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        number = all(row[i][:1].isdigit() for row in rows)
+        view.add_column(column, justify="right" if number and i else "left", overflow="fold")
     for row in rows:
         view.add_row(*row)
     Console(stderr=not stdout).print(view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from timm.utils import random_seed
 
-from irgdistill.checkpoint import restore
+from irgdistill.checkpoint import find_checkpoint, restore
 from irgdistill.config import Config
 from irgdistill.data import Splits, open_splits
 from irgdistill.errors import UserError
@@ -55,12 +56,23 @@ def prepare(config: Config) -> Setup:
         input_size=config.student.input_size,
         args=config.student.args,
     )
+    if config.student.grad_checkpointing:
+        _checkpoint_blocks(student)
     plan = None
     if teacher is not None and any(config.losses.weights()[name] > 0 for name in RELATION_TERMS):
         plan = match(teacher.levels(), student.levels(), config.matching)
         check_input_sizes(teacher, student, plan)
     size = student.size if teacher is None else max(student.size, teacher.size)
     return Setup(config, splits, student, teacher, plan, size)
+
+
+def _checkpoint_blocks(student: Network) -> None:
+    if os.environ.get("TIMM_REENTRANT_CKPT", "") not in ("", "0"):
+        raise UserError("reentrant checkpointing gives the taps no gradient: unset TIMM_REENTRANT_CKPT")
+    try:
+        student.model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise UserError(f"{student.name} does not support student.grad_checkpointing") from None
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -79,7 +91,8 @@ def build_teacher(config: Config) -> Network:
     """The teacher by name and checkpoint. Raises UserError when neither is given."""
     spec = config.teacher
     if spec.checkpoint is not None:
-        return restore(spec.checkpoint, spec.name, spec.input_size)[0]
+        path = find_checkpoint(str(spec.checkpoint)) or spec.checkpoint
+        return restore(path, spec.name, spec.input_size)[0]
     if spec.name is None:
         raise UserError(
             f"method {config.method!r} needs a teacher: give --teacher NAME or --teacher-checkpoint FILE "

@@ -51,6 +51,8 @@ class Trainer:
         self.device = choose_device(config.runtime.device)
         self.autocast = autocast(config.runtime.amp, self.device)
         self.loss = build_loss(config.losses, setup.plan)
+        if config.losses.weights()["transform"] > 0 and "transform" not in self.loss.terms:
+            report.warn("no transformation term: no matched stage has two taps of equal width in both networks")
         self._build_networks()
         self._build_loaders()
         self._build_optimizer()

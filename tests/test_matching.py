@@ -7,9 +7,10 @@ import timm
 import torch
 
 from irgdistill import models  # noqa: F401  registers the CIFAR networks
+from irgdistill.config import MatchingConfig
 from irgdistill.errors import UserError
 from irgdistill.levels import Level, Tap, find_levels
-from irgdistill.matching import Plan, match
+from irgdistill.matching import Plan, ends, match
 from irgdistill.models import build_network
 
 
@@ -57,6 +58,55 @@ def test_a_network_of_one_level_is_split_by_depth() -> None:
         ("l4.9", "l4.11"),
     ]
     assert len(match(isotropic, isotropic).pairs) == 4
+
+
+def test_a_single_block_is_entered_where_the_one_before_ends() -> None:
+    plan = match([level(4, blocks=3)], [level(k) for k in (3, 4, 5)])
+    moved = [ends(pair.teacher) for pair in plan.pairs]
+    assert moved[0] is None
+    assert [(a.module, b.module) for a, b in filter(None, moved)] == [("l4.0", "l4.1"), ("l4.1", "l4.2")]
+
+
+def test_a_branch_of_another_width_beside_the_last_one_does_not_count() -> None:
+    taps = tuple(Tap(f"b{i}.{j}", (8, 16)[j], 4, 4, "BLC", 1) for i in range(4) for j in range(2))
+    plan = match([Level(4, taps[1], taps[-1], "block", taps)], [level(4, blocks=4)])
+    assert [pair.teacher.exit.module for pair in plan.pairs] == ["b0.1", "b1.1", "b2.1", "b3.1"]
+
+
+def test_an_exit_of_another_width_has_a_partner() -> None:
+    """MobileNetV2's last stage: three blocks of 160 and one of 320."""
+    taps = tuple(Tap(f"b.{i}", width, 7, 7, "NCHW") for i, width in enumerate((160, 160, 160, 320)))
+    found = ends(Level(5, taps[0], taps[-1], "block-inner", taps))
+    assert found == (taps[0], taps[2])
+
+
+PYRAMID = [level(k) for k in (2, 3, 4, 5)]
+
+
+def test_overrides() -> None:
+    assert meets(match(PYRAMID, PYRAMID, MatchingConfig(skip=[8]))) == [(2, 2), (4, 4), (5, 5)]
+    assert meets(match(PYRAMID, PYRAMID, MatchingConfig(levels=2))) == [(4, 4), (5, 5)]
+    named = match(PYRAMID, PYRAMID, MatchingConfig(taps_student=["l3.1", "l5.2"], taps_teacher=["l4.2", "l5.2"]))
+    assert [(p.teacher.exit.module, p.student.exit.module) for p in named.pairs] == [("l4.2", "l3.1"), ("l5.2", "l5.2")]
+    assert [tap.module for tap in named.pairs[0].student.blocks] == ["l3.0", "l3.1"]
+    one_side = match(PYRAMID, PYRAMID, MatchingConfig(taps_student=["l5.1"]))
+    assert [(p.teacher.exit.module, p.student.exit.module) for p in one_side.pairs] == [("l5.2", "l5.1")]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"taps_student": ["l5.3"]}, "the student has no block 'l5.3'; did you mean l5"),
+        ({"taps_teacher": ["l5.2", "l3.0"]}, "in the order of its depth"),
+        ({"taps_teacher": ["l3.0"], "taps_student": ["l3.0", "l4.0"]}, "1 teacher taps and 2 student taps"),
+        ({"skip": [64]}, "--skip-level 64: neither network has it (levels: 4, 8, 16, 32)"),
+        ({"skip": [4, 8, 16, 32]}, "no stage left"),
+    ],
+)
+def test_wrong_overrides_are_one_line(config: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        match(PYRAMID, PYRAMID, MatchingConfig(**config))  # type: ignore[arg-type]
+    assert message in str(error.value)
 
 
 def test_one_to_many_takes_the_last_blocks_of_the_last_stage() -> None:

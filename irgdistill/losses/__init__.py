@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from irgdistill.config import LossesConfig
-from irgdistill.errors import UserError
 from irgdistill.losses.logits import CrossEntropy, LogitRegression, SoftTargets
 from irgdistill.losses.relation import Edges, Transformations
 from irgdistill.losses.term import Batch, Term
@@ -32,7 +31,7 @@ class DistillLoss:
 
 
 def build_loss(config: LossesConfig, plan: Plan | None) -> DistillLoss:
-    """The terms with a weight, and cross-entropy. Raises UserError where the plan lacks what one needs."""
+    """Cross-entropy and the terms with a weight; transformations are left out where no stage of the plan has them."""
     weights = config.weights()
     on = {name for name, weight in weights.items() if weight > 0}
     terms: dict[str, Term] = {"ce": CrossEntropy(config.ce.label_smoothing)}
@@ -45,12 +44,7 @@ def build_loss(config: LossesConfig, plan: Plan | None) -> DistillLoss:
         if "edges" in on:
             terms["edges"] = Edges(plan, config.edges.blocks)
         stages = [ends for pair in plan.pairs if (ends := pair.transformation()) is not None]
-        if "transform" in on and not stages:
-            raise UserError(
-                "losses.transform: no matched stage has two taps of equal width in both networks; "
-                "use --set losses.transform.weight=0"
-            )
-        if "transform" in on:
+        if "transform" in on and stages:
             terms["transform"] = Transformations(stages)
     return DistillLoss(terms, weights)
 

@@ -202,7 +202,8 @@ def _register(name: str, cls: type[nn.Module], summary: str, **defaults: Any) ->
     """Register an entry point with timm under `name`."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> Any:
-        return build_model_with_cfg(cls, name, pretrained, **{**defaults, **kwargs})
+        with torch.device(kwargs.pop("device", None) or "cpu"):
+            return build_model_with_cfg(cls, name, pretrained, **{**defaults, **kwargs})
 
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = summary
