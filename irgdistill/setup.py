@@ -56,6 +56,8 @@ def prepare(config: Config) -> Setup:
         input_size=config.student.input_size,
         args=config.student.args,
     )
+    if student.num_classes != len(splits.classes):
+        raise UserError(f"{student.name} has no classifier to train on {len(splits.classes)} classes")
     if config.student.grad_checkpointing:
         _checkpoint_blocks(student)
     plan = None

@@ -116,7 +116,8 @@ def build_network(
             "give them with --teacher-checkpoint FILE (eval: --checkpoint)"
         ) from None
     except TypeError as error:
-        raise UserError(f"{name} does not accept the arguments {args}: {_one_line(error)}") from None
+        wanted = {**args, **({} if num_classes is None else {"num_classes": num_classes})}
+        raise UserError(f"{name} does not accept {wanted}: {_one_line(error)}") from None
     if weights is not None:
         load_weights(model, weights, name, origin)
     data = {**resolve_model_data_config(model), **(preprocessing or {})}

@@ -8,6 +8,7 @@ first stage at full resolution.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -202,7 +203,8 @@ def _register(name: str, cls: type[nn.Module], summary: str, **defaults: Any) ->
     """Register an entry point with timm under `name`."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> Any:
-        with torch.device(kwargs.pop("device", None) or "cpu"):
+        device = kwargs.pop("device", None)
+        with torch.device(device) if device is not None else nullcontext():
             return build_model_with_cfg(cls, name, pretrained, **{**defaults, **kwargs})
 
     entry.__name__ = entry.__qualname__ = name
