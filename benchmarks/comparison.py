@@ -49,6 +49,36 @@ def row(folder: Path, method: str, against: list[str]) -> dict[str, Any]:
     }
 
 
+def paired_differences(folders: dict[str, Path], baseline: str = "none") -> dict[str, dict[str, float]]:
+    """Difference in top-1 from the baseline, last epoch, with the half-width of its 95 % interval over the images."""
+    import torch
+
+    from irgdistill.checkpoint import restore
+    from irgdistill.config import DataConfig
+    from irgdistill.data import BadImages, eval_loader, open_splits
+    from irgdistill.taps import Tapped
+
+    networks = {}
+    for method, folder in folders.items():
+        network, metadata = restore(folder / "last.safetensors")
+        networks[method] = Tapped(network.model, network.view()).eval()
+    data = DataConfig.model_validate(metadata["data"])
+    how = network.size, network.interpolation, network.crop_pct
+    loader = eval_loader(open_splits(data, val_only=True), data, *how, torch.device("cpu"), BadImages(0))
+    right: dict[str, list[torch.Tensor]] = {method: [] for method in folders}
+    with torch.no_grad():
+        for images, labels in loader.epoch():
+            for method, network in networks.items():
+                right[method].append((network(images).logits.argmax(1) == labels).double())
+    percent = {method: 100 * torch.cat(parts) for method, parts in right.items()}
+    result = {}
+    for method, values in percent.items():
+        difference = values - percent[baseline]
+        half = 1.96 * float(difference.std()) / len(difference) ** 0.5
+        result[method] = {"from_none": round(float(difference.mean()), 2), "half_width_95": round(half, 2)}
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
@@ -57,20 +87,24 @@ def main() -> None:
     parser.add_argument("--student", required=True)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--device", default=platform.machine(), help="what it ran on, for the record")
     parser.add_argument("--methods", default="none,kd,irg,irg+kd")
     parser.add_argument("options", nargs="*", help="further options of `irgdistill distill`, after --")
     args = parser.parse_args()
     teacher = ["--teacher", args.teacher, "--teacher-checkpoint", args.teacher_checkpoint]
     against = ["--against", args.teacher, "--against-checkpoint", args.teacher_checkpoint]
-    rows = []
+    rows, folders = [], {}
     for method in args.methods.split(","):
-        folder = args.runs / method.replace("+", "-")
+        folder = folders[method] = args.runs / method.replace("+", "-")
         distill(
             folder,
             ["--student", args.student, "--data", args.data, "--method", method, *teacher, *args.options],
         )
         rows.append(row(folder, method, against))
         print(f"{method:8s} top-1 last {rows[-1]['top1_last']:.2f}  best {rows[-1]['top1_best']:.2f}", flush=True)
+    if "none" in folders:
+        for method, difference in paired_differences(folders).items():
+            next(row for row in rows if row["method"] == method).update(difference)
     import timm
     import torch
 
@@ -82,7 +116,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "device": platform.machine(),
+        "device": f"{args.device}, torch with {torch.get_num_threads()} thread(s)",
         "command": "python benchmarks/comparison.py "
         + " ".join(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]),
     }
