@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +107,7 @@ def build_network(
         num_classes = _classes_of(name, weights)
     if input_size is not None and _fixed_size(name, args):
         args["img_size"] = input_size
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's concern
     try:
         device = {"device": "meta"} if meta else {}
         model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args, **device)
@@ -203,4 +206,4 @@ def _classes_of(name: str, weights: Mapping[str, Tensor]) -> int | None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return textwrap.shorten(str(error), 160, placeholder=" …") or type(error).__name__
