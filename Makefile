@@ -19,7 +19,7 @@ $(VENV)/.dev: $(VENV)/.package
 # A small teacher, the student alone, the student distilled: one table.
 demo: $(VENV)/.package
 	rm -rf $(RUNS)
-	$(BIN)/irgdistill distill --preset quickstart --method none --student cifar_resnet20 --output $(RUNS)/teacher
+	$(BIN)/irgdistill distill --preset quickstart --method none --student cifar_resnet20 --epochs 16 --output $(RUNS)/teacher
 	$(BIN)/irgdistill distill --preset quickstart --method none --student cifar_resnet14_x0_5 --output $(RUNS)/alone
 	$(BIN)/irgdistill distill --preset quickstart --student cifar_resnet14_x0_5 \
 		--teacher-checkpoint $(RUNS)/teacher/best.safetensors --output $(RUNS)/distilled
