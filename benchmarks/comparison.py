@@ -55,7 +55,8 @@ def paired_differences(folders: dict[str, Path], baseline: str = "none") -> dict
 
     from irgdistill.checkpoint import restore
     from irgdistill.config import DataConfig
-    from irgdistill.data import BadImages, eval_loader, open_splits
+    from irgdistill.data import BadImages, eval_loader
+    from irgdistill.sources import open_splits
     from irgdistill.taps import Tapped
 
     networks = {}

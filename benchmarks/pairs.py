@@ -27,11 +27,12 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 
 from irgdistill.config import Config, load_config
-from irgdistill.data import BadImages, Splits, open_splits, train_loader
+from irgdistill.data import BadImages, train_loader
 from irgdistill.losses import Batch, DistillLoss, build_loss
 from irgdistill.matching import match
 from irgdistill.models import build_network, parameters
 from irgdistill.optim import build_optimizer
+from irgdistill.sources import Splits, open_splits
 from irgdistill.taps import Output, Tapped
 
 RESULT = Path(__file__).parent / "results" / "pairs.json"

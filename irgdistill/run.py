@@ -11,13 +11,14 @@ from typing import Any
 
 from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
 from irgdistill.config import Config, DataConfig, dump, read_yaml, validate
-from irgdistill.data import BadImages, eval_loader, open_splits
+from irgdistill.data import BadImages, eval_loader
 from irgdistill.errors import UserError, nearest
 from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.matching import Plan, ends, match
 from irgdistill.models import Network, build_network, known_models, multiply_adds, parameters
 from irgdistill.report import Report, table
 from irgdistill.setup import autocast, check_input_sizes, choose_device, prepare
+from irgdistill.sources import open_splits
 from irgdistill.taps import Tapped, tap_name
 from irgdistill.trainer import Trainer
 

@@ -12,11 +12,11 @@ from timm.utils import random_seed
 
 from irgdistill.checkpoint import find_checkpoint, restore
 from irgdistill.config import Config
-from irgdistill.data import Splits, open_splits
 from irgdistill.errors import UserError
 from irgdistill.levels import Level
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
+from irgdistill.sources import Splits, open_splits
 
 LOGIT_TERMS = ("kd", "logits")
 RELATION_TERMS = ("edges", "transform")

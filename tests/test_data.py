@@ -13,8 +13,9 @@ from conftest import write_images
 from torchvision import datasets
 
 from irgdistill.config import AugmentConfig, DataConfig
-from irgdistill.data import BadImages, CoarseCifar100, Images, Loader, Order, eval_loader, open_splits, train_loader
+from irgdistill.data import BadImages, Images, Loader, Order, eval_loader, train_loader
 from irgdistill.errors import UserError
+from irgdistill.sources import CoarseCifar100, open_splits
 
 MEAN = (0.5, 0.5, 0.5)
 CPU = torch.device("cpu")

@@ -1,0 +1,248 @@
+"""Where images come from: folders, timm's datasets, digits -> indexed images, splits and class names."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from PIL import Image
+from timm.data import create_dataset
+from torchvision import datasets
+
+from irgdistill.config import DataConfig
+from irgdistill.errors import UserError, nearest
+
+VAL_FOLDERS = ("val", "validation", "test")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+BUILTIN = ("digits",)
+PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
+
+
+class Source(Protocol):
+    """Indexed images before any transform."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Decoded RGB image and its class."""
+
+    def describe(self, index: int) -> str:
+        """Name of an image, for messages."""
+
+
+@dataclass
+class Splits:
+    """Training and validation images of one data set, with class names in label order."""
+
+    train: Source
+    val: Source
+    classes: list[str]
+    train_indices: Sequence[int]
+    val_indices: Sequence[int]
+    streaming: bool = False
+
+
+class TimmSource:
+    """A timm or torchvision dataset without a transform."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.reader = getattr(dataset, "reader", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        if self.reader is None:
+            image, label = self.dataset[index][:2]
+        else:  # timm's own ImageDataset would replace a bad image by its neighbour without a count
+            handle, label = self.reader[index][:2]
+            image = Image.open(handle)
+        return image.convert("RGB"), int(label)
+
+    def describe(self, index: int) -> str:
+        try:
+            return str(self.reader.filename(index, absolute=True))  # type: ignore[union-attr]
+        except (AttributeError, NotImplementedError, AssertionError):
+            return f"image {index}"
+
+    def labels(self) -> list[int]:
+        """Class of every image, without decoding where the dataset knows them."""
+        samples = getattr(self.reader, "samples", None)
+        if samples is not None:
+            return [int(label) for _, label in samples]
+        targets = getattr(self.dataset, "targets", None)
+        if targets is not None:
+            return [int(label) for label in targets]
+        return [self.load(i)[1] for i in range(len(self))]
+
+
+class DigitsSource:
+    """scikit-learn's handwritten digits: 1,797 images of 8×8 grey pixels."""
+
+    def __init__(self) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise UserError("--data digits needs scikit-learn: pip install 'irgdistill[digits]'") from None
+        digits = load_digits()
+        self.pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
+        self.targets = digits.target.astype(int)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.targets[index])
+
+    def describe(self, index: int) -> str:
+        return f"digit {index}"
+
+    def labels(self) -> list[int]:
+        return [int(label) for label in self.targets]
+
+
+def open_splits(config: DataConfig, val_only: bool = False) -> Splits:
+    """Find the images of `config.source`. Raises UserError where they are missing, empty or do not fit together."""
+    source = config.source
+    if not source:
+        raise UserError("no data: give --data FOLDER, --data digits or a timm dataset string such as torch/cifar10")
+    if source in BUILTIN:
+        digits = DigitsSource()
+        return _hold_out(digits, digits.labels(), [str(i) for i in range(10)], config.val_fraction or 0.3)
+    if source.startswith(PREFIXES):
+        return _open_named(source, config)
+    return _open_folder(Path(source), config, val_only)
+
+
+def _open_named(source: str, config: DataConfig) -> Splits:
+    split = {"train": config.train_split or "train", "val": config.val_split or "validation"}
+    streaming = source.startswith(("wds/", "tfds/", "hfids/"))
+    opened = {}
+    for role, name in split.items():
+        try:
+            if source == "torch/cifar100-coarse":
+                opened[role] = CoarseCifar100(str(config.root), role == "train", config.download)
+                continue
+            opened[role] = create_dataset(
+                source,
+                root=str(config.root),
+                split=name,
+                is_training=role == "train",
+                download=config.download,
+                batch_size=config.batch_size,
+            )
+        except (RuntimeError, OSError, AssertionError, ValueError, ImportError, KeyError) as error:
+            hint = "" if config.download else "; --download lets it fetch its files"
+            raise UserError(
+                f"cannot open the {name} split of {source} in {config.root}: {' '.join(str(error).split())[:200]}{hint}"
+            ) from None
+    if streaming:
+        names = _class_names(opened["train"]) or [str(i) for i in range(config.num_classes or 0)]
+        if not names:
+            raise UserError(f"{source} does not tell its classes: give --set data.num_classes=N")
+        return Splits(opened["train"], opened["val"], names, range(0), range(0), streaming=True)
+    train, val = TimmSource(opened["train"]), TimmSource(opened["val"])
+    names = _class_names(opened["train"]) or [str(i) for i in range(max(train.labels()) + 1)]
+    return Splits(train, val, names, range(len(train)), range(len(val)))
+
+
+class CoarseCifar100(datasets.CIFAR100):  # type: ignore[misc]
+    """CIFAR-100 under its 20 coarse classes (`torch/cifar100-coarse`)."""
+
+    meta: ClassVar[dict[str, str]] = {**datasets.CIFAR100.meta, "key": "coarse_label_names"}
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        super().__init__(root, train=train, download=download)
+        name = self.train_list[0][0] if train else self.test_list[0][0]
+        with open(Path(root) / self.base_folder / name, "rb") as file:  # its checksum was verified just now
+            self.targets = pickle.load(file, encoding="latin1")["coarse_labels"]
+
+
+def _class_names(dataset: Any) -> list[str]:
+    """Names in label order, from the dataset or its reader; empty where neither knows them."""
+    mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if mapping:
+        return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
+    return [str(name) for name in getattr(dataset, "classes", None) or ()]
+
+
+def _open_folder(root: Path, config: DataConfig, val_only: bool = False) -> Splits:
+    if not root.is_dir():
+        known = [*BUILTIN, *(prefix + "NAME" for prefix in PREFIXES)]
+        raise UserError(f"no data folder {str(root)!r}{nearest(str(root), BUILTIN)} (a folder, or {', '.join(known)})")
+    train_root = root / (config.train_split or "train")
+    if train_root.is_dir():
+        return _open_train_val(root, train_root, config, val_only)
+    if config.train_split:
+        raise UserError(f"no split {config.train_split!r} in {root}{nearest(config.train_split, _folders(root))}")
+    classes = _class_folders(root)
+    if config.val_fraction is None:
+        raise UserError(
+            f"{root} has no train/ folder; for class folders alone say how much to hold out, such as --val-fraction 0.1"
+        )
+    source = _folder_source(root, classes)
+    return _hold_out(source, source.labels(), classes, config.val_fraction)
+
+
+def _open_train_val(root: Path, train_root: Path, config: DataConfig, val_only: bool) -> Splits:
+    classes = _class_folders(train_root)
+    names = [config.val_split] if config.val_split else list(VAL_FOLDERS)
+    val_root = next((root / name for name in names if (root / name).is_dir()), None)
+    if val_root is None:
+        if config.val_split or config.val_fraction is None:
+            raise UserError(
+                f"{root} has no {', '.join(names)} folder beside train/; or hold out a part: --val-fraction 0.1"
+            )
+        source = _folder_source(train_root, classes)
+        return _hold_out(source, source.labels(), classes, config.val_fraction)
+    other = _class_folders(val_root)
+    if other != classes:
+        only = [f"{name} only in {train_root.name}" for name in sorted(set(classes) - set(other))]
+        only += [f"{name} only in {val_root.name}" for name in sorted(set(other) - set(classes))]
+        more = f" and {len(only) - 4} more" if len(only) > 4 else ""
+        raise UserError(f"class folders of {train_root} and {val_root} differ: {', '.join(only[:4])}{more}")
+    val = _folder_source(val_root, classes)
+    train = val if val_only else _folder_source(train_root, classes)
+    return Splits(train, val, classes, range(len(train)), range(len(val)))
+
+
+def _folder_source(root: Path, classes: list[str]) -> TimmSource:
+    class_map = {name: index for index, name in enumerate(classes)}
+    try:
+        dataset = create_dataset("", root=str(root), search_split=False, class_map=class_map)
+    except RuntimeError:
+        raise UserError(f"no images in {root}") from None
+    return TimmSource(dataset)
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _class_folders(root: Path) -> list[str]:
+    classes = _folders(root)
+    if not classes:
+        raise UserError(f"{root} is empty: expected one folder of images for each class")
+    return classes
+
+
+def _hold_out(source: Source, labels: Sequence[int], classes: list[str], fraction: float) -> Splits:
+    """A class-balanced split that depends on nothing but the images' order and the fraction."""
+    rng = np.random.default_rng(0)
+    train: list[int] = []
+    val: list[int] = []
+    for label in range(len(classes)):
+        members = rng.permutation(np.flatnonzero(np.asarray(labels) == label))
+        held = round(len(members) * fraction)
+        val += members[:held].tolist()
+        train += members[held:].tolist()
+    if not val or not train:
+        raise UserError(
+            f"--val-fraction {fraction:g} of {len(labels)} images leaves {len(train)} to train, {len(val)} to validate"
+        )
+    return Splits(source, source, classes, sorted(train), sorted(val))
