@@ -45,8 +45,8 @@ class RunFolder:
     def _own(self) -> list[Path]:
         return [self.best, self.last, self.config, self.metrics, self.summary, self.timm_config, self.state]
 
-    def create(self, overwrite: bool) -> None:
-        """Make an empty run folder. Raises UserError where another run, or something that is no run, would be lost."""
+    def check(self, overwrite: bool) -> list[Path]:
+        """Files to be replaced. Raises UserError where another run, or something that is no run, would be lost."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output {self.path} is a file")
         found = [path for path in self._own() if path.exists()]
@@ -54,7 +54,11 @@ class RunFolder:
             kind = "a finished run" if self.summary.exists() else "an unfinished run"
             go_on = "" if self.summary.exists() else f", --resume {self.path} to go on with it,"
             raise UserError(f"{self.path} holds {kind}; give another --output{go_on} or --overwrite to replace it")
-        for path in found:
+        return found
+
+    def create(self, overwrite: bool) -> None:
+        """Make an empty run folder. Raises UserError as `check` does."""
+        for path in self.check(overwrite):
             path.unlink()
         self.state.parent.mkdir(parents=True, exist_ok=True)
 

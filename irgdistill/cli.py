@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from irgdistill import __version__
-from irgdistill.errors import Interrupted, UserError
+from irgdistill.errors import Interrupted, UserError, leave_word
 
 app = typer.Typer(
     name="irgdistill",
@@ -61,6 +62,8 @@ FLAGS = {
     "amp": "runtime.amp",
     "channels_last": "runtime.channels_last",
     "compile_": "runtime.compile",
+    "sync_bn": "runtime.sync_bn",
+    "graph_scope": "runtime.graph_scope",
 }
 """Parameter of `distill` -> configuration key. Everything else is set with --set."""
 
@@ -138,6 +141,10 @@ def distill(
     amp: Annotated[str | None, _option(RUNTIME, help="auto, none, bf16 or fp16.")] = None,
     channels_last: Annotated[bool | None, _option(RUNTIME, "--channels-last", help="Memory layout.")] = None,
     compile_: Annotated[bool | None, _option(RUNTIME, "--compile", help="Use torch.compile.")] = None,
+    gpus: Annotated[str | None, _option(RUNTIME, help="Processes on this machine: a number, or all.")] = None,
+    backend: Annotated[str | None, _option(RUNTIME, help="nccl, or gloo to run them on the CPU.")] = None,
+    sync_bn: Annotated[bool | None, _option(RUNTIME, "--sync-bn", help="Batch-norm over all processes.")] = None,
+    graph_scope: Annotated[str | None, _option(RUNTIME, help="global (default), or local to a process.")] = None,
     preset: Annotated[str | None, _option(RUNTIME, help="Name of a preset, or a YAML file.")] = None,
     settings: Annotated[list[str] | None, _option(RUNTIME, "--set", help="Any key.path=value.")] = None,
     output: Annotated[Path | None, _option(RUNTIME, help="Run folder (runs/STUDENT-METHOD-N).")] = None,
@@ -162,7 +169,7 @@ def distill(
                 "--resume goes on with the run's own configuration; "
                 "leave out --preset, --set, --output, --overwrite and --dry-run"
             )
-        _resume(resume, given)
+        _resume(resume, given, gpus, backend)
         return
     config = load_config(preset, settings, given)
 
@@ -172,16 +179,16 @@ def distill(
     if dry_run:
         show(config)
     else:
-        start(config, output, overwrite)
+        start(config, output, overwrite, gpus, backend)
 
 
-def _resume(folder: Path, given: dict[str, Any]) -> None:
+def _resume(folder: Path, given: dict[str, Any], gpus: str | None, backend: str | None) -> None:
     fixed = sorted(set(given) - MOVABLE)
     if fixed:
         raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(MOVABLE))}")
     from irgdistill.run import resume
 
-    resume(folder, given)
+    resume(folder, given, gpus, backend)
 
 
 @app.command(name="inspect-graph")
@@ -283,8 +290,14 @@ def main() -> None:
         _die("interrupted", 130)
     except Interrupted as error:
         _die(str(error), error.code)
+    except Exception as error:
+        if not leave_word(f"{type(error).__name__}: {error}\n{traceback.format_exc()}", 1):
+            raise
+        sys.exit(1)
 
 
 def _die(message: str, code: int) -> None:
-    typer.echo(f"irgdistill: {message}", err=True)
+    """Say why and leave; of the processes of a run only one speaks."""
+    if not leave_word(message, code) and os.environ.get("RANK", "0") == "0":
+        typer.echo(f"irgdistill: {message}", err=True)
     sys.exit(code)

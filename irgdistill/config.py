@@ -91,11 +91,11 @@ class DataConfig(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Class-balanced share of the training images held out for validation, where there is no validation split."""
     batch_size: Annotated[int, Field(ge=2)] = 128
-    """Images per training step: the size of the relation graph."""
+    """Images per training step, over all processes: the size of the relation graph."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 256
     """Images per evaluation step."""
     workers: Annotated[int, Field(ge=0)] = 1
-    """Processes that decode and augment; the result does not depend on their number."""
+    """Processes that decode and augment, for each GPU; the result does not depend on their number."""
     max_bad_images: Annotated[int, Field(ge=0)] = 10
     """Unreadable images to skip, each named, before the run stops."""
 
@@ -215,6 +215,11 @@ class RuntimeConfig(Section):
     channels_last: bool = False
     compile: bool = False
     """Run both networks through `torch.compile`."""
+    graph_scope: Literal["global", "local"] = "global"
+    """On many processes, the images that relations span: those of all, or of each process alone."""
+    sync_bn: bool = False
+    """On many processes, batch-norm statistics over the images of all; otherwise each has its own, averaged at the
+    end of every epoch."""
     log_every: Annotated[int, Field(ge=1)] = 50
     """Updates between two records in metrics.jsonl."""
     share_every: Annotated[int, Field(ge=0)] = 200

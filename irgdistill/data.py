@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from torchvision import transforms
 
 from irgdistill.config import AugmentConfig, DataConfig
+from irgdistill.distributed import World
 from irgdistill.errors import UserError
 from irgdistill.sources import Source, Splits
 
@@ -135,30 +136,42 @@ class _seeded:
 
 
 class Order(torch.utils.data.Sampler[int]):
-    """Keys of one epoch, shuffled by (seed, epoch), from a position on."""
+    """Keys of one epoch's whole batches, shuffled by (seed, epoch), from a batch on: this process's part of each.
 
-    def __init__(self, length: int, seed: int, shuffle: bool) -> None:
+    The batches of all processes together are those of one process. Each takes as many from the front of a batch as
+    from its back, in mirror order, so that mixup, which pairs the first image with the last, finds its partners.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, world: World) -> None:
         self.length = length
+        self.batch_size = batch_size
         self.seed = seed
-        self.shuffle = shuffle
+        share = batch_size // world.size
+        front, back = share // 2, share - share // 2
+        self.part = [
+            *range(world.rank * front, (world.rank + 1) * front),
+            *range(batch_size - (world.rank + 1) * back, batch_size - world.rank * back),
+        ]
         self.epoch = 0
         self.start = 0
 
     def __iter__(self) -> Iterator[int]:
-        offset = self.epoch * self.length
-        if not self.shuffle:
-            return iter(range(offset + self.start, offset + self.length))
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
         )
-        return iter((torch.randperm(self.length, generator=generator)[self.start :] + offset).tolist())
+        order = torch.randperm(self.length, generator=generator) + self.epoch * self.length
+        whole = order[: self.length // self.batch_size * self.batch_size].view(-1, self.batch_size)
+        return iter(whole[self.start :, self.part].flatten().tolist())
 
     def __len__(self) -> int:
-        return self.length - self.start
+        return (self.length // self.batch_size - self.start) * len(self.part)
 
 
 class Loader:
-    """Batches of one split on the device: raw images (B, 3, H, W) uint8 and labels (B,)."""
+    """Batches of one split on the device: raw images (B, 3, H, W) uint8 and labels (B,).
+
+    In training, B is this process's part of `batch_size`.
+    """
 
     def __init__(
         self,
@@ -169,21 +182,23 @@ class Loader:
         seed: int,
         training: bool,
         bad: BadImages,
+        world: World | None = None,
     ) -> None:
+        world = world or World()
         self.batch_size = batch_size
         self.device = device
         self.bad = bad
-        self.stream: Any = images
-        self.order = None if isinstance(images, IterableDataset) else Order(len(images), seed, shuffle=training)
+        self.stream = isinstance(images, IterableDataset)
+        self.order = Order(len(images), batch_size, seed, world) if training and not self.stream else None
         self.loader = DataLoader(
             images,
-            batch_size=batch_size,
+            batch_size=batch_size // world.size if training else batch_size,
             sampler=self.order,
             num_workers=workers,
             collate_fn=_collate,
             drop_last=training,
             pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0 and self.order is not None,  # a stream learns its epoch when workers start
+            persistent_workers=workers > 0 and not self.stream,  # a stream learns its epoch when workers start
             generator=torch.Generator(),  # its own, so that opening an epoch draws nothing from the run's
         )
         self.training = training
@@ -197,9 +212,9 @@ class Loader:
         """Batches of one epoch, from batch `start` on. Raises UserError when too many images are unreadable."""
         skip = 0
         if self.order is not None:
-            self.order.epoch, self.order.start = epoch, start * self.batch_size
-        else:
-            self.stream.set_epoch(epoch)
+            self.order.epoch, self.order.start = epoch, start
+        elif self.stream:
+            self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
             skip = start
         for number, batch in enumerate(self.loader):
             self.bad.collect()
@@ -225,8 +240,9 @@ def train_loader(
     device: torch.device,
     seed: int,
     bad: BadImages,
+    world: World | None = None,
 ) -> Loader:
-    """Shuffled, augmented batches. Raises UserError when the batch is larger than the data set."""
+    """Shuffled, augmented batches, this process's part of each. Raises UserError for a batch larger than the data."""
     transform = train_transform(augment, size, interpolation, mean)
     if splits.streaming:
         splits.train.transform = transform  # type: ignore[attr-defined]
@@ -235,7 +251,7 @@ def train_loader(
     if config.batch_size > count:
         raise UserError(f"--batch-size {config.batch_size} is larger than the {count} training images")
     images = Images(splits.train, splits.train_indices, transform, seed, bad, training=True)
-    return Loader(images, config.batch_size, config.workers, device, seed, True, bad)
+    return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world)
 
 
 def eval_loader(
@@ -247,8 +263,9 @@ def eval_loader(
     device: torch.device,
     bad: BadImages,
     limit: int | None = None,
+    world: World | None = None,
 ) -> Loader:
-    """Validation images in order, every one once; `limit` takes an even selection of them."""
+    """Validation images in order, every one once; `limit` takes an even selection of them. Processes share them."""
     transform = eval_transform(size, interpolation, crop_pct)
     if splits.streaming:
         splits.val.transform = transform  # type: ignore[attr-defined]
@@ -256,5 +273,7 @@ def eval_loader(
     indices = splits.val_indices
     if limit and limit < len(indices):
         indices = [indices[i * len(indices) // limit] for i in range(limit)]
+    if world is not None:
+        indices = indices[world.rank :: world.size]
     images = Images(splits.val, indices, transform, 0, bad, training=False)
     return Loader(images, config.eval_batch_size, config.workers, device, 0, False, bad)

@@ -13,6 +13,7 @@ from timm.utils import accuracy
 from torch import Tensor
 
 from irgdistill.data import Loader
+from irgdistill.distributed import World
 from irgdistill.losses.logits import soft_targets
 from irgdistill.taps import Tapped
 
@@ -42,9 +43,17 @@ class Metrics:
 
 @torch.no_grad()
 def evaluate(
-    network: Tapped, loader: Loader, autocast: AbstractContextManager[Any], teacher: Tapped | None = None
+    network: Tapped,
+    loader: Loader,
+    autocast: AbstractContextManager[Any],
+    teacher: Tapped | None = None,
+    world: World | None = None,
 ) -> Metrics:
-    """Run `network` (and `teacher`, on the same crops) over `loader` in eval mode; training mode is put back after."""
+    """Run `network` (and `teacher`, on the same crops) over `loader` in eval mode; training mode is put back after.
+
+    With `world`, every process brings its part of the images and gets the metrics of all.
+    """
+    world = world or World()
     training = network.training
     network.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=loader.device)
@@ -62,6 +71,9 @@ def evaluate(
         bins += _batch_bins(logits, labels)
         images_seen += len(labels)
     network.train(training)
+    sums, bins = world.sum(sums), world.sum(bins)
+    counts = torch.tensor([images_seen, timed, seconds], dtype=torch.float64, device=loader.device)
+    images_seen, timed, seconds = world.sum(counts).tolist()
     top1, top5, loss, agreement, kl = (sums / max(images_seen, 1)).tolist()
     confidence, correct, _ = bins
     return Metrics(
@@ -69,8 +81,8 @@ def evaluate(
         top5=top5,
         loss=loss,
         calibration_error=100 * float((confidence - correct).abs().sum()) / max(images_seen, 1),
-        images=images_seen,
-        images_per_second=timed / max(seconds, 1e-9),
+        images=int(images_seen),
+        images_per_second=timed / max(seconds / world.size, 1e-9),
         agreement=agreement if teacher is not None else None,
         kl=kl if teacher is not None else None,
     )

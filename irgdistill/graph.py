@@ -6,6 +6,9 @@ Shapes: B images, D features.
     edge_matrix          (B, B)   A[i, j] = |f_i - f_j|² / max, symmetric, zero diagonal, in [0, 1]
     transformation_vector(B,)     v[i] = |last_i - first_i|² / max, in [0, 1]
 
+On many processes each holds b of the B images: it computes its own rows of the edge matrix, (b, B), and its own part of
+the transformation vector, (b,), and `maximum` turns the largest value it sees into the largest of all.
+
 Source: Liu et al., "Knowledge Distillation via Instance Relationship Graph", CVPR 2019, sections 3.2 and 3.3, and
 the authors' Caffe layers: the maximum is a constant in the backward pass. Theirs divide by zero where all features
 are equal; here such a graph is all zeros, and a loss against it is zero with zero gradient: nothing is to be learnt.
@@ -13,30 +16,41 @@ are equal; here such a graph is all zeros, and a loss against it is zero with ze
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+Maximum = Callable[[Tensor], Tensor]
+"""Largest value here -> largest value of all processes, elementwise, without gradient."""
 
-def edge_matrix(features: Tensor) -> Tensor:
+
+def _alone(values: Tensor) -> Tensor:
+    return values
+
+
+def edge_matrix(features: Tensor, rows: slice = slice(None), maximum: Maximum = _alone) -> Tensor:
     """Normalised squared distances between all images of a batch.
 
-    `features` is (B, D) of any floating type; the result is (B, B), float32 (float64 stays float64), also inside
-    autocast. Distances do not change when a constant is subtracted from every row, so the first row and then the mean
-    are removed: features with a large common offset keep their digits in the matrix product, and equal features become
-    exact zeros. B = 1 and all-equal features give zeros with zero gradient. Raises ValueError on another rank.
+    `features` is (B, D) of any floating type; the result is (B, B), or the asked `rows` of it, float32 (float64 stays
+    float64), also inside autocast. Distances do not change when a constant is subtracted from every row, so the first
+    row and then the mean are removed: features with a large common offset keep their digits in the matrix product, and
+    equal features become exact zeros. B = 1 and all-equal features give zeros with zero gradient. Raises ValueError
+    where `features` is no matrix.
     """
     x = _matrix(features, "features")
     with torch.autocast(x.device.type, enabled=False):
-        x = _widen(x)
+        x = widen(x)
         x = x - x[:1].detach()
         x = x - x.mean(0).detach()
         norms = x.square().sum(1)
-        distances = (norms[:, None] + norms[None, :] - 2 * (x @ x.T)).clamp(min=0)
-        off_diagonal = 1 - torch.eye(len(x), dtype=x.dtype, device=x.device)
-        return _by_maximum(distances * off_diagonal)
+        distances = (norms[rows, None] + norms[None, :] - 2 * (x[rows] @ x.T)).clamp(min=0)
+        image = torch.arange(len(x), device=x.device)
+        distances = distances.masked_fill(image[rows, None] == image[None, :], 0)
+        return _by_maximum(distances, maximum)
 
 
-def transformation_vector(first: Tensor, last: Tensor) -> Tensor:
+def transformation_vector(first: Tensor, last: Tensor, maximum: Maximum = _alone) -> Tensor:
     """How far each image moves between two layers of one network, relative to the image that moves farthest.
 
     `first` and `last` are (B, D) with equal D; the result is (B,), float32 (float64 stays float64), also inside
@@ -46,16 +60,17 @@ def transformation_vector(first: Tensor, last: Tensor) -> Tensor:
     if first.shape != last.shape:
         raise ValueError(f"first {tuple(first.shape)} and last {tuple(last.shape)} must have the same shape (B, D)")
     with torch.autocast(first.device.type, enabled=False):
-        return _by_maximum((_widen(last) - _widen(first)).square().sum(1))
+        return _by_maximum((widen(last) - widen(first)).square().sum(1), maximum)
 
 
-def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def relation_loss(student: Tensor, teacher: Tensor, maximum: Maximum = _alone) -> Tensor:
     """Mean squared difference of two normalised relations of equal shape: edge matrices or transformation vectors.
 
     Zero, with zero gradient, when either relation is degenerate (all zeros): a maximum of 1 marks every other one.
     The authors' Euclidean loss is B/2 times this for both kinds, and their edge gradient half of that loss's.
     """
-    informative = (student.detach().amax() * teacher.detach().amax() > 0).to(student.dtype)
+    largest = maximum(torch.stack([student.detach().amax(), teacher.detach().amax().to(student.dtype)]))
+    informative = (largest.amin() > 0).to(student.dtype)
     return informative * (student - teacher.to(student.dtype)).square().mean()
 
 
@@ -65,10 +80,11 @@ def _matrix(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def _widen(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """At least float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _by_maximum(distances: Tensor) -> Tensor:
-    maximum = distances.detach().amax()
-    return distances / torch.where(maximum > 0, maximum, torch.ones_like(maximum))
+def _by_maximum(distances: Tensor, maximum: Maximum) -> Tensor:
+    largest = maximum(distances.detach().amax())
+    return distances / torch.where(largest > 0, largest, torch.ones_like(largest))

@@ -30,11 +30,14 @@ class _Bar(Progress):
 
 
 class Report:
-    """Terminal (stderr, so that stdout stays for results) and metrics file of one run."""
+    """Terminal (stderr, so that stdout stays for results) and metrics file of one run.
 
-    def __init__(self, metrics: Path | None = None, stdout: bool = False) -> None:
-        self.console = Console(stderr=not stdout, highlight=False)
-        self.metrics = metrics
+    Of many processes one speaks and writes; the others, `quiet`, keep silent.
+    """
+
+    def __init__(self, metrics: Path | None = None, stdout: bool = False, quiet: bool = False) -> None:
+        self.console = Console(stderr=not stdout, highlight=False, quiet=quiet)
+        self.metrics = None if quiet else metrics
         self._progress: _Bar | None = None
         self._task: TaskID | None = None
         self._last_line = time.monotonic()
@@ -66,7 +69,7 @@ class Report:
     @contextmanager
     def progress(self, total: int, done: int) -> Iterator[None]:
         """A bar over `total` batches of the run, on a terminal."""
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.console.quiet:
             yield
             return
         columns = (

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
 from irgdistill.config import Config, DataConfig, dump, read_yaml, validate
 from irgdistill.data import BadImages, eval_loader
+from irgdistill.distributed import World, joined, ranks, restarts, run_workers
 from irgdistill.errors import UserError, nearest
 from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.matching import Plan, ends, match
 from irgdistill.models import Network, build_network, known_models, multiply_adds, parameters
 from irgdistill.report import Report, table
-from irgdistill.setup import autocast, check_input_sizes, choose_device, prepare
+from irgdistill.setup import Setup, autocast, check_input_sizes, check_processes, choose_device, prepare
 from irgdistill.sources import open_splits
 from irgdistill.taps import Tapped, tap_name
 from irgdistill.trainer import Trainer
@@ -69,20 +73,70 @@ def list_models(pattern: str, as_json: bool) -> None:
             print(f"{name:44} {count:14,} {macs:16,} {size:>9}  {text}", flush=True)  # noqa: T201
 
 
-def start(config: Config, output: Path | None, overwrite: bool) -> None:
-    """Train from the beginning, in a new folder."""
-    setup = prepare(config)
-    folder = RunFolder(output if output is not None else _next_folder(config))
-    report = Report(folder.metrics)
-    trainer = Trainer(setup, folder, report)
-    folder.create(overwrite)
-    print_plan(setup.plan)
-    report.line(f"run folder {folder.path}")
-    trainer.start()
-    _finish(trainer)
+def start(config: Config, output: Path | None, overwrite: bool, gpus: str | None, backend: str | None) -> None:
+    """Train from the beginning, in a new folder; in `gpus` processes of this machine, or among those of torchrun."""
+    if backend == "gloo":
+        config.runtime.device = "cpu"
+    setup, workers = prepare(config), _workers(config, gpus, backend)
+    check_processes(config, setup.splits, workers or ranks())
+    if workers:
+        if output is not None:
+            RunFolder(output).check(overwrite)
+        del setup
+        run_workers(workers, sys.argv[1:])
+        return
+    with joined(config.runtime.device, backend) as world:
+        restarted = restarts() > 0
+        folder = RunFolder(Path(world.share(str(output or _next_folder(config, last=restarted)))))
+        if restarted and folder.state.exists():
+            _go_on(folder, setup, world)
+            return
+        report = Report(folder.metrics, quiet=not world.main)
+        trainer = Trainer(setup, folder, report, world)
+        if world.main:
+            folder.create(overwrite or restarted)
+            print_plan(setup.plan)
+        report.line(f"run folder {folder.path}")
+        _tell(trainer)
+        trainer.start()
+        _finish(trainer)
 
 
-def resume(path: Path, changes: Mapping[str, Any]) -> None:
+def _workers(config: Config, gpus: str | None, backend: str | None) -> int:
+    """How many processes to start here; 0: none, this is one of them. Raises UserError."""
+    if backend not in (None, "nccl", "gloo"):
+        raise UserError(f"--backend {backend}: nccl, or gloo to run on the CPU{nearest(backend, ['nccl', 'gloo'])}")
+    there = torch.cuda.device_count()
+    if backend == "nccl" and not there:
+        raise UserError("--backend nccl: there is no GPU here; --backend gloo runs the processes on the CPU")
+    if gpus is None or ranks() > 1:
+        return 0
+    if gpus != "all" and not (gpus.isdecimal() and int(gpus) > 0):
+        raise UserError(f"--gpus {gpus}: expected a number of processes on this machine, or all")
+    if config.runtime.device not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"--device {config.runtime.device} is one device; with --gpus leave it out, or give cpu or cuda"
+        )
+    on_cpu = backend == "gloo" or config.runtime.device == "cpu"
+    count = there if gpus == "all" else int(gpus)
+    if count == 0 or (count > there and not on_cpu):
+        raise UserError(f"--gpus {gpus}: there are {there} GPUs here; --backend gloo runs the processes on the CPU")
+    return count if count > 1 else 0
+
+
+def _tell(trainer: Trainer) -> None:
+    """How many processes train, and what a relation spans."""
+    world, runtime, batch = trainer.world, trainer.config.runtime, trainer.config.data.batch_size
+    if world.size > 1:
+        spans = f"all {batch}" if runtime.graph_scope == "global" else f"the {batch // world.size} of each process"
+        statistics = "synchronised" if runtime.sync_bn else "averaged every epoch"
+        trainer.report.line(
+            f"{world.size} processes share batches of {batch} images; relations span {spans}; "
+            f"batch-norm statistics are {statistics}"
+        )
+
+
+def resume(path: Path, changes: Mapping[str, Any], gpus: str | None = None, backend: str | None = None) -> None:
     """Go on where the state in a run folder stands. Raises UserError when there is nothing to go on with."""
     folder = RunFolder(path)
     if folder.summary.exists():
@@ -93,9 +147,26 @@ def resume(path: Path, changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
         section, name = key.split(".")
         tree[section][name] = value
-    trainer = Trainer(prepare(validate(tree, f"{folder.config}: ")), folder, Report(folder.metrics))
+    config = validate(tree, f"{folder.config}: ")
+    if backend == "gloo":
+        config.runtime.device = "cpu"
+    setup, workers = prepare(config), _workers(config, gpus, backend)
+    check_processes(config, setup.splits, workers or ranks())
+    if workers:
+        del setup
+        run_workers(workers, sys.argv[1:])
+        return
+    with joined(config.runtime.device, backend) as world:
+        _go_on(folder, setup, world)
+
+
+def _go_on(folder: RunFolder, setup: Setup, world: World) -> None:
+    trainer = Trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
     trainer.resume()
-    trainer.report.line(f"resuming {path} at epoch {trainer.epoch + 1}, batch {trainer.batch} of {trainer.batches}")
+    trainer.report.line(
+        f"resuming {folder.path} at epoch {trainer.epoch + 1}, batch {trainer.batch} of {trainer.batches}"
+    )
+    _tell(trainer)
     _finish(trainer)
 
 
@@ -107,12 +178,13 @@ def _finish(trainer: Trainer) -> None:
     )
 
 
-def _next_folder(config: Config) -> Path:
+def _next_folder(config: Config, last: bool = False) -> Path:
+    """The first free name under runs/; `last`: the one before it."""
     name = f"{config.student.name}-{config.method}".replace("+", "-").replace("/", "-").replace(":", "-")
     number = 1
     while (path := Path("runs") / f"{name}-{number}").exists():
         number += 1
-    return path
+    return path.with_name(f"{name}-{max(number - last, 1)}")
 
 
 def print_plan(plan: Plan | None, stdout: bool = False) -> None:

@@ -144,10 +144,24 @@ def check_input_sizes(teacher: Network, student: Network, plan: Plan) -> None:
             )
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`, or any torch device. Raises UserError when it is not there."""
+def check_processes(config: Config, splits: Splits, count: int) -> None:
+    """Every process needs an equal share of each batch. Raises UserError with the nearest size that can be shared."""
+    size, unit = config.data.batch_size, count * (2 if config.augment.mixup or config.augment.cutmix else 1)
+    if count > 1 and splits.streaming:
+        raise UserError(f"{config.data.source} is a stream, which one process reads: leave out --gpus")
+    if size % unit:
+        near = sorted({max(size // unit, 1) * unit, (size // unit + 1) * unit})
+        pairs = " in pairs, which mixup needs" if unit > count else ""
+        raise UserError(
+            f"--batch-size {size} is the batch of all {count} processes and cannot be shared evenly{pairs}: "
+            f"the nearest that can is {' or '.join(map(str, near))}"
+        )
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` (this process's GPU, else the CPU), or any torch device. Raises UserError when it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

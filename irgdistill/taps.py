@@ -93,3 +93,15 @@ class Tapped(nn.Module):
         if tap.source == "input":
             return module.register_forward_pre_hook(lambda _module, args: keep(args[0]))
         return module.register_forward_hook(lambda _module, _args, output: keep(output))
+
+
+def has_unused_parameters(network: Tapped) -> bool:
+    """Whether some parameters get no gradient from logits and taps (a second head); found on shapes alone."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    meta = {name: value.detach().to("meta").requires_grad_(value.requires_grad) for name, value in tensors.items()}
+    wanted = [value for value in meta.values() if value.requires_grad]
+    image = torch.empty(2, network.view.mean.shape[1], *network.view.size, device="meta")
+    with torch.random.fork_rng(devices=[]):
+        output = torch.func.functional_call(network, meta, (image,))
+        total = output.logits.sum() + sum(feature.sum() for feature in output.features.values())
+        return None in torch.autograd.grad(total, wanted, allow_unused=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import signal
 import time
@@ -30,27 +31,31 @@ from irgdistill.checkpoint import (
 )
 from irgdistill.config import dump
 from irgdistill.data import BadImages, eval_loader, train_loader
+from irgdistill.distributed import World, statistics_of, synchronised
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.losses import Batch, build_loss, gradient_shares
 from irgdistill.optim import build_mix, build_optimizer, build_scheduler
 from irgdistill.report import Report
 from irgdistill.setup import Setup, autocast, choose_device
-from irgdistill.taps import Tapped
+from irgdistill.taps import Tapped, has_unused_parameters
 
 CHECK_IMAGES = 2000
 """Validation images on which the teacher is tried before training."""
 
 
 class Trainer:
-    """One run: `Trainer(prepare(config), RunFolder(path), Report(…)).fit()`."""
+    """One run: `Trainer(prepare(config), RunFolder(path), Report(…)).fit()`, in each process of `world`."""
 
-    def __init__(self, setup: Setup, folder: RunFolder, report: Report) -> None:
+    def __init__(self, setup: Setup, folder: RunFolder, report: Report, world: World | None = None) -> None:
         config = setup.config
         self.setup, self.config, self.folder, self.report = setup, config, folder, report
-        self.device = choose_device(config.runtime.device)
+        self.world = world or World()
+        self.device = choose_device(config.runtime.device, self.world.local_rank)
         self.autocast = autocast(config.runtime.amp, self.device)
-        self.loss = build_loss(config.losses, setup.plan)
+        self.loss = build_loss(
+            config.losses, setup.plan, self.world if config.runtime.graph_scope == "global" else None
+        )
         if config.losses.weights()["transform"] > 0 and "transform" not in self.loss.terms:
             report.warn("no transformation term: no matched stage has two taps of equal width in both networks")
         self._build_networks()
@@ -69,7 +74,8 @@ class Trainer:
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Raw images (B, 3, H, W), labels (B,) -> total and raw terms. One backward; an update at a boundary."""
         images, targets = (images, labels) if self.mix is None else self.mix(images.float(), labels)
-        with self.autocast:
+        boundary = (self.batch + 1) % self.accumulate == 0
+        with self.world.local_gradients(self.student, wanted=not boundary), self.autocast:
             with torch.no_grad():
                 teacher = None if self.teacher is None else self.teacher(images)
             student = self.student(images)
@@ -79,7 +85,7 @@ class Trainer:
         self._sample_shares(raw)
         self.scaler.scale(total / self.accumulate).backward()
         self.batch += 1
-        if self.batch % self.accumulate == 0:
+        if boundary:
             self._update_weights()
         return {"loss": total.detach(), **{name: value.detach() for name, value in raw.items()}}
 
@@ -96,8 +102,10 @@ class Trainer:
             self.ema.update(self.tapped.model, step=self.update)
 
     def _refuse_non_finite(self, total: Tensor, raw: dict[str, Tensor]) -> None:
-        if not total.isfinite():
-            guilty = ", ".join(f"{name} = {value.item()}" for name, value in raw.items() if not value.isfinite())
+        if self.world.any(not total.isfinite()):
+            values = self.world.sum(torch.stack([value.detach().float() for value in raw.values()])).tolist()
+            found = zip(raw, values, strict=True)
+            guilty = ", ".join(f"{name} = {value}" for name, value in found if not math.isfinite(value))
             raise UserError(
                 f"the loss is not finite at update {self.update + 1}, epoch {self.epoch + 1} ({guilty or 'total'}); "
                 "the weights were not changed; a lower --lr, --clip-grad 1 or --amp none may help"
@@ -106,7 +114,7 @@ class Trainer:
     def _sample_shares(self, raw: dict[str, Tensor]) -> None:
         every = self.config.runtime.share_every
         if every and len(raw) > 1 and self.update % every == 0 and self.batch % self.accumulate == 0:
-            shares = gradient_shares(raw, self.loss.weights, list(self.tapped.parameters()))
+            shares = gradient_shares(raw, self.loss.weights, list(self.tapped.parameters()), self.world)
             self.report.record({"kind": "gradient", "epoch": self.epoch + 1, "update": self.update, "share": shares})
 
     # --- the run ------------------------------------------------------------------------------------------------------
@@ -117,19 +125,21 @@ class Trainer:
         with self._listening(), self.report.progress(epochs * self.batches, self._done()):
             while self.epoch < epochs:
                 self._train_epoch()
-                self._end_epoch(evaluate(self.deployed, self.val, self.autocast))
+                self._average_statistics()
+                self._end_epoch(evaluate(self.deployed, self.val, self.autocast, world=self.world))
                 if self.epoch < epochs:
                     self._stop_if_asked()
         return self._finish()
 
     def start(self) -> None:
         """Write what defines the run, try the teacher, save the first state."""
-        write_text(self.folder.config, dump(self.config))
-        config = timm_config(self.setup.student, self.setup.classes)
-        write_text(self.folder.timm_config, json.dumps(config, indent=2) + "\n")
+        if self.world.main:
+            write_text(self.folder.config, dump(self.config))
+            config = timm_config(self.setup.student, self.setup.classes)
+            write_text(self.folder.timm_config, json.dumps(config, indent=2) + "\n")
         if self.teacher is not None and self.config.teacher.check:
             self._check_teacher()
-        random_seed(self.config.seed)
+        self._seed()
         self._save_state()
 
     def resume(self) -> None:
@@ -142,9 +152,9 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch, self.update = state["epoch"], state["batch"], state["update"]
         self.scheduler.step_update(self.update)
-        self.best, self.last, self.sums = state["best"], state["last"], state["sums"]
+        self.best, self.last = state["best"], state["last"]
         self.seconds, self.images_seen = state["seconds"], state["images_seen"]
-        restore_random_states(state["random"])
+        self._restore_own(state["ranks"])
         self.report.rewind(state["metrics_bytes"])
 
     def _train_epoch(self) -> None:
@@ -154,7 +164,7 @@ class Trainer:
         for images, labels in self.train.epoch(self.epoch, start=self.batch):
             values = {"count": torch.ones((), device=self.device), **self.train_step(images, labels)}
             self.sums = {name: self.sums[name] + value for name, value in values.items()} if self.sums else values
-            images_since += len(labels)
+            images_since += len(labels) * self.world.size
             if self.batch % log_every == 0 or self.batch == self.batches:
                 self._log(images_since, time.perf_counter() - since)
                 since, images_since = time.perf_counter(), 0
@@ -165,7 +175,7 @@ class Trainer:
 
     def _log(self, images: int, seconds: float) -> None:
         self.seconds, self.images_seen = self.seconds + seconds, self.images_seen + images
-        count, *sums = torch.stack([value.float() for value in self.sums.values()]).tolist()
+        count, *sums = self.world.mean(torch.stack([value.float() for value in self.sums.values()])).tolist()
         means = dict(zip(list(self.sums)[1:], (value / count for value in sums), strict=True))
         self.sums = {}
         terms = {name: value for name, value in means.items() if name != "loss"}
@@ -212,9 +222,10 @@ class Trainer:
             "seconds": self.seconds,
             "images_per_second": self.images_seen / max(self.seconds, 1e-9),
             "seed": self.config.seed,
-            "bad_images": self.bad.names,
+            "bad_images": sorted({name for names in self.world.collect(self.bad.names) for name in names}),
         }
-        write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        if self.world.main:
+            write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         return summary
 
     # --- stopping -----------------------------------------------------------------------------------------------------
@@ -236,18 +247,21 @@ class Trainer:
                 signal.signal(each, handler)
 
     def _stop_if_asked(self) -> None:
-        if self.signal is not None:
+        number = int(self.world.maximum(torch.tensor(self.signal or 0)))
+        if number:
             self._save_weights("last")
             self._save_state()
             where = f"epoch {self.epoch + 1}, batch {self.batch} of {self.batches}"
             raise Interrupted(
-                128 + self.signal,
+                128 + number,
                 f"stopped at {where}, all saved; go on with: irgdistill distill --resume {self.folder.path}",
             )
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
     def _save_weights(self, which: str) -> None:
+        if not self.world.main:
+            return
         setup, teacher = self.setup, self.setup.teacher
         metadata = {
             **describe(setup.student, setup.classes),
@@ -268,6 +282,9 @@ class Trainer:
         save_tensors(getattr(self.folder, which), self.deployed.model.state_dict(), metadata)
 
     def _save_state(self) -> None:
+        own = self.world.collect(self._own())
+        if not self.world.main:
+            return
         state = {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -276,15 +293,51 @@ class Trainer:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": random_states(),
+            "ranks": own,
             "best": self.best,
             "last": self.last,
-            "sums": self.sums,
             "seconds": self.seconds,
             "images_seen": self.images_seen,
             "metrics_bytes": self.report.offset(),
         }
         save_state(self.folder.state, state)
+
+    def _own(self) -> dict[str, Any]:
+        """What this process has of its own: generators, sums since the last record, batch-norm statistics."""
+        return {
+            "random": random_states(),
+            "sums": {name: value.cpu() for name, value in self.sums.items()},
+            "statistics": [{k: v.cpu() for k, v in statistics_of(model).items()} for model in self._averaged()],
+        }
+
+    def _restore_own(self, ranks: list[dict[str, Any]]) -> None:
+        """Each process takes its own entry; another number of them shares the means and starts new generators."""
+        if len(ranks) == self.world.size:
+            own = ranks[self.world.rank]
+            restore_random_states(own["random"])
+        else:
+            own = _mean_of(ranks)
+            restore_random_states(ranks[0]["random"])
+            torch.manual_seed(self.config.seed + self.update * self.world.size + self.world.rank)
+        self.sums = {name: value.to(self.device) for name, value in own["sums"].items()}
+        for model, statistics in zip(self._averaged(), own["statistics"], strict=True):
+            model.load_state_dict(statistics, strict=False)
+
+    def _averaged(self) -> list[nn.Module]:
+        """Networks whose batch-norm statistics each process gathers for itself."""
+        if self.config.runtime.sync_bn:
+            return []
+        return [self.tapped.model, *([] if self.ema is None else [self.ema.module])]
+
+    def _average_statistics(self) -> None:
+        for model in self._averaged():
+            self.world.average_statistics(model)
+
+    def _seed(self) -> None:
+        """Python's and numpy's generators, which mix images, are alike everywhere; torch's, for dropout, are not."""
+        random_seed(self.config.seed)
+        if not self.world.main:
+            torch.manual_seed(self.config.seed + self.world.rank)
 
     def _done(self) -> int:
         return self.epoch * self.batches + self.batch
@@ -297,10 +350,13 @@ class Trainer:
         plan, last = setup.plan, config.runtime.channels_last
         model = self._place(setup.student.model)
         self.ema = None if config.optim.ema is None else ModelEmaV3(model, decay=config.optim.ema, use_warmup=True)
+        if config.runtime.sync_bn:
+            model = synchronised(model, self.world)
         view = setup.student.view().to(self.device)
         self.tapped = Tapped(model, view, plan.student_taps(tail) if plan else (), last)
-        self.student = self._compiled(self.tapped)
-        self.deployed = self.student if self.ema is None else Tapped(self.ema.module, view, (), last)
+        network = self._compiled(self.tapped)
+        self.student = self.world.wrap(network, self.world.size > 1 and has_unused_parameters(self.tapped))
+        self.deployed = network if self.ema is None else Tapped(self.ema.module, view, (), last)
         self.teacher = None
         if setup.teacher is not None:
             model, view = self._place(setup.teacher.model), setup.teacher.view().to(self.device)
@@ -330,9 +386,17 @@ class Trainer:
             self.device,
             config.seed,
             self.bad,
+            self.world,
         )
         self.val = eval_loader(
-            setup.splits, config.data, student.size, student.interpolation, student.crop_pct, self.device, self.bad
+            setup.splits,
+            config.data,
+            student.size,
+            student.interpolation,
+            student.crop_pct,
+            self.device,
+            self.bad,
+            world=self.world,
         )
         self.accumulate = config.optim.accumulate
         self.batches = len(self.train) // self.accumulate * self.accumulate
@@ -366,12 +430,23 @@ class Trainer:
             self.device,
             self.bad,
             limit=CHECK_IMAGES,
+            world=self.world,
         )
-        top1 = evaluate(self.teacher, loader, self.autocast).top1
-        chance = 100 / len(setup.classes)
-        self.report.line(f"teacher {teacher.name}: top-1 {top1:.2f} on {loader.images} validation images")
+        tried = evaluate(self.teacher, loader, self.autocast, world=self.world)
+        top1, chance = tried.top1, 100 / len(setup.classes)
+        self.report.line(f"teacher {teacher.name}: top-1 {top1:.2f} on {tried.images} validation images")
         if top1 < chance + 0.1 * (100 - chance):
             raise UserError(
                 f"the teacher reaches top-1 {top1:.1f} on this data, chance is {chance:.1f}: its classes may be in "
                 "another order, its mean/std or weights wrong; --skip-teacher-check trains all the same"
             )
+
+
+def _mean_of(ranks: list[Any]) -> Any:
+    """Trees of tensors, alike but for their values -> their mean."""
+    first = ranks[0]
+    if isinstance(first, Tensor):
+        return torch.stack(ranks).mean(0) if first.is_floating_point() else first
+    if isinstance(first, dict):
+        return {key: _mean_of([rank[key] for rank in ranks]) for key in first if key != "random"}
+    return [_mean_of(list(items)) for items in zip(*ranks, strict=True)]

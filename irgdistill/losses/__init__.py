@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from irgdistill.config import LossesConfig
+from irgdistill.distributed import World
 from irgdistill.losses.logits import CrossEntropy, LogitRegression, SoftTargets
 from irgdistill.losses.relation import Edges, Transformations
 from irgdistill.losses.term import Batch, Term
@@ -30,8 +31,11 @@ class DistillLoss:
         return sum((self.weights[name] * value for name, value in raw.items()), start=raw["ce"].new_zeros(()))
 
 
-def build_loss(config: LossesConfig, plan: Plan | None) -> DistillLoss:
-    """Cross-entropy and the terms with a weight; transformations are left out where no stage of the plan has them."""
+def build_loss(config: LossesConfig, plan: Plan | None, world: World | None = None) -> DistillLoss:
+    """Cross-entropy and the terms with a weight; transformations are left out where no stage of the plan has them.
+
+    Relations span the images of all processes of `world`.
+    """
     weights = config.weights()
     on = {name for name, weight in weights.items() if weight > 0}
     terms: dict[str, Term] = {"ce": CrossEntropy(config.ce.label_smoothing)}
@@ -42,15 +46,15 @@ def build_loss(config: LossesConfig, plan: Plan | None) -> DistillLoss:
     if on & {"edges", "transform"}:
         assert plan is not None
         if "edges" in on:
-            terms["edges"] = Edges(plan, config.edges.blocks)
+            terms["edges"] = Edges(plan, config.edges.blocks, world)
         stages = [ends for pair in plan.pairs if (ends := pair.transformation()) is not None]
         if "transform" in on and stages:
-            terms["transform"] = Transformations(stages)
+            terms["transform"] = Transformations(stages, world)
     return DistillLoss(terms, weights)
 
 
 def gradient_shares(
-    raw: dict[str, Tensor], weights: dict[str, float], parameters: list[nn.Parameter]
+    raw: dict[str, Tensor], weights: dict[str, float], parameters: list[nn.Parameter], world: World
 ) -> dict[str, float]:
     """Share of each weighted term in the sum of the norms of their gradients; keeps the graph for the real backward."""
     norms = {}
@@ -58,6 +62,6 @@ def gradient_shares(
         grads: tuple[Tensor | None, ...] = ()
         if weights[name] > 0 and value.requires_grad:
             grads = torch.autograd.grad(weights[name] * value, parameters, retain_graph=True, allow_unused=True)
-        norms[name] = float(sum(grad.double().square().sum() for grad in grads if grad is not None)) ** 0.5
+        norms[name] = float(sum(world.mean(grad.double()).square().sum() for grad in grads if grad is not None)) ** 0.5
     total = sum(norms.values())
     return {name: norm / total if total > 0 else 0.0 for name, norm in norms.items()}

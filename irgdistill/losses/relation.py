@@ -1,4 +1,8 @@
-"""Terms on relations between the images of a batch: edges and transformations (Liu et al., CVPR 2019)."""
+"""Terms on relations between the images of a batch: edges and transformations (Liu et al., CVPR 2019).
+
+The batch is that of all processes of `world`. Each gives the mean over its own rows; the mean of these over the
+processes, which DDP takes of their gradients, is the mean over the whole relation.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from irgdistill.distributed import World
 from irgdistill.graph import edge_matrix, relation_loss, transformation_vector
 from irgdistill.losses.term import Batch
 from irgdistill.matching import Ends, Plan
@@ -20,14 +25,19 @@ class Edges:
     loss, and its gradient 4/B times theirs, which pushes one end of each pair only.
     """
 
-    def __init__(self, plan: Plan, blocks: int = 1) -> None:
+    def __init__(self, plan: Plan, blocks: int = 1, world: World | None = None) -> None:
         self.teacher = tap_name(plan.pairs[-1].teacher.exit)
         self.students = [tap_name(tap) for tap in plan.student_tail(blocks)]
+        self.world = world or World()
 
     def __call__(self, batch: Batch) -> Tensor:
-        teacher = edge_matrix(batch.teacher.features[self.teacher])
-        losses = [relation_loss(edge_matrix(batch.student.features[name]), teacher) for name in self.students]
-        return torch.stack(losses).mean()
+        teacher = self._rows(batch.teacher.features[self.teacher])
+        students = [self._rows(batch.student.features[name]) for name in self.students]
+        return torch.stack([relation_loss(student, teacher, self.world.maximum) for student in students]).mean()
+
+    def _rows(self, features: Tensor) -> Tensor:
+        """Features of this process's images (b, D) -> its rows of the edge matrix (b, B)."""
+        return edge_matrix(self.world.gather(features), self.world.rows(len(features)), self.world.maximum)
 
 
 class Transformations:
@@ -37,14 +47,15 @@ class Transformations:
     and gradient.
     """
 
-    def __init__(self, stages: Sequence[tuple[Ends, Ends]]) -> None:
+    def __init__(self, stages: Sequence[tuple[Ends, Ends]], world: World | None = None) -> None:
         self.stages = [tuple((tap_name(first), tap_name(last)) for first, last in stage) for stage in stages]
+        self.world = world or World()
 
     def __call__(self, batch: Batch) -> Tensor:
-        losses = []
+        losses, maximum = [], self.world.maximum
         for (first_t, last_t), (first_s, last_s) in self.stages:
             teacher, student = batch.teacher.features, batch.student.features
-            moved_t = transformation_vector(teacher[first_t], teacher[last_t])
-            moved_s = transformation_vector(student[first_s], student[last_s])
-            losses.append(relation_loss(moved_s, moved_t))
+            moved_t = transformation_vector(teacher[first_t], teacher[last_t], maximum)
+            moved_s = transformation_vector(student[first_s], student[last_s], maximum)
+            losses.append(relation_loss(moved_s, moved_t, maximum))
         return torch.stack(losses).mean()
