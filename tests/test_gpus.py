@@ -67,7 +67,7 @@ def _start(command: Sequence[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "STARTED_BY": str(os.getpid())},
         start_new_session=True,
     )
 
@@ -82,12 +82,11 @@ def _wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> A
     raise TimeoutError
 
 
-def _worker(rank: int, process: subprocess.Popen[str]) -> int | None:
-    """Process number of a worker, found by the environment that the launcher gave it."""
+def _worker(rank: int) -> int | None:
+    """Process number of a worker that this test started, found by its environment."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            session = os.getsid(int(path.parent.name))
-            if session == process.pid and f"RANK={rank}" in path.read_text().split("\0"):
+            if {f"STARTED_BY={os.getpid()}", f"RANK={rank}"} <= set(path.read_text().split("\0")):
                 return int(path.parent.name)
         except (OSError, UnicodeDecodeError):
             continue
@@ -142,7 +141,7 @@ def test_a_killed_worker_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = _start(_command("--gpus", "2", "--backend", "gloo", "--method", "none", "--output", folder))
     _wait_for(lambda: (folder / "state").exists() and any((folder / "state").iterdir()), process)
-    os.kill(_wait_for(lambda: _worker(1, process), process), signal.SIGKILL)
+    os.kill(_wait_for(lambda: _worker(1), process), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 137 and "worker 1 was killed by SIGKILL" in err and "Traceback" not in err, err
 
@@ -153,7 +152,7 @@ def test_a_worker_killed_under_torchrun_resumes_by_itself(tmp_path: Path) -> Non
     more = ["--method", "none", "--epochs", "2", "--set", "runtime.log_every=2", "--output", folder]
     process = _start(_torchrun(*more))
     _wait_for(lambda: _records(folder), process)
-    os.kill(_wait_for(lambda: _worker(1, process), process), signal.SIGKILL)
+    os.kill(_wait_for(lambda: _worker(1), process), signal.SIGKILL)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "resuming" in err and (folder / "summary.json").exists()
