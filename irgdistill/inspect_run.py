@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from irgdistill import __version__
-from irgdistill.checkpoint import save_tensors, write_atomically, write_text
+from irgdistill.checkpoint import write_atomically, write_text
 from irgdistill.config import Config
 from irgdistill.data import BadImages, eval_loader
 from irgdistill.errors import UserError, nearest
@@ -44,6 +45,8 @@ FORMAT = 1
 KIND = "irgdistill graph"
 MOST = 2048
 """Images at most: the report holds every pair of them."""
+REMEMBERED = {"source", "root", "train_split", "val_split", "val_fraction", "eval_batch_size"}
+"""Of the data's configuration: what the numbers depend on."""
 
 
 def inspect(request: Request, config: Config, given: set[str]) -> None:
@@ -71,7 +74,7 @@ def _check(request: Request) -> None:
         raise UserError(f"--images {request.images}: a graph has 2 to {MOST} images")
     if not 1 <= request.neighbours < request.images:
         raise UserError(
-            f"--neighbours {request.neighbours}: each of {request.images} images has 1 to {request.images - 1}"
+            f"--neighbours {request.neighbours}: expected 1 to {request.images - 1} (of --images {request.images})"
         )
     if request.plan_only and request.compare is not None:
         raise UserError("--plan-only shows one plan; leave out --compare")
@@ -103,8 +106,9 @@ class Inspection:
         self._graph(seen)
         facts = self._facts(seen, names)
         files = self._draw(facts, seen)
-        facts["files"] = sorted([*files, "graph.json", "graph.safetensors"])
-        self._write(facts, files, seen)
+        files["graph.safetensors"] = safetensors.torch.save(self._tensors(seen), {"kind": KIND})
+        facts["files"] = sorted([*files, "graph.json"])
+        self._write(facts, files)
         self._tell(facts)
 
     def _look(self) -> tuple[Seen, list[str]]:
@@ -159,7 +163,7 @@ class Inspection:
             "kind": KIND,
             "teacher": _member(meeting.teacher),
             "students": [_member(student) for student in meeting.students],
-            "data": {"split": self.request.split, **meeting.data.model_dump(mode="json")},
+            "data": {"split": self.request.split, **meeting.data.model_dump(mode="json", include=REMEMBERED)},
             "seed": self.config.seed,
             "neighbours": self.request.neighbours,
             "classes": meeting.splits.classes,
@@ -202,7 +206,7 @@ class Inspection:
         files["report.html"] = build_page(facts, self.views, near, thumbnails, page).encode()
         return files
 
-    def _write(self, facts: Mapping[str, Any], files: Mapping[str, bytes], seen: Seen) -> None:
+    def _write(self, facts: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """graph.json first: it lists what is ours."""
         self.output.mkdir(parents=True, exist_ok=True)
         own = _own_files(self.output)
@@ -212,7 +216,6 @@ class Inspection:
         for name in own - set(facts["files"]):
             (self.output / name).unlink(missing_ok=True)
         write_text(self.output / "graph.json", json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        save_tensors(self.output / "graph.safetensors", self._tensors(seen), {"format": FORMAT, "kind": KIND})
         for name, content in files.items():
             write_atomically(self.output / name, partial(_fill, content))
 

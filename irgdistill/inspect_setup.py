@@ -276,5 +276,8 @@ def _own_metadata(path: Path, flag: str = "") -> dict[str, Any]:
 
 
 def _label(target: str) -> str:
-    path = Path(target)
-    return path.resolve().name if path.is_dir() else path.stem
+    """A run folder's name, a file's name without its ending; those of a run folder with its name."""
+    path = Path(target).resolve()
+    if path.is_dir():
+        return path.name
+    return f"{path.parent.name}/{path.stem}" if path.stem in ("best", "last") else path.stem

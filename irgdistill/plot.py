@@ -208,7 +208,7 @@ def _name_classes(axes: Axes, blocks: Blocks, axis: str, size: float) -> None:
     """Names at the middle of their blocks, as many as there is room for."""
     figure = axes.figure
     inches = float(axes.get_position().width * figure.bbox.width / figure.dpi)
-    shown = blocks.thinned(int(inches * 72 / (size * 1.25)))
+    shown = blocks.thinned(int(inches * 72 / (size * 1.7)))  # the layout still shrinks the axes
     labels = [_short(blocks.names[i], NAME_LENGTH) for i in shown]
     places = blocks.centres()[shown]
     if axis == "y":
