@@ -233,17 +233,27 @@ def inspect_graph(
     given = {FLAGS[name]: value for name, value in locals().items() if name in FLAGS and value is not None}
     config = load_config(flags={**given, "data.eval_batch_size": 64 if step is None else step})
 
-    from irgdistill.inspect_run import inspect
-    from irgdistill.inspect_setup import Request
+    from irgdistill.inspect_setup import Request, show_plan
 
-    inspect(
-        Request(
-            *(target, student_checkpoint, student_pretrained, compare, images, split),
-            *(neighbours, form, terminal, output, plan_only, as_json),
-        ),
-        config,
-        set(given),
+    request = Request(
+        target=target,
+        student_checkpoint=student_checkpoint,
+        student_pretrained=student_pretrained,
+        compare=compare,
+        images=images,
+        split=split,
+        neighbours=neighbours,
+        format=form,
+        terminal=terminal,
+        output=output,
+        as_json=as_json,
     )
+    if plan_only:
+        show_plan(request, config)
+        return
+    from irgdistill.inspect_run import inspect
+
+    inspect(request, config, set(given))
 
 
 @app.command()

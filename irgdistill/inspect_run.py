@@ -21,7 +21,7 @@ from irgdistill.checkpoint import write_atomically, write_text
 from irgdistill.config import Config
 from irgdistill.data import BadImages, eval_loader
 from irgdistill.errors import UserError, nearest
-from irgdistill.inspect_setup import Meeting, Member, Request, image_name, known_networks, meet, shapes
+from irgdistill.inspect_setup import Meeting, Member, Request, image_name, known_networks, meet
 from irgdistill.inspection import (
     Graph,
     Seen,
@@ -53,9 +53,6 @@ def inspect(request: Request, config: Config, given: set[str]) -> None:
     """The command. `given` are the configuration keys that were asked for. Raises UserError."""
     _check(request)
     config = known_networks(request, config)
-    if request.plan_only:
-        _show_plan(config, request)
-        return
     output = request.output
     if output is not None:
         _check_output(output)
@@ -76,17 +73,6 @@ def _check(request: Request) -> None:
         raise UserError(
             f"--neighbours {request.neighbours}: expected 1 to {request.images - 1} (of --images {request.images})"
         )
-    if request.plan_only and request.compare is not None:
-        raise UserError("--plan-only shows one plan; leave out --compare")
-
-
-def _show_plan(config: Config, request: Request) -> None:
-    teacher, student, plan = shapes(config, request)
-    if request.as_json:
-        sizes = {"teacher_input_size": teacher.size, "student_input_size": student.size}
-        print(json.dumps({"teacher": teacher.name, "student": student.name, **sizes, **plan.to_dict()}, indent=1))  # noqa: T201
-    else:
-        print_plan(plan, stdout=True)
 
 
 class Inspection:

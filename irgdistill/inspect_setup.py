@@ -16,7 +16,7 @@ from irgdistill.errors import UserError
 from irgdistill.inspection import draw_evenly
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
-from irgdistill.run import data_of
+from irgdistill.run import data_of, print_plan
 from irgdistill.setup import build_teacher, check_input_sizes
 from irgdistill.sources import Source, Splits, open_splits
 
@@ -39,7 +39,6 @@ class Request:
     format: str = "png"
     terminal: bool = False
     output: Path | None = None
-    plan_only: bool = False
     as_json: bool = False
 
 
@@ -110,8 +109,12 @@ def _remember(target: str, request: Request, config: Config) -> None:
         config.matching = remembered.matching
     own, name = remembered.teacher, (metadata["teacher"] or {}).get("architecture")
     asked = config.teacher
-    if asked.name is not None and name is not None and asked.name.split(".")[0] != name:
-        raise UserError(f"{target} was taught by a {name}, not by a {asked.name}: leave out --teacher")
+    if asked.checkpoint is not None and asked.checkpoint.suffix in ("", ".safetensors") and asked.checkpoint.exists():
+        theirs = read_metadata(_checkpoint(str(asked.checkpoint)))
+        if theirs is not None:
+            _check_taught(target, metadata, theirs["architecture"])
+    if asked.name is not None and ":" not in asked.name:  # what hf-hub:… holds is known once it is there
+        _check_taught(target, metadata, asked.name.split(".")[0])
     config.teacher = own.model_copy(
         update={
             "name": asked.name or own.name or (name if asked.checkpoint is None else None),
@@ -119,6 +122,12 @@ def _remember(target: str, request: Request, config: Config) -> None:
             "input_size": asked.input_size or own.input_size,
         }
     )
+
+
+def _check_taught(target: str, metadata: Mapping[str, Any], teacher: str) -> None:
+    own = (metadata["teacher"] or {}).get("architecture", teacher)
+    if own != teacher:
+        raise UserError(f"{target} was taught by a {own}, not by a {teacher}: give another --teacher, or none")
 
 
 def _run_of(path: Path, metadata: Mapping[str, Any]) -> Config:
@@ -138,18 +147,30 @@ def _run_of(path: Path, metadata: Mapping[str, Any]) -> Config:
     return validate(tree, f"{path}: ")
 
 
-def shapes(config: Config, request: Request) -> tuple[Network, Network, Plan]:
-    """Teacher, student and plan on the meta device, without data or weights."""
-    spec, name = config.teacher, config.teacher.name
-    if name is None and spec.checkpoint is not None:
-        name = _own_metadata(_checkpoint(str(spec.checkpoint)), "--teacher")["architecture"]
-    student_name, args = config.student.name, config.student.args
-    if student_name is None and request.student_checkpoint is not None:
-        student_name = _own_metadata(_checkpoint(str(request.student_checkpoint)), "--student")["architecture"]
-    assert name is not None and student_name is not None
-    teacher = build_network(name, meta=True, input_size=spec.input_size)
-    student = build_network(student_name, meta=True, input_size=config.student.input_size, args=args)
-    return teacher, student, _plan(teacher, student, config)
+def show_plan(request: Request, config: Config) -> None:
+    """Print which stages meet, from shapes alone: no data, no weights. Raises UserError."""
+    if request.compare is not None:
+        raise UserError("--plan-only shows one plan; leave out --compare")
+    config = known_networks(request, config)
+    names = [
+        _name(config.teacher.name, config.teacher.checkpoint, "--teacher"),
+        _name(config.student.name, request.student_checkpoint, "--student"),
+    ]
+    teacher = build_network(names[0], meta=True, input_size=config.teacher.input_size)
+    student = build_network(names[1], meta=True, input_size=config.student.input_size, args=config.student.args)
+    plan = _plan(teacher, student, config)
+    if request.as_json:
+        sizes = {"teacher_input_size": teacher.size, "student_input_size": student.size}
+        print(json.dumps({"teacher": teacher.name, "student": student.name, **sizes, **plan.to_dict()}, indent=1))  # noqa: T201
+    else:
+        print_plan(plan, stdout=True)
+
+
+def _name(name: str | None, checkpoint: Path | None, flag: str) -> str:
+    """A network's name, or the one that its checkpoint tells."""
+    if name is None:
+        name = _own_metadata(_checkpoint(str(checkpoint)), flag)["architecture"]
+    return name
 
 
 def meet(config: Config, given: set[str], request: Request) -> Meeting:
@@ -160,8 +181,10 @@ def meet(config: Config, given: set[str], request: Request) -> Meeting:
     splits, teacher = _drawn(data, request, config.seed), _teacher(config, request)
     student, label, weights = _student(config, request, path, len(splits.classes))
     students = [Member(label, student, weights)]
+    if metadata:
+        _check_taught(str(request.target), metadata, teacher.architecture)
     plan = _plan(teacher, student, config)
-    if metadata and not {"teacher.name", "teacher.checkpoint"} & given and config.matching == MatchingConfig():
+    if metadata and config.matching == MatchingConfig():
         _check_plan(str(request.target), metadata, plan)
     if request.compare is not None:
         students.append(_other(request.compare, students[0], teacher, plan, config))
@@ -193,8 +216,7 @@ def _student(config: Config, request: Request, path: Path | None, classes: int) 
     if request.student_checkpoint is not None:
         checkpoint = _checkpoint(str(request.student_checkpoint))
     if checkpoint is not None:
-        own = read_metadata(checkpoint) if checkpoint.suffix == ".safetensors" else None
-        network = restore(checkpoint, None if own and path else name, size)[0]
+        network = restore(checkpoint, name, size)[0]
         return network, _label(request.target or str(request.student_checkpoint)), str(checkpoint)
     assert name is not None
     if request.student_pretrained:

@@ -126,10 +126,14 @@ def test_a_seed_fixes_every_byte(run: Run, made: Path, tmp_path: Path) -> None:
         shown = small(run, made / "taught", "--output", tmp_path / name, "--workers", workers, "--seed", 4)
         assert shown.code == 0, shown.err
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    other = small(run, made / "taught", "--output", tmp_path / "c", "--seed", 5, "--json", "--split", "train")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_json_and_the_training_split(run: Run, made: Path, tmp_path: Path) -> None:
+    shown = small(run, made / "taught", "--output", tmp_path / "c", "--seed", 5, "--json", "--split", "train")
     facts = json.loads((tmp_path / "c" / "graph.json").read_text())
-    assert facts["images"][0]["name"].startswith("train/")
-    values = json.loads(other.out)
+    assert facts["images"][0]["name"].startswith("train/") and facts["seed"] == 5
+    values = json.loads(shown.out)
     assert values["stages"] == facts["stages"] and values["images"] == 6
     assert values["output"] == str(tmp_path / "c")
 
@@ -234,6 +238,10 @@ def test_files_of_others_are_left_alone(run: Run, made: Path, tmp_path: Path) ->
         (("{made}/taught", "--student", "cifar_resnet20"), "is the student: leave out --student"),
         (("{made}/taught", "--student-pretrained"), "leave out --student-pretrained"),
         (("{made}/taught", "--teacher", "resnet18"), "was taught by a cifar_resnet20, not by a resnet18"),
+        (
+            ("{made}/taught", "--teacher-checkpoint", "{made}/alone"),
+            "by a cifar_resnet20, not by a cifar_resnet14",
+        ),
         (("{made}/alone",), "does not say where its teacher is, or had none: give --teacher"),
         (("{made}/alone", "--plan-only"), "does not say where its teacher is, or had none"),
         (("{made}/taught", "--teacher-checkpoint", "x.safetensors"), "the teacher of"),
@@ -307,13 +315,8 @@ def browser() -> Iterator[Any]:
         pytest.skip("no Chromium with chromedriver on this machine")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--window-size=1200,900",
-        "--force-prefers-reduced-motion",
-    ):
+    chosen = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--force-prefers-reduced-motion")
+    for argument in (*chosen, "--window-size=1200,900"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
