@@ -170,7 +170,7 @@ def _heatmaps(places: Sequence[Axes], stage: StageView, blocks: Blocks, shared: 
         image = _heatmap(axes, edges, name, blocks, EDGES, (0.0, high), size, names=number == 0)
     _bar_beside(first, image, f"edge, 0 to {high:.2g}", size, "max")
     for number, (axes, (name, edges)) in enumerate(zip(second, stage.differences().items(), strict=True)):
-        title = f"{name} − teacher"
+        title = f"{_short(name, 22)} − teacher"
         image = _heatmap(axes, edges, title, blocks, DIFFERENCE, (-half, half), size, names=not shared and number == 0)
     _bar_beside(second, image, "dark: closer than in the teacher, light: farther", size, "both")
 

@@ -123,7 +123,7 @@ def test_the_numbers_are_those_of_the_matrices(seen: Path) -> None:
 
 def test_a_seed_fixes_every_byte(run: Run, made: Path, tmp_path: Path) -> None:
     for name, workers in (("a", 0), ("b", 2)):
-        shown = small(run, made / "taught", "--output", tmp_path / name, "--workers", workers, "--seed", 4)
+        shown = small(run, made / "two-levels", "--output", tmp_path / name, "--workers", workers, "--seed", 4)
         assert shown.code == 0, shown.err
     assert files(tmp_path / "a") == files(tmp_path / "b")
 

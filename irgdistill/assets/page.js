@@ -111,6 +111,7 @@ function sized(canvas) {
 function overlay(map) {
   const context = sized(map.canvas), { width, height } = map.canvas, step = width / count;
   context.imageSmoothingEnabled = count > width;
+  context.imageSmoothingQuality = "high";
   context.drawImage(map.source, 0, 0, width, height);
   if (4 * (starts.length + 1) <= Math.max(count, 8)) {
     context.fillStyle = "rgba(255, 255, 255, 0.75)";
@@ -200,7 +201,7 @@ function buildGrid() {
   let group = null;
   images.forEach((image, i) => {
     if (!i || image.label !== images[i - 1].label) {
-      group = make("div", { class: "class" }, make("h3", { text: className(i) }));
+      group = make("div", { class: "class" }, make("h3", { text: className(i), title: className(i) }));
       byId("grid").append(group);
     }
     const tile = make("button", { type: "button", "data-image": i, tabindex: "-1", "aria-pressed": "false" }, picture(i));
