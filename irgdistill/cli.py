@@ -71,6 +71,7 @@ MOVABLE = {"data.source", "data.root", "data.workers", "teacher.checkpoint", "ru
 """What may change when a run goes on: where things are, never what is computed."""
 
 NETWORKS, DATA, MATCHING, METHOD, TRAINING, RUNTIME = "Networks", "Data", "Matching", "Method", "Training", "Run"
+RESULT = "Result"
 
 
 def _version(wanted: bool) -> None:
@@ -193,34 +194,73 @@ def _resume(folder: Path, given: dict[str, Any], gpus: str | None, backend: str 
 
 @app.command(name="inspect-graph")
 def inspect_graph(
-    teacher: Annotated[str, typer.Option(help="timm name.")],
-    student: Annotated[str, typer.Option(help="timm name.")],
-    plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Show which stages meet; no data, no weights.")
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|CKPT]", help="A student's run or checkpoint.", show_default=False),
+    ] = None,
+    teacher: Annotated[str | None, _option(NETWORKS, help="timm name.")] = None,
+    teacher_checkpoint: Annotated[Path | None, _option(NETWORKS, help="Its weights; default: pretrained.")] = None,
+    teacher_input_size: Annotated[str | None, _option(NETWORKS, help="224 or 256x192.")] = None,
+    student: Annotated[str | None, _option(NETWORKS, help="timm name; untrained without weights.")] = None,
+    student_checkpoint: Annotated[Path | None, _option(NETWORKS, help="Its weights.")] = None,
+    student_pretrained: Annotated[
+        bool, _option(NETWORKS, "--student-pretrained", help="Take its pretrained weights.")
     ] = False,
-    teacher_input_size: Annotated[str | None, typer.Option(help="224 or 256x192.")] = None,
-    input_size: Annotated[str | None, typer.Option(help="The student's.")] = None,
-    levels: Annotated[int | None, typer.Option(help="Match by depth, in at most so many stages.")] = None,
-    skip_level: Annotated[list[int] | None, typer.Option(help="Leave out /N; may be repeated.")] = None,
-    taps_teacher: Annotated[str | None, typer.Option(help="Blocks that end the stages: NAME,NAME.")] = None,
-    taps_student: Annotated[str | None, typer.Option(help="Blocks that end the stages: NAME,NAME.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    input_size: Annotated[str | None, _option(NETWORKS, help="The student's.")] = None,
+    compare: Annotated[str | None, _option(NETWORKS, help="Another run or checkpoint of the same student.")] = None,
+    data: Annotated[str | None, _option(DATA, help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, _option(DATA, help="Where a named data set keeps its files.")] = None,
+    val_fraction: Annotated[float | None, _option(DATA, help="Hold out this share.")] = None,
+    max_bad_images: Annotated[int | None, _option(DATA, help="Unreadable images to skip (10).")] = None,
+    split: Annotated[str, _option(DATA, help="val (default) or train.")] = "val",
+    images: Annotated[int, _option(DATA, help="Drawn evenly over the classes (64).")] = 64,
+    seed: Annotated[int | None, _option(DATA, help="Of the draw and of untrained weights (0).")] = None,
+    levels: Annotated[int | None, _option(MATCHING, help="Match by depth, in at most so many stages.")] = None,
+    skip_level: Annotated[list[int] | None, _option(MATCHING, help="Leave out /N; may be repeated.")] = None,
+    taps_teacher: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    taps_student: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    neighbours: Annotated[int, _option(RESULT, help="Of each image that are compared (5).")] = 5,
+    form: Annotated[str, _option(RESULT, "--format", help="Of the figures: png (default), svg or pdf.")] = "png",
+    terminal: Annotated[bool, _option(RESULT, "--terminal", help="Draw the heatmaps here, too.")] = False,
+    output: Annotated[Path | None, _option(RESULT, help="Default: RUN/graphs or graphs/TEACHER-STUDENT.")] = None,
+    plan_only: Annotated[
+        bool, _option(RESULT, "--plan-only", help="Show which stages meet; no data, no weights.")
+    ] = False,
+    as_json: Annotated[bool, _option(RESULT, "--json", help="Print one JSON object.")] = False,
+    step: Annotated[int | None, _option(RUNTIME, "--batch-size", help="Images per step (64).")] = None,
+    workers: Annotated[int | None, _option(RUNTIME, help="Loader processes (1).")] = None,
+    device: Annotated[str | None, _option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
 ) -> None:
-    """Show which stages of two networks meet, and why.
+    """Show which stages of two networks meet, and how each relates the same images to one another.
 
-    Example: irgdistill inspect-graph --plan-only --teacher resnet50 --student mobilenetv2_100
+    Example: irgdistill inspect-graph runs/mobilenetv2_100-irg-kd-1 --images 256
     """
     from irgdistill.config import load_config
 
-    if not plan_only:
-        raise UserError("inspect-graph shows the plan so far: add --plan-only")
-    sizes = {"teacher.input_size": teacher_input_size, "student.input_size": input_size}
     given = {FLAGS[name]: value for name, value in locals().items() if name in FLAGS and value is not None}
-    config = load_config(flags=given | {key: value for key, value in sizes.items() if value is not None})
+    config = load_config(flags={**given, "data.eval_batch_size": 64 if step is None else step})
 
-    from irgdistill.run import show_plan
+    from irgdistill.inspect_setup import Request, show_plan
 
-    show_plan(config, as_json)
+    request = Request(
+        target=target,
+        student_checkpoint=student_checkpoint,
+        student_pretrained=student_pretrained,
+        compare=compare,
+        images=images,
+        split=split,
+        neighbours=neighbours,
+        format=form,
+        terminal=terminal,
+        output=output,
+        as_json=as_json,
+    )
+    if plan_only:
+        show_plan(request, config)
+        return
+    from irgdistill.inspect_run import inspect
+
+    inspect(request, config, set(given))
 
 
 @app.command()

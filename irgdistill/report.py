@@ -101,7 +101,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], std
     """A small table on the terminal."""
     view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for i, column in enumerate(columns):
-        number = all(row[i][:1].isdigit() for row in rows)
+        number = all(row[i][:1].isdigit() or row[i][:1] in "–-" for row in rows)
         view.add_column(column, justify="right" if number and i else "left", overflow="fold")
     for row in rows:
         view.add_row(*row)

@@ -18,10 +18,10 @@ from irgdistill.data import BadImages, eval_loader
 from irgdistill.distributed import World, joined, ranks, restarts, run_workers
 from irgdistill.errors import UserError, nearest
 from irgdistill.evaluate import Metrics, evaluate
-from irgdistill.matching import Plan, ends, match
+from irgdistill.matching import Plan, ends
 from irgdistill.models import Network, build_network, known_models, multiply_adds, parameters
 from irgdistill.report import Report, table
-from irgdistill.setup import Setup, autocast, check_input_sizes, check_processes, choose_device, prepare
+from irgdistill.setup import Setup, autocast, check_processes, choose_device, prepare
 from irgdistill.sources import open_splits
 from irgdistill.taps import Tapped, tap_name
 from irgdistill.trainer import Trainer
@@ -32,22 +32,6 @@ def dry_run(config: Config) -> None:
     setup = prepare(config)
     print_plan(setup.plan)
     print(dump(setup.config), end="")  # noqa: T201  the command's result
-
-
-def show_plan(config: Config, as_json: bool) -> None:
-    """Print which stages of two networks meet, from shapes alone."""
-    networks = []
-    for spec in (config.teacher, config.student):
-        assert spec.name is not None
-        networks.append(build_network(spec.name, meta=True, input_size=spec.input_size))
-    teacher, student = networks
-    plan = match(teacher.levels(), student.levels(), config.matching)
-    check_input_sizes(teacher, student, plan)
-    if as_json:
-        sizes = {"teacher_input_size": teacher.size, "student_input_size": student.size}
-        print(json.dumps({"teacher": teacher.name, "student": student.name, **sizes, **plan.to_dict()}, indent=1))  # noqa: T201
-    else:
-        print_plan(plan, stdout=True)
 
 
 def list_models(pattern: str, as_json: bool) -> None:
@@ -234,7 +218,7 @@ def evaluate_targets(
     for target in targets:
         network, metadata = open_network(target, checkpoint, size)
         teacher = open_network(against, against_checkpoint, None)[0] if against else None
-        data = _data_of(target, metadata, config.data, given)
+        data = data_of(target, metadata, config.data, given)
         metrics = _evaluate(network, teacher, data, config)
         values = {"name": target, "architecture": network.architecture, **asdict(metrics)}
         values |= {"params": parameters(network.model), "macs": multiply_adds(network), "data": data.source}
@@ -257,7 +241,7 @@ def open_network(target: str, checkpoint: Path | None, size: tuple[int, int] | N
     return build_network(target, pretrained=True, input_size=size), {}
 
 
-def _data_of(target: str, metadata: Mapping[str, Any], asked: DataConfig, given: set[str]) -> DataConfig:
+def data_of(target: str, metadata: Mapping[str, Any], asked: DataConfig, given: set[str]) -> DataConfig:
     """The remembered data set, with what was asked for now on top."""
     if "data" not in metadata:
         if asked.source is None:

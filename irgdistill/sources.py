@@ -33,6 +33,9 @@ class Source(Protocol):
     def describe(self, index: int) -> str:
         """Name of an image, for messages."""
 
+    def labels(self) -> list[int]:
+        """Class of every image."""
+
 
 @dataclass
 class Splits:

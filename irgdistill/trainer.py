@@ -269,7 +269,14 @@ class Trainer:
             "method": self.config.method,
             "losses": self.config.losses.model_dump(mode="json"),
             "seed": self.config.seed,
-            "teacher": None if teacher is None else {"architecture": teacher.architecture, "name": teacher.name},
+            "teacher": None
+            if teacher is None
+            else {
+                "architecture": teacher.architecture,
+                **self.config.teacher.model_dump(mode="json", include={"checkpoint", "input_size"}),
+                "name": teacher.name,
+            },
+            "matching": self.config.matching.model_dump(mode="json"),
             "plan": None if setup.plan is None else setup.plan.to_dict(),
             "data": self.config.data.model_dump(mode="json"),
             "versions": {
