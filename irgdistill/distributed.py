@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from irgdistill.errors import FAILURES, Interrupted
@@ -154,7 +155,10 @@ def joined(device: str, backend: str | None) -> Iterator[World]:
     if device != "cpu" and torch.cuda.is_available() and backend != "gloo":
         torch.cuda.set_device(world.local_rank)
         backend = f"cpu:gloo,cuda:{backend or 'nccl'}"
-    dist.init_process_group(backend or "gloo")
+    # After a restart torchrun's store still holds the addresses of the processes that ended: a new part for each start.
+    store, rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"start-{restarts()}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend or "gloo", store=store, rank=rank, world_size=size)
     try:
         yield world
     finally:

@@ -25,7 +25,7 @@ from irgdistill.report import Report
 from irgdistill.setup import prepare
 from irgdistill.trainer import Trainer
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 # --- running a function in several processes --------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_training_is_the_same_on_1_2_and_4_processes(tmp_path: Path, teacher: Pa
         for other in found[size]:
             assert _largest_difference(alone["weights"], other["weights"]) < 1e-8
             torch.testing.assert_close(other["losses"], alone["losses"], rtol=0, atol=1e-5)
-            assert (other["images"], other["top1"]) == (alone["images"], pytest.approx(alone["top1"], abs=1e-9))
+            assert (other["images"], other["top1"]) == (alone["images"], pytest.approx(alone["top1"], abs=1e-4))
     assert alone["images"] == 539, "an odd number of images, so that the processes hold unequal shares"
     local = {**flags, "runtime.graph_scope": "local"}
     other = in_ranks(2, tmp_path / "local", _train, local, tmp_path / "run_local", 40, "float64")[0]
