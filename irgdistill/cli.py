@@ -11,6 +11,7 @@ import typer
 
 from irgdistill import __version__
 from irgdistill.errors import Interrupted, UserError
+from irgdistill.signals import Signals, Stopped
 
 app = typer.Typer(
     name="irgdistill",
@@ -61,11 +62,10 @@ FLAGS = {
     "amp": "runtime.amp",
     "channels_last": "runtime.channels_last",
     "compile_": "runtime.compile",
+    "save_every_steps": "runtime.save_every_steps",
+    "save_every_minutes": "runtime.save_every_minutes",
 }
 """Parameter of `distill` -> configuration key. Everything else is set with --set."""
-
-MOVABLE = {"data.source", "data.root", "data.workers", "teacher.checkpoint", "runtime.device"}
-"""What may change when a run goes on: where things are, never what is computed."""
 
 NETWORKS, DATA, MATCHING, METHOD, TRAINING, RUNTIME = "Networks", "Data", "Matching", "Method", "Training", "Run"
 
@@ -138,11 +138,16 @@ def distill(
     amp: Annotated[str | None, _option(RUNTIME, help="auto, none, bf16 or fp16.")] = None,
     channels_last: Annotated[bool | None, _option(RUNTIME, "--channels-last", help="Memory layout.")] = None,
     compile_: Annotated[bool | None, _option(RUNTIME, "--compile", help="Use torch.compile.")] = None,
+    save_every_steps: Annotated[int | None, _option(RUNTIME, help="Save after so many updates too.")] = None,
+    save_every_minutes: Annotated[float | None, _option(RUNTIME, help="Save after so many minutes too.")] = None,
     preset: Annotated[str | None, _option(RUNTIME, help="Name of a preset, or a YAML file.")] = None,
     settings: Annotated[list[str] | None, _option(RUNTIME, "--set", help="Any key.path=value.")] = None,
     output: Annotated[Path | None, _option(RUNTIME, help="Run folder (runs/STUDENT-METHOD-N).")] = None,
     overwrite: Annotated[bool, _option(RUNTIME, "--overwrite", help="Replace the run that is there.")] = False,
     resume: Annotated[Path | None, _option(RUNTIME, help="Go on with this run folder.")] = None,
+    previous_state: Annotated[
+        bool, _option(RUNTIME, "--previous-state", help="Resume from the state before the last one.")
+    ] = False,
     dry_run: Annotated[bool, _option(RUNTIME, "--dry-run", help="Show configuration and plan; stop.")] = False,
 ) -> None:
     """Train a student under a teacher (or alone: --method none).
@@ -162,8 +167,10 @@ def distill(
                 "--resume goes on with the run's own configuration; "
                 "leave out --preset, --set, --output, --overwrite and --dry-run"
             )
-        _resume(resume, given)
+        _resume(resume, given, previous_state)
         return
+    if previous_state:
+        raise UserError("--previous-state says where --resume RUN goes on from; there is no --resume")
     config = load_config(preset, settings, given)
 
     from irgdistill.run import dry_run as show
@@ -175,13 +182,15 @@ def distill(
         start(config, output, overwrite)
 
 
-def _resume(folder: Path, given: dict[str, Any]) -> None:
+def _resume(folder: Path, given: dict[str, Any], previous_state: bool) -> None:
+    from irgdistill.config import MOVABLE
+
     fixed = sorted(set(given) - MOVABLE)
     if fixed:
         raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(MOVABLE))}")
     from irgdistill.run import resume
 
-    resume(folder, given)
+    resume(folder, given, previous_state)
 
 
 @app.command(name="inspect-graph")
@@ -274,13 +283,14 @@ def main() -> None:
     """Entry point: runs the app, turns our errors into one line and an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        with Signals():
+            app()
     except UserError as error:
         _die(str(error), 2)
     except OSError as error:
         _die(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 2)
-    except KeyboardInterrupt:
-        _die("interrupted", 130)
+    except Stopped as stop:
+        _die(str(stop), 128 + stop.number)
     except Interrupted as error:
         _die(str(error), error.code)
 

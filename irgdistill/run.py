@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
-from irgdistill.config import Config, DataConfig, dump, read_yaml, validate
+from irgdistill.config import Config, DataConfig, dump, validate
 from irgdistill.data import BadImages, eval_loader
-from irgdistill.errors import UserError, nearest
+from irgdistill.errors import Interrupted, UserError, nearest
 from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.matching import Plan, ends, match
 from irgdistill.models import Network, build_network, known_models, multiply_adds, parameters
 from irgdistill.report import Report, table
 from irgdistill.setup import autocast, check_input_sizes, choose_device, prepare
+from irgdistill.signals import Stopped
 from irgdistill.sources import open_splits
+from irgdistill.state import open_state, position
 from irgdistill.taps import Tapped, tap_name
 from irgdistill.trainer import Trainer
 
@@ -71,32 +74,48 @@ def list_models(pattern: str, as_json: bool) -> None:
 
 def start(config: Config, output: Path | None, overwrite: bool) -> None:
     """Train from the beginning, in a new folder."""
-    setup = prepare(config)
     folder = RunFolder(output if output is not None else _next_folder(config))
-    report = Report(folder.metrics)
-    trainer = Trainer(setup, folder, report)
-    folder.create(overwrite)
-    print_plan(setup.plan)
-    report.line(f"run folder {folder.path}")
-    trainer.start()
-    _finish(trainer)
+    folder.refuse(overwrite)
+    with _says_where_it_stands(folder):
+        setup = prepare(config)
+        report = Report(folder.metrics)
+        trainer = Trainer(setup, folder, report)
+        print_plan(setup.plan)
+        report.line(f"run folder {folder.path}")
+        trainer.start(overwrite)
+        _finish(trainer)
 
 
-def resume(path: Path, changes: Mapping[str, Any]) -> None:
+def resume(path: Path, changes: Mapping[str, Any], previous: bool = False) -> None:
     """Go on where the state in a run folder stands. Raises UserError when there is nothing to go on with."""
     folder = RunFolder(path)
     if folder.summary.exists():
         raise UserError(f"{path} holds a finished run; there is nothing to resume")
-    if not folder.config.exists() or not folder.state.exists():
-        raise UserError(f"{path} holds no run that can be resumed (no config.yaml or no state)")
-    tree = read_yaml(folder.config)
-    for key, value in changes.items():
-        section, name = key.split(".")
-        tree[section][name] = value
-    trainer = Trainer(prepare(validate(tree, f"{folder.config}: ")), folder, Report(folder.metrics))
-    trainer.resume()
-    trainer.report.line(f"resuming {path} at epoch {trainer.epoch + 1}, batch {trainer.batch} of {trainer.batches}")
-    _finish(trainer)
+    if not folder.state.exists() and not folder.previous_state.exists():
+        raise UserError(folder.unsaved())
+    with _says_where_it_stands(folder):
+        folder.lock()
+        state, config = open_state(folder, previous)
+        tree = config.model_dump()
+        for key, value in changes.items():
+            section, name = key.split(".")
+            tree[section][name] = value
+        trainer = Trainer(prepare(validate(tree)), folder, Report(folder.metrics))
+        trainer.resume(state, previous)
+        trainer.report.line(f"resuming {path} at {position(state)} of {trainer.batches}")
+        _finish(trainer)
+
+
+@contextmanager
+def _says_where_it_stands(folder: RunFolder) -> Iterator[None]:
+    """A signal that ends everything at once still says what is left."""
+    try:
+        yield
+    except Stopped as stop:
+        left = "nothing was trained yet"
+        if folder.state.exists():
+            left = f"what was saved is safe; go on with: irgdistill distill --resume {folder.path}"
+        raise Interrupted(128 + stop.number, f"{stop}; {left}") from None
 
 
 def _finish(trainer: Trainer) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
+import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -17,25 +15,18 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
 from irgdistill import __version__
-from irgdistill.checkpoint import (
-    RunFolder,
-    describe,
-    load_state,
-    random_states,
-    restore_random_states,
-    save_state,
-    save_tensors,
-    timm_config,
-    write_text,
-)
+from irgdistill.checkpoint import RunFolder, describe, timm_config
 from irgdistill.config import dump
 from irgdistill.data import BadImages, eval_loader, train_loader
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.evaluate import Metrics, evaluate
+from irgdistill.files import write_text
 from irgdistill.losses import Batch, build_loss, gradient_shares
 from irgdistill.optim import build_mix, build_optimizer, build_scheduler
 from irgdistill.report import Report
 from irgdistill.setup import Setup, autocast, choose_device
+from irgdistill.signals import Signals, Stopped
+from irgdistill.state import Saver, best_on_disk, other_state, random_states, reason, restore_random_states
 from irgdistill.taps import Tapped
 
 CHECK_IMAGES = 2000
@@ -62,7 +53,8 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.seconds, self.images_seen = 0.0, 0
-        self.signal: int | None = None
+        self.saver = Saver(folder, config.runtime, report.warn)
+        self.signals = Signals(patient=True)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -112,40 +104,82 @@ class Trainer:
     # --- the run ------------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Train to the last epoch -> the run's summary. Raises UserError, or Interrupted once everything is saved."""
+        """Train to the last epoch -> the run's summary. Raises UserError, or Interrupted once everything is saved.
+
+        A first SIGINT or SIGTERM stops it after the update under way, a second one at once, with `Stopped`.
+        """
         epochs = self.config.schedule.epochs
-        with self._listening(), self.report.progress(epochs * self.batches, self._done()):
+        with self.signals, self.report.progress(epochs * self.batches, self._done()):
             while self.epoch < epochs:
-                self._train_epoch()
-                self._end_epoch(evaluate(self.deployed, self.val, self.autocast))
+                if self.batch < self.batches:
+                    self._train_epoch()
+                self._end_epoch(self._evaluate())
                 if self.epoch < epochs:
                     self._stop_if_asked()
         return self._finish()
 
-    def start(self) -> None:
-        """Write what defines the run, try the teacher, save the first state."""
-        write_text(self.folder.config, dump(self.config))
-        config = timm_config(self.setup.student, self.setup.classes)
-        write_text(self.folder.timm_config, json.dumps(config, indent=2) + "\n")
+    def start(self, overwrite: bool = False) -> None:
+        """Try the teacher, make the run folder, save the first state: with it, the run has begun.
+
+        Raises UserError where the folder is taken, OSError when it cannot be written.
+        """
         if self.teacher is not None and self.config.teacher.check:
             self._check_teacher()
+        self.folder.create(overwrite)
         random_seed(self.config.seed)
-        self._save_state()
+        self.saver.save(self._state)
+        if self.saver.error is not None:
+            raise self.saver.error
+        self._describe()
 
-    def resume(self) -> None:
-        """Go on from the state in the run folder."""
-        state = load_state(self.folder.state)
-        self.tapped.model.load_state_dict(state["student"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+    def resume(self, state: dict[str, Any], previous: bool = False) -> None:
+        """Go on from a state of the run folder (`open_state`). Raises UserError when it does not fit."""
+        self._check_data(state["data"])
+        try:
+            self.tapped.model.load_state_dict(state["student"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why, other = textwrap.shorten(str(error), 200, placeholder=" …"), other_state(self.folder, previous)
+            raise UserError(
+                f"the state in {self.folder.path} does not fit the run's networks: {why}; {other}"
+            ) from None
         self.epoch, self.batch, self.update = state["epoch"], state["batch"], state["update"]
         self.scheduler.step_update(self.update)
         self.best, self.last, self.sums = state["best"], state["last"], state["sums"]
         self.seconds, self.images_seen = state["seconds"], state["images_seen"]
-        restore_random_states(state["random"])
-        self.report.rewind(state["metrics_bytes"])
+        self.bad.names = state["bad_images"]
+        restore_random_states(state["random"][0])
+        if previous:
+            self.folder.previous_state.replace(self.folder.state)
+        self.saver.has(state)
+        self.report.rewind(state["metrics"])
+        self._repair()
+
+    def _check_data(self, then: dict[str, Any]) -> None:
+        """A position in the data means something in the same data only. Raises UserError."""
+        for name, now in self._data().items():
+            if now != then[name]:
+                raise UserError(f"the data are not those the run was trained on: {name} {now}, were {then[name]}")
+
+    def _repair(self) -> None:
+        """Weights on disk may be older or newer than the state, or damaged: in the end they and the record agree."""
+        self.best = best_on_disk(self.folder.best, self.best, self.report.warn)
+        if self.epoch and not self.batch:  # the weights of the state are those that were evaluated last
+            if not self.best:
+                self.best = self.last
+                self._save_weights("best")
+            self._save_weights("last")
+        self.saver.write_weights()
+        self._describe()
+
+    def _describe(self) -> None:
+        if not self.folder.config.exists():
+            write_text(self.folder.config, dump(self.config))
+        config = timm_config(self.setup.student, self.setup.classes)
+        write_text(self.folder.timm_config, json.dumps(config, indent=2) + "\n")
 
     def _train_epoch(self) -> None:
         self.student.train()
@@ -158,10 +192,21 @@ class Trainer:
             if self.batch % log_every == 0 or self.batch == self.batches:
                 self._log(images_since, time.perf_counter() - since)
                 since, images_since = time.perf_counter(), 0
-            if self.batch == self.batches:
-                return
             if self.batch % self.accumulate == 0:
                 self._stop_if_asked()
+                if self.saver.due(self.update):
+                    self._save()
+            if self.batch == self.batches:
+                return
+
+    def _evaluate(self) -> Metrics:
+        """Of the student as it is saved. A signal leaves it at once: the state before it is as good."""
+        try:
+            with self.signals.impatient():
+                return evaluate(self.deployed, self.val, self.autocast)
+        except Stopped:
+            self._stop_if_asked()
+            raise
 
     def _log(self, images: int, seconds: float) -> None:
         self.seconds, self.images_seen = self.seconds + seconds, self.images_seen + images
@@ -181,7 +226,7 @@ class Trainer:
             }
         )
         title = f"epoch {self.epoch + 1}/{self.config.schedule.epochs}"
-        if self.best:
+        if self.best and self.last:
             title += f"  top-1 {self.last['top1']:.2f} (best {self.best['top1']:.2f})"
         self.report.advance(self._done(), title, means, images / seconds)
 
@@ -194,7 +239,7 @@ class Trainer:
             self.best = self.last
             self._save_weights("best")
         self._save_weights("last")
-        self._save_state()
+        self._save()
         self.report.line(
             f"epoch {self.epoch}/{self.config.schedule.epochs}  top-1 {metrics.top1:.2f}  top-5 {metrics.top5:.2f}  "
             f"val loss {metrics.loss:.3f}{'  (best)' if better else ''}"
@@ -202,6 +247,8 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         teacher = self.setup.teacher
+        if self.saver.error is not None:
+            self._save()
         summary = {
             "method": self.config.method,
             "student": self.setup.student.name,
@@ -214,36 +261,32 @@ class Trainer:
             "seed": self.config.seed,
             "bad_images": self.bad.names,
         }
-        write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        try:
+            if self.saver.error is not None:
+                raise self.saver.error
+            write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"trained to the end, but not all is saved ({reason(error)}): {self.saver.saved}; "
+                f"make room, then: irgdistill distill --resume {self.folder.path}"
+            ) from None
         return summary
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks for a stop at the next update, a second one stops at once."""
-
-        def note(number: int, _frame: Any) -> None:
-            self.signal = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
     def _stop_if_asked(self) -> None:
-        if self.signal is not None:
-            self._save_weights("last")
-            self._save_state()
-            where = f"epoch {self.epoch + 1}, batch {self.batch} of {self.batches}"
-            raise Interrupted(
-                128 + self.signal,
-                f"stopped at {where}, all saved; go on with: irgdistill distill --resume {self.folder.path}",
-            )
+        if self.signals.asked is None:
+            return
+        self._save_weights("last")
+        self._save()
+        where = f"epoch {self.epoch + 1}, batch {self.batch} of {self.batches}"
+        saved = "all saved"
+        if self.saver.error is not None:
+            saved = f"but this could not be saved ({reason(self.saver.error)}): {self.saver.saved}"
+        raise Interrupted(
+            128 + self.signals.asked,
+            f"stopped at {where}, {saved}; go on with: irgdistill distill --resume {self.folder.path}",
+        )
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -265,10 +308,15 @@ class Trainer:
                 "python": platform.python_version(),
             },
         }
-        save_tensors(getattr(self.folder, which), self.deployed.model.state_dict(), metadata)
+        self.saver.add(getattr(self.folder, which), self.deployed.model.state_dict(), metadata)
 
-    def _save_state(self) -> None:
-        state = {
+    def _save(self) -> None:
+        self.saver.save(self._state)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "data": self._data(),
             "epoch": self.epoch,
             "batch": self.batch,
             "update": self.update,
@@ -276,15 +324,22 @@ class Trainer:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": random_states(),
+            "random": [random_states()],
             "best": self.best,
             "last": self.last,
             "sums": self.sums,
             "seconds": self.seconds,
             "images_seen": self.images_seen,
-            "metrics_bytes": self.report.offset(),
+            "bad_images": self.bad.names,
+            "metrics": self.report.mark(),
         }
-        save_state(self.folder.state, state)
+
+    def _data(self) -> dict[str, Any]:
+        return {
+            "training images": self.train.images,
+            "validation images": self.val.images,
+            "classes": self.setup.classes,
+        }
 
     def _done(self) -> int:
         return self.epoch * self.batches + self.batch

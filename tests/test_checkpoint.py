@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from irgdistill import checkpoint
-from irgdistill.checkpoint import RunFolder, load_state, read_metadata, restore, save_state, save_tensors
+from irgdistill import checkpoint, files, state
+from irgdistill.checkpoint import RunFolder, restore
 from irgdistill.errors import UserError
+from irgdistill.files import read_metadata, save_tensors
 from irgdistill.models import build_network
+from irgdistill.state import load_state, save_state
 
 CLASSES = ["a", "b", "c"]
 
@@ -95,14 +97,14 @@ def test_foreign_safetensors_have_no_metadata(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    checkpoint.write_text(path, "old")
+    files.write_text(path, "old")
 
     def fail(temporary: Path) -> None:
         temporary.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -127,9 +129,9 @@ def test_random_states_come_back(tmp_path: Path) -> None:
 
     import numpy as np
 
-    save_state(tmp_path / "s.safetensors", {"random": checkpoint.random_states()})
+    save_state(tmp_path / "s.safetensors", {"random": state.random_states()})
     expected = random.random(), np.random.rand(), torch.rand(1)
-    checkpoint.restore_random_states(load_state(tmp_path / "s.safetensors")["random"])
+    state.restore_random_states(load_state(tmp_path / "s.safetensors")["random"])
     assert (random.random(), np.random.rand()) == expected[:2] and torch.equal(torch.rand(1), expected[2])
 
 
@@ -138,6 +140,9 @@ def test_another_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     folder.create(overwrite=False)
     folder.config.write_text("seed: 0")
+    with pytest.raises(UserError, match="files of a run that cannot go on; give another --output or --overwrite"):
+        folder.create(overwrite=False)
+    folder.state.write_text("")
     with pytest.raises(UserError, match=r"unfinished run; .*--resume"):
         folder.create(overwrite=False)
     folder.summary.write_text("{}")
