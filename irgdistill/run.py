@@ -198,6 +198,8 @@ def open_network(target: str, checkpoint: Path | None, size: tuple[int, int] | N
     if path is not None:
         if checkpoint is not None:
             raise UserError(f"{target} is a checkpoint itself; leave out the second one, {checkpoint}")
+        if Path(target).is_dir() and path == RunFolder(Path(target)).last:
+            Report().warn(f"{target} holds no best.safetensors; taking last.safetensors")
         return restore(path, None, size)
     if checkpoint is not None:
         return restore(checkpoint, target, size)
