@@ -108,22 +108,14 @@ KILLS = [
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path) -> None:
     """A distillation, killed with SIGKILL in saves, steps, evaluations, and once by SIGTERM to it and its loader."""
-    student = [
-        "distill",
-        "--preset",
-        "quickstart",
-        "--student",
-        "cifar_resnet14_x0_5",
-        "--epochs",
-        2,
-        "--device",
-        "cpu",
-    ]
-    student += ["--teacher-checkpoint", tmp_path / "teacher/best.safetensors", "--save-every-steps", 3, "--ema", 0.9]
-    teacher = ["distill", "--preset", "quickstart", "--method", "none", "--student", "cifar_resnet20", "--epochs", 2]
+    common = ["distill", "--preset", "quickstart", "--device", "cpu", "--epochs", 2]
+    common += ["--input-size", 8, "--teacher-input-size", 8]
+    teacher = [*common, "--method", "none", "--student", "cifar_resnet20", "--output", tmp_path / "teacher"]
+    student = [*common, "--teacher-checkpoint", tmp_path / "teacher/best.safetensors"]
+    student += ["--student", "cifar_resnet14_x0_5", "--ema", 0.9, "--save-every-steps", 3]
     resume: list[object] = ["distill", "--resume", tmp_path / "killed"]
     jobs: list[dict[str, Any]] = [
-        {"arguments": [*teacher, "--device", "cpu", "--output", tmp_path / "teacher"]},
+        {"arguments": teacher},
         {"arguments": [*student, "--output", tmp_path / "whole"]},
         {"arguments": [*student, "--output", tmp_path / "never"], "at": "evaluated batch before", "signal": 15},
     ]
@@ -221,7 +213,7 @@ def test_saves_that_fail_for_a_while_change_nothing_in_the_end(
 ) -> None:
     """From the first epoch's end into the second, no file can be written: told once, the best weights still arrive."""
     with pytest.MonkeyPatch.context() as patch:
-        on_call(patch, files, "save_file", dict.fromkeys(range(4, 7), full(number, native)))
+        on_call(patch, files, "save_file", dict.fromkeys(range(5, 8), full(number, native)))
         result = begin()
     assert result.code == 0, result.err
     assert result.err.count("warning: not saved") == 1 and os.strerror(number) in result.err
@@ -255,7 +247,7 @@ def test_a_last_save_that_fails_says_what_is_there_and_can_be_made_up(
 def test_a_stop_that_cannot_be_saved_says_so(begin: Run, run: Run, whole: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         on_call(patch, Trainer, "train_step", {9: send(signal.SIGTERM)})
-        on_call(patch, files, "save_file", dict.fromkeys(range(8, 99), full()))
+        on_call(patch, files, "save_file", dict.fromkeys(range(9, 99), full()))
         line = one_line(begin(), 143)
     assert "stopped at epoch 2, batch 3 of 6, but this could not be saved (No space left" in line
     assert "the last saved state is epoch 2, batch 2; go on with:" in line
@@ -436,7 +428,7 @@ def test_a_state_that_does_not_fit_the_networks_is_named(run: Run, stopped: Path
     state["student"].popitem()
     save_state(RunFolder(stopped).state, state)
     line = one_line(run("distill", "--resume", stopped), 2)
-    assert "does not fit its networks: " in line and "Missing key" in line and OFFERED in line
+    assert "does not fit the run's networks: " in line and "Missing key" in line and OFFERED in line
 
 
 def test_a_state_of_a_newer_version_is_named(run: Run, stopped: Path) -> None:
@@ -464,9 +456,10 @@ def test_the_previous_state_on_request_ends_the_same(run: Run, whole: Path, stop
 
 
 def test_two_processes_do_not_share_a_run(run: Run, begin: Run, stopped: Path) -> None:
-    code = "import sys; from pathlib import Path; from irgdistill.checkpoint import RunFolder\n"
-    code += "folder = RunFolder(Path(sys.argv[1])); folder.lock(); print('mine', flush=True); sys.stdin.read()"
-    other = subprocess.Popen([sys.executable, "-c", code, stopped], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    code = "import fcntl, sys; lock = open(sys.argv[1], 'a'); fcntl.lockf(lock, fcntl.LOCK_EX); "
+    code += "print('mine', flush=True); sys.stdin.read()"
+    arguments = [sys.executable, "-c", code, stopped / "state/lock"]
+    other = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout is not None and other.stdout.readline() == b"mine\n"
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
     busy = f"another process is at work in {stopped}; wait for it or stop it first"
