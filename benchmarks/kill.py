@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -50,23 +51,29 @@ KINDS = {
 }
 
 
-def launch(arguments: list[str], after: float | None, marks: Path) -> dict[str, Any]:
-    """Run `irgdistill` with `arguments`, kill it `after` that many seconds -> what it was doing and how it ended."""
+def launch(arguments: list[str], marks: Path, phase: str = "", after: float = 0) -> dict[str, Any]:
+    """Run `irgdistill` with `arguments`; kill it `after` seconds of its start or of its training, whichever `phase` is.
+
+    Returns what it was doing, how it ended, and the seconds from its start to its first step.
+    """
     environment = {**os.environ, "MARKS": str(marks), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     marks.write_text("")
     began = time.monotonic()
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        error = child.communicate(timeout=after)[1]
-    except subprocess.TimeoutExpired:
-        child.kill()
-        error = child.communicate()[1]
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], env=environment, stderr=output)
+        while phase == "training" and child.poll() is None and " step " not in marks.read_text():
+            time.sleep(0.01)
+        try:
+            child.wait(after if phase else None)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        code = child.wait()
+        output.seek(0)
+        error = output.read()
     passed = [line.split(" ", 1) for line in marks.read_text().splitlines()]
     return {
-        "code": child.returncode,
+        "code": code,
         "seconds": time.monotonic() - began,
         "start_seconds": next((float(at) - began for at, name in passed if name.startswith("step")), None),
         "doing": passed[-1][1] if passed else "import",
@@ -108,11 +115,15 @@ def main() -> None:
     args.work.mkdir(parents=True)
     marks = args.work / "marks"
     teacher = args.work / "teacher"
-    common = ["distill", "--preset", "quickstart", "--device", "cpu", "--epochs"]
-    launch([*common, "2", "--method", "none", "--student", "cifar_resnet20", "--output", str(teacher)], None, marks)
-    student = [*common, "4", "--student", "cifar_resnet14_x0_5", "--save-every-steps", "2"]
+    common = ["distill", "--preset", "quickstart", "--device", "cpu", "--input-size", "8", "--teacher-input-size", "8"]
+    launch(
+        [*common, "--epochs", "2", "--method", "none", "--student", "cifar_resnet20", "--output", str(teacher)],
+        None,
+        marks,
+    )
+    student = [*common, "--epochs", "4", "--student", "cifar_resnet14_x0_5", "--save-every-steps", "2"]
     student += ["--teacher-checkpoint", str(teacher / "best.safetensors"), "--output"]
-    whole = launch([*student, str(args.work / "whole")], None, marks)
+    whole = launch([*student, str(args.work / "whole")], marks)
     assert whole["code"] == 0, whole["error"]
     expected, start = outcome(args.work / "whole"), whole["start_seconds"]
     training = whole["seconds"] - start
@@ -121,14 +132,15 @@ def main() -> None:
     while len(kills) < args.kills:
         folder = args.work / f"killed-{len(runs)}"
         count = 0
-        while True:
+        result: dict[str, Any] = {"code": 0}
+        while not (folder / "summary.json").exists():
             begun = (folder / "state" / "state.safetensors").exists()
             arguments = ["distill", "--resume", str(folder)] if begun else [*student, str(folder)]
-            after = None
+            phase, after = "", 0.0
             if len(kills) < args.kills and count < 10:
-                early = chance.random() < 0.25
-                after = chance.uniform(0, start) if early else start + chance.uniform(0, training / 3)
-            result = launch(arguments, after, marks)
+                phase = "start" if chance.random() < 0.25 else "training"
+                after = chance.uniform(0, start if phase == "start" else training / 4)
+            result = launch(arguments, marks, phase, after)
             if result["code"] != -signal.SIGKILL:
                 break
             count += 1
@@ -136,15 +148,15 @@ def main() -> None:
                 {
                     "run": len(runs),
                     "command": "resume" if begun else "begin",
-                    "after_seconds": round(after or 0, 3),
+                    "after": f"{after:.3f} s of {phase}",
                     "doing": result["doing"],
                     "kind": kind(result["doing"]),
                     "on_disk": on_disk(folder),
                 }
             )
             print(f"{len(kills):3d}  run {len(runs)}  {kills[-1]['doing']}", flush=True)
-        wrong = differences(expected, outcome(folder)) if result["code"] == 0 else [result["error"][-300:]]
-        runs.append({"kills": count, "exit_code": result["code"], "differences": wrong})
+        wrong = differences(expected, outcome(folder)) if (folder / "summary.json").exists() else [result["error"]]
+        runs.append({"kills": count, "differences": wrong})
         print(f"run {len(runs) - 1}: {count} kills, {wrong or 'the same'}", flush=True)
 
     import timm

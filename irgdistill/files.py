@@ -77,8 +77,8 @@ def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], previous: Path | None = None
 ) -> None:
     """Tensors as safetensors, `metadata` as JSON in the header, with a checksum of both. Raises OSError."""
-    own, text = own_copies(tensors), json.dumps(dict(metadata))
-    header = {"format": "pt", KEY: text, CHECKSUM: checksum(text, own)}
+    own = own_copies(tensors)
+    header = _header(json.dumps(dict(metadata)), own)
 
     def write(temporary: Path) -> None:
         try:
@@ -95,6 +95,10 @@ def save_tensors(
 def own_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, contiguous, each with memory of its own."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _header(text: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {"format": "pt", KEY: text, CHECKSUM: checksum(text, tensors)}
 
 
 def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -137,6 +141,6 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] 
             f"{path} was written by a newer irgdistill (format {metadata['format']}, this one reads {FORMAT})"
         )
     checked = CHECKSUM in header or metadata["format"] >= FORMAT
-    if tensors and checked and header.get(CHECKSUM) != checksum(header[KEY], values):
+    if tensors and checked and header != _header(header[KEY], values):
         raise UserError(f"{path} is damaged: its content is not what its checksum was taken of")
     return values, metadata

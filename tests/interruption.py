@@ -123,7 +123,9 @@ def _run_here(job: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    import irgdistill.run  # noqa: F401  once, for all jobs
+    import sklearn.datasets  # noqa: F401  these once, for all jobs
+
+    import irgdistill.run  # noqa: F401
 
     print(json.dumps([run_job(job) for job in json.loads(Path(sys.argv[1]).read_text())]))
 
