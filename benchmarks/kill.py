@@ -116,11 +116,8 @@ def main() -> None:
     marks = args.work / "marks"
     teacher = args.work / "teacher"
     common = ["distill", "--preset", "quickstart", "--device", "cpu", "--input-size", "8", "--teacher-input-size", "8"]
-    launch(
-        [*common, "--epochs", "2", "--method", "none", "--student", "cifar_resnet20", "--output", str(teacher)],
-        None,
-        marks,
-    )
+    alone = ["--epochs", "2", "--method", "none", "--student", "cifar_resnet20", "--output", str(teacher)]
+    launch([*common, *alone], marks)
     student = [*common, "--epochs", "4", "--student", "cifar_resnet14_x0_5", "--save-every-steps", "2"]
     student += ["--teacher-checkpoint", str(teacher / "best.safetensors"), "--output"]
     whole = launch([*student, str(args.work / "whole")], marks)
