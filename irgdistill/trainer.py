@@ -166,10 +166,12 @@ class Trainer:
 
     def _repair(self) -> None:
         """Weights on disk may be older or newer than the state, or damaged: in the end they and the record agree."""
-        self.best = best_on_disk(self.folder.best, self.best, self.report.warn)
-        if self.epoch and not self.batch:  # the weights of the state are those that were evaluated last
-            if not self.best:
-                self.best = self.last
+        evaluated = self.epoch > 0 and self.batch == 0  # the weights of the state are those that `last` is about
+        if not (evaluated and self.best == self.last):
+            self.best = best_on_disk(self.folder.best, self.best, self.report.warn)
+        if evaluated:
+            self.best = self.best or self.last
+            if self.best == self.last:
                 self._save_weights("best")
             self._save_weights("last")
         self.saver.write_weights()

@@ -382,6 +382,18 @@ def test_eval_of_a_damaged_run(run: Run, whole: Path, tmp_path: Path, name: str,
         assert "best.safetensors" in one_line(result, 2) and result.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_weights_of_the_epoch_just_ended_are_written_again(
+    begin: Run, run: Run, whole: Path, tmp_path: Path, name: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        on_call(patch, Trainer, "_end_epoch", {2: send(signal.SIGTERM)})
+        assert "stopped at epoch 3, batch 0 of 6, all saved" in one_line(begin(), 143)
+    (tmp_path / "run" / f"{name}.safetensors").unlink()
+    result = run("distill", "--resume", tmp_path / "run")
+    assert result.code == 0 and "warning" not in result.err and ends_like(whole, tmp_path / "run")
+
+
 def test_without_any_good_state_the_run_says_so_and_can_be_begun_again(
     begin: Run, run: Run, whole: Path, tmp_path: Path
 ) -> None:
