@@ -2,9 +2,9 @@
 
     python benchmarks/kill.py --work FOLDER --result benchmarks/results/kill.json [--kills 30] [--seed 0]
 
-Every process is a fresh `irgdistill`; its parent kills it after a random time: in its start, or in the time that the
-rest of the run takes. Marks that the process leaves on the way tell what it was doing. Killed often enough, runs are
-left to end and compared: weights, their metadata, metrics, summary and state, bit for bit, apart from times.
+Every process is a fresh `irgdistill` that leaves marks on its way: step, evaluation, write, rename. Its parent kills it
+a random time after a random mark, or after a random time of its start. A run goes on so until it ends; it is then
+compared: weights, their metadata, metrics, summary and state, bit for bit, apart from times.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ KINDS = {
 }
 
 
-def launch(arguments: list[str], marks: Path, phase: str = "", after: float = 0) -> dict[str, Any]:
-    """Run `irgdistill` with `arguments`; kill it `after` seconds of its start or of its training, whichever `phase` is.
+def launch(arguments: list[str], marks: Path, passing: int = 0, after: float | None = None) -> dict[str, Any]:
+    """Run `irgdistill` with `arguments`; kill it `after` seconds, counted from the mark number `passing`.
 
-    Returns what it was doing, how it ended, and the seconds from its start to its first step.
+    Returns what it was doing, how it ended, how many marks it left, and the seconds to its first step.
     """
     environment = {**os.environ, "MARKS": str(marks), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -62,10 +62,10 @@ def launch(arguments: list[str], marks: Path, phase: str = "", after: float = 0)
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], env=environment, stderr=output)
-        while phase == "training" and child.poll() is None and " step " not in marks.read_text():
-            time.sleep(0.01)
+        while child.poll() is None and marks.read_text().count("\n") < passing:
+            time.sleep(0.002)
         try:
-            child.wait(after if phase else None)
+            child.wait(after)
         except subprocess.TimeoutExpired:
             child.kill()
         code = child.wait()
@@ -74,7 +74,7 @@ def launch(arguments: list[str], marks: Path, phase: str = "", after: float = 0)
     passed = [line.split(" ", 1) for line in marks.read_text().splitlines()]
     return {
         "code": code,
-        "seconds": time.monotonic() - began,
+        "marks": len(passed),
         "start_seconds": next((float(at) - began for at, name in passed if name.startswith("step")), None),
         "doing": passed[-1][1] if passed else "import",
         "error": error,
@@ -123,7 +123,6 @@ def main() -> None:
     whole = launch([*student, str(args.work / "whole")], marks)
     assert whole["code"] == 0, whole["error"]
     expected, start = outcome(args.work / "whole"), whole["start_seconds"]
-    training = whole["seconds"] - start
 
     chance, kills, runs = random.Random(args.seed), [], []
     while len(kills) < args.kills:
@@ -133,11 +132,13 @@ def main() -> None:
         while not (folder / "summary.json").exists():
             begun = (folder / "state" / "state.safetensors").exists()
             arguments = ["distill", "--resume", str(folder)] if begun else [*student, str(folder)]
-            phase, after = "", 0.0
-            if len(kills) < args.kills and count < 10:
-                phase = "start" if chance.random() < 0.25 else "training"
-                after = chance.uniform(0, start if phase == "start" else training / 4)
-            result = launch(arguments, marks, phase, after)
+            passing, after = 0, None
+            if len(kills) < args.kills:
+                early = chance.random() < 0.25
+                passing = 0 if early else chance.randint(3, whole["marks"] // 5)
+                after = chance.uniform(0, start if early else 0.05)
+            result = launch(arguments, marks, passing, after)
+            start = result["start_seconds"] or start  # other work on the machine changes it
             if result["code"] != -signal.SIGKILL:
                 break
             count += 1
@@ -145,7 +146,8 @@ def main() -> None:
                 {
                     "run": len(runs),
                     "command": "resume" if begun else "begin",
-                    "after": f"{after:.3f} s of {phase}",
+                    "mark": passing,
+                    "seconds_after": round(after or 0, 4),
                     "doing": result["doing"],
                     "kind": kind(result["doing"]),
                     "on_disk": on_disk(folder),
@@ -166,8 +168,7 @@ def main() -> None:
         "compared": len(expected),
         "runs": runs,
         "each": kills,
-        "whole_seconds": round(whole["seconds"], 1),
-        "start_seconds": round(start, 1),
+        "whole_marks": whole["marks"],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
