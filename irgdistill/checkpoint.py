@@ -1,32 +1,28 @@
-"""The run folder: weights that describe themselves, the state to go on from, atomic writes. No pickle.
+"""The run folder, and weights that describe themselves. No pickle.
 
 best.safetensors  last.safetensors   student weights; everything needed to use them is in the metadata
 config.json                          makes the folder a timm `local-dir:`
 config.yaml  metrics.jsonl  summary.json
-state/state.safetensors              optimizer, EMA, position, random states
+state/state.safetensors              optimizer, EMA, position, random states, configuration
+state/previous.safetensors           the state before it
+state/lock                           held by the process at work
 """
 
 from __future__ import annotations
 
-import json
-import os
-import random
-from collections.abc import Callable, Mapping
+import shutil
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import IO, Any
 
 from irgdistill.errors import UserError
+from irgdistill.files import FORMAT, TEMPORARY, read_tensors
 from irgdistill.models import Network, build_network
 from irgdistill.models.build import read_weights
 
-FORMAT = 1
-KEY = "irgdistill"
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: no lock
+    fcntl = None  # type: ignore[assignment]
 
 
 class RunFolder:
@@ -41,80 +37,57 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.timm_config = path / "config.json"
         self.state = path / "state" / "state.safetensors"
+        self.previous_state = path / "state" / "previous.safetensors"
+        self._lock: IO[str] | None = None
 
     def _own(self) -> list[Path]:
-        return [self.best, self.last, self.config, self.metrics, self.summary, self.timm_config, self.state]
+        states = [self.state, self.previous_state]
+        return [*states, self.summary, self.best, self.last, self.config, self.metrics, self.timm_config]
 
-    def check(self, overwrite: bool) -> list[Path]:
-        """Files to be replaced. Raises UserError where another run, or something that is no run, would be lost."""
+    def refuse(self, overwrite: bool) -> None:
+        """Raises UserError where another run, or something that is no run, would be lost."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output {self.path} is a file")
-        found = [path for path in self._own() if path.exists()]
-        if found and not overwrite:
-            kind = "a finished run" if self.summary.exists() else "an unfinished run"
-            go_on = "" if self.summary.exists() else f", --resume {self.path} to go on with it,"
-            raise UserError(f"{self.path} holds {kind}; give another --output{go_on} or --overwrite to replace it")
-        return found
+        if overwrite or not any(path.exists() for path in self._own()):
+            return
+        kind, go_on = "files of a run that cannot go on", ""
+        if self.summary.exists():
+            kind = "a finished run"
+        elif self.state.exists() or self.previous_state.exists():
+            kind, go_on = "an unfinished run", f", --resume {self.path} to go on with it,"
+        raise UserError(f"{self.path} holds {kind}; give another --output{go_on} or --overwrite to replace it")
 
     def create(self, overwrite: bool) -> None:
-        """Make an empty run folder. Raises UserError as `check` does."""
-        for path in self.check(overwrite):
-            path.unlink()
+        """Make an empty run folder, for this process alone. Raises UserError as `refuse` and `lock` do."""
+        self.refuse(overwrite)
+        self.lock()
+        for path in self._own():
+            path.unlink(missing_ok=True)
+
+    def lock(self) -> None:
+        """Take the folder for as long as this object lives. Raises UserError while another process has it.
+
+        Temporary files of processes that were killed are removed. A record lock: the system frees it whatever happens
+        to the process, and loader processes do not inherit it.
+        """
         self.state.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.state.parent / "lock", "a")  # noqa: SIM115
+        if fcntl is not None:
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise UserError(f"another process is at work in {self.path}; wait for it or stop it first") from None
+            except OSError:
+                pass  # a file system without locks
+        for folder in (self.path, self.state.parent):
+            for left in folder.glob(f".*{TEMPORARY}"):
+                shutil.rmtree(left, ignore_errors=True)
 
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` fills a temporary file, which then takes the place of `path` in one step and survives a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Tensors as safetensors, `metadata` as JSON in the header."""
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    header = {"format": "pt", KEY: json.dumps(dict(metadata))}
-    write_atomically(path, lambda temporary: save_file(own, temporary, metadata=header))
-
-
-def read_metadata(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint of ours says about itself; None for other safetensors. Raises UserError when unreadable."""
-    if not path.is_file():
-        raise UserError(f"no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file: {error}") from None
-    if KEY not in header:
-        return None
-    metadata: dict[str, Any] = json.loads(header[KEY])
-    if metadata.get("format", 0) > FORMAT:
-        raise UserError(
-            f"{path} was written by a newer irgdistill (format {metadata['format']}, this one reads {FORMAT})"
-        )
-    return metadata
+    def unsaved(self) -> str:
+        """Why there is nothing to go on with, where no state is."""
+        if self.state.parent.is_dir() and not any(path.exists() for path in self._own()):
+            return f"{self.path} was stopped before anything was trained; give the command that began it again"
+        return f"{self.path} holds no run that can be resumed (no state)"
 
 
 def find_checkpoint(target: str) -> Path | None:
@@ -175,12 +148,12 @@ def restore(
 ) -> tuple[Network, dict[str, Any]]:
     """A network from a checkpoint: ours by itself, any other one given its `name`. Second value: metadata, or {}.
 
-    Raises UserError: unreadable or truncated file, foreign file without a name, weights that do not fit, another name
-    than the checkpoint's own.
+    Raises UserError: unreadable, truncated or damaged file, foreign file without a name, weights that do not fit,
+    another name than the checkpoint's own.
     """
-    metadata = read_metadata(path) if path.suffix == ".safetensors" else None
-    weights = read_weights(path)
+    weights, metadata = read_tensors(path) if path.suffix == ".safetensors" else ({}, None)
     if metadata is None:
+        weights = read_weights(path)
         if name is None:
             raise UserError(
                 f"{path} was not written by irgdistill and does not name its network; name the architecture too"
@@ -199,66 +172,3 @@ def restore(
     )
     network.classes = metadata["classes"]
     return network, metadata
-
-
-# --- the state to go on from ------------------------------------------------------------------------------------------
-
-
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Any tree of dicts, lists, numbers, strings and tensors."""
-    tensors: dict[str, Tensor] = {}
-    packed = _pack(state, "", tensors)
-    save_tensors(path, tensors, {"format": FORMAT, "state": packed})
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote. Raises UserError when it is missing or broken."""
-    metadata = read_metadata(path)
-    if metadata is None or "state" not in metadata:
-        raise UserError(f"{path} is not a state of irgdistill")
-    state: dict[str, Any] = _unpack(metadata["state"], load_file(path))
-    return state
-
-
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        return {"items": [[key, _pack(item, f"{name}.{key}".lstrip("."), tensors)] for key, item in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return [_pack(item, f"{name}.{i}".lstrip("."), tensors) for i, item in enumerate(value)]
-    return value
-
-
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if "tensor" in value:
-            return tensors[value["tensor"]]
-        return {key: _unpack(item, tensors) for key, item in value["items"]}
-    if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
-    return value
-
-
-def random_states() -> dict[str, Any]:
-    """Of Python, numpy, torch and every CUDA device."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` gave."""
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])

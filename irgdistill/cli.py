@@ -12,6 +12,7 @@ import typer
 
 from irgdistill import __version__
 from irgdistill.errors import Interrupted, UserError, leave_word
+from irgdistill.signals import Signals, Stopped
 
 app = typer.Typer(
     name="irgdistill",
@@ -64,11 +65,10 @@ FLAGS = {
     "compile_": "runtime.compile",
     "sync_bn": "runtime.sync_bn",
     "graph_scope": "runtime.graph_scope",
+    "save_every_steps": "runtime.save_every_steps",
+    "save_every_minutes": "runtime.save_every_minutes",
 }
 """Parameter of `distill` -> configuration key. Everything else is set with --set."""
-
-MOVABLE = {"data.source", "data.root", "data.workers", "teacher.checkpoint", "runtime.device"}
-"""What may change when a run goes on: where things are, never what is computed."""
 
 NETWORKS, DATA, MATCHING, METHOD, TRAINING, RUNTIME = "Networks", "Data", "Matching", "Method", "Training", "Run"
 RESULT = "Result"
@@ -146,11 +146,16 @@ def distill(
     backend: Annotated[str | None, _option(RUNTIME, help="nccl, or gloo to run them on the CPU.")] = None,
     sync_bn: Annotated[bool | None, _option(RUNTIME, "--sync-bn", help="Batch-norm over all processes.")] = None,
     graph_scope: Annotated[str | None, _option(RUNTIME, help="global (default), or local to a process.")] = None,
+    save_every_steps: Annotated[int | None, _option(RUNTIME, help="Save after so many updates too.")] = None,
+    save_every_minutes: Annotated[float | None, _option(RUNTIME, help="Save after so many minutes too.")] = None,
     preset: Annotated[str | None, _option(RUNTIME, help="Name of a preset, or a YAML file.")] = None,
     settings: Annotated[list[str] | None, _option(RUNTIME, "--set", help="Any key.path=value.")] = None,
     output: Annotated[Path | None, _option(RUNTIME, help="Run folder (runs/STUDENT-METHOD-N).")] = None,
     overwrite: Annotated[bool, _option(RUNTIME, "--overwrite", help="Replace the run that is there.")] = False,
     resume: Annotated[Path | None, _option(RUNTIME, help="Go on with this run folder.")] = None,
+    previous_state: Annotated[
+        bool, _option(RUNTIME, "--previous-state", help="Resume from the state before the last one.")
+    ] = False,
     dry_run: Annotated[bool, _option(RUNTIME, "--dry-run", help="Show configuration and plan; stop.")] = False,
 ) -> None:
     """Train a student under a teacher (or alone: --method none).
@@ -170,8 +175,10 @@ def distill(
                 "--resume goes on with the run's own configuration; "
                 "leave out --preset, --set, --output, --overwrite and --dry-run"
             )
-        _resume(resume, given, gpus, backend)
+        _resume(resume, given, previous_state, gpus, backend)
         return
+    if previous_state:
+        raise UserError("--previous-state says where --resume RUN goes on from; there is no --resume")
     config = load_config(preset, settings, given)
 
     from irgdistill.run import dry_run as show
@@ -183,13 +190,15 @@ def distill(
         start(config, output, overwrite, gpus, backend)
 
 
-def _resume(folder: Path, given: dict[str, Any], gpus: str | None, backend: str | None) -> None:
+def _resume(folder: Path, given: dict[str, Any], previous_state: bool, gpus: str | None, backend: str | None) -> None:
+    from irgdistill.config import MOVABLE
+
     fixed = sorted(set(given) - MOVABLE)
     if fixed:
         raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(MOVABLE))}")
     from irgdistill.run import resume
 
-    resume(folder, given, gpus, backend)
+    resume(folder, given, previous_state, gpus, backend)
 
 
 @app.command(name="inspect-graph")
@@ -321,13 +330,14 @@ def main() -> None:
     """Entry point: runs the app, turns our errors into one line and an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        with Signals():
+            app()
     except UserError as error:
         _die(str(error), 2)
     except OSError as error:
         _die(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 2)
-    except KeyboardInterrupt:
-        _die("interrupted", 130)
+    except Stopped as stop:
+        _die(str(stop), 128 + stop.number)
     except Interrupted as error:
         _die(str(error), error.code)
     except Exception as error:

@@ -24,6 +24,12 @@ METHODS: dict[str, dict[str, float]] = {
 }
 """A method is a set of hint weights beside cross-entropy. Every term is a mean: weights do not depend on the batch."""
 
+MOVABLE = {
+    *("data.source", "data.root", "data.workers", "teacher.checkpoint", "runtime.device"),
+    *("runtime.save_every_steps", "runtime.save_every_minutes"),
+}
+"""What may change when a run goes on: where things are and when it is saved, never what is computed."""
+
 Method = Literal["none", "kd", "irg", "mtk", "irg+kd"]
 
 
@@ -224,6 +230,10 @@ class RuntimeConfig(Section):
     """Updates between two records in metrics.jsonl."""
     share_every: Annotated[int, Field(ge=0)] = 200
     """Updates between two samples of each term's share of the student's gradient norm; 0 is off."""
+    save_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Updates between two saves of the state, beside that at the end of every epoch; 0 is off."""
+    save_every_minutes: Annotated[float, Field(ge=0)] = 0
+    """Minutes after which the state is saved, whatever the epoch; 0 is off."""
 
 
 class Config(Section):

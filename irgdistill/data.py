@@ -23,6 +23,7 @@ from torchvision import transforms
 from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
+from irgdistill.signals import leave_to_parent
 from irgdistill.sources import Source, Splits
 
 
@@ -196,6 +197,7 @@ class Loader:
             sampler=self.order,
             num_workers=workers,
             collate_fn=_collate,
+            worker_init_fn=leave_to_parent,
             drop_last=training,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0 and not self.stream,  # a stream learns its epoch when workers start

@@ -10,9 +10,10 @@ from typing import Any
 
 from timm.utils import random_seed
 
-from irgdistill.checkpoint import RunFolder, find_checkpoint, read_metadata, restore
+from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
 from irgdistill.config import Config, DataConfig, MatchingConfig, read_yaml, validate
 from irgdistill.errors import UserError
+from irgdistill.files import read_metadata
 from irgdistill.inspection import draw_evenly
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network

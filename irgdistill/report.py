@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from irgdistill.journal import Journal
+
 LINE_EVERY = 30.0
 """Seconds between two lines of the plain log within an epoch."""
 
@@ -37,7 +39,7 @@ class Report:
 
     def __init__(self, metrics: Path | None = None, stdout: bool = False, quiet: bool = False) -> None:
         self.console = Console(stderr=not stdout, highlight=False, quiet=quiet)
-        self.metrics = None if quiet else metrics
+        self._journal = None if metrics is None or quiet else Journal(metrics, self.warn)
         self._progress: _Bar | None = None
         self._task: TaskID | None = None
         self._last_line = time.monotonic()
@@ -52,19 +54,17 @@ class Report:
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
-        if self.metrics is not None:
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(_rounded(values)) + "\n")
+        if self._journal is not None:
+            self._journal.append(json.dumps(_rounded(values)))
 
-    def offset(self) -> int:
-        """Length of metrics.jsonl in bytes."""
-        return self.metrics.stat().st_size if self.metrics is not None and self.metrics.exists() else 0
+    def mark(self) -> dict[str, int]:
+        """Where metrics.jsonl ends, everything before it being on the disk. Raises OSError."""
+        return {} if self._journal is None else self._journal.mark()
 
-    def rewind(self, offset: int) -> None:
+    def rewind(self, mark: Mapping[str, int]) -> None:
         """Forget records written after a state was saved."""
-        if self.metrics is not None and self.metrics.exists():
-            with open(self.metrics, "r+b") as file:
-                file.truncate(offset)
+        if self._journal is not None:
+            self._journal.rewind(mark)
 
     @contextmanager
     def progress(self, total: int, done: int) -> Iterator[None]:

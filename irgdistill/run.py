@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,16 +14,18 @@ from typing import Any
 import torch
 
 from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
-from irgdistill.config import Config, DataConfig, dump, read_yaml, validate
+from irgdistill.config import Config, DataConfig, dump, validate
 from irgdistill.data import BadImages, eval_loader
 from irgdistill.distributed import World, joined, ranks, restarts, run_workers
-from irgdistill.errors import UserError, nearest
+from irgdistill.errors import Interrupted, UserError, nearest
 from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.matching import Plan, ends
 from irgdistill.models import Network, build_network, known_models, multiply_adds, parameters
 from irgdistill.report import Report, table
 from irgdistill.setup import Setup, autocast, check_processes, choose_device, prepare
+from irgdistill.signals import Stopped
 from irgdistill.sources import open_splits
+from irgdistill.state import open_state, position
 from irgdistill.taps import Tapped, tap_name
 from irgdistill.trainer import Trainer
 
@@ -59,31 +62,39 @@ def list_models(pattern: str, as_json: bool) -> None:
 
 def start(config: Config, output: Path | None, overwrite: bool, gpus: str | None, backend: str | None) -> None:
     """Train from the beginning, in a new folder; in `gpus` processes of this machine, or among those of torchrun."""
+    restarted = restarts() > 0
+    if output is not None and not restarted:
+        RunFolder(output).refuse(overwrite)
+    setup = _ready(config, gpus, backend)
+    if setup is None:
+        return
+    with joined(config.runtime.device, backend) as world:
+        folder = RunFolder(Path(world.share(str(output or _next_folder(config, last=restarted)))))
+        if world.share(restarted and folder.state.exists()):
+            _go_on(folder, setup, world, open_state(folder)[0])
+            return
+        with _says_where_it_stands(folder):
+            report = Report(folder.metrics, quiet=not world.main)
+            trainer = Trainer(setup, folder, report, world)
+            if world.main:
+                print_plan(setup.plan)
+            report.line(f"run folder {folder.path}")
+            _tell(trainer)
+            trainer.start(overwrite or restarted)
+            _finish(trainer)
+
+
+def _ready(config: Config, gpus: str | None, backend: str | None) -> Setup | None:
+    """What this process trains with; None: workers were started, and have done it. Raises UserError before that."""
     if backend == "gloo":
         config.runtime.device = "cpu"
     setup, workers = prepare(config), _workers(config, gpus, backend)
     check_processes(config, setup.splits, workers or ranks())
-    if workers:
-        if output is not None:
-            RunFolder(output).check(overwrite)
-        del setup
-        run_workers(workers, sys.argv[1:])
-        return
-    with joined(config.runtime.device, backend) as world:
-        restarted = restarts() > 0
-        folder = RunFolder(Path(world.share(str(output or _next_folder(config, last=restarted)))))
-        if restarted and folder.state.exists():
-            _go_on(folder, setup, world)
-            return
-        report = Report(folder.metrics, quiet=not world.main)
-        trainer = Trainer(setup, folder, report, world)
-        if world.main:
-            folder.create(overwrite or restarted)
-            print_plan(setup.plan)
-        report.line(f"run folder {folder.path}")
-        _tell(trainer)
-        trainer.start()
-        _finish(trainer)
+    if not workers:
+        return setup
+    del setup
+    run_workers(workers, sys.argv[1:])
+    return None
 
 
 def _workers(config: Config, gpus: str | None, backend: str | None) -> int:
@@ -120,38 +131,47 @@ def _tell(trainer: Trainer) -> None:
         )
 
 
-def resume(path: Path, changes: Mapping[str, Any], gpus: str | None = None, backend: str | None = None) -> None:
+def resume(
+    path: Path, changes: Mapping[str, Any], previous: bool = False, gpus: str | None = None, backend: str | None = None
+) -> None:
     """Go on where the state in a run folder stands. Raises UserError when there is nothing to go on with."""
     folder = RunFolder(path)
     if folder.summary.exists():
         raise UserError(f"{path} holds a finished run; there is nothing to resume")
-    if not folder.config.exists() or not folder.state.exists():
-        raise UserError(f"{path} holds no run that can be resumed (no config.yaml or no state)")
-    tree = read_yaml(folder.config)
-    for key, value in changes.items():
-        section, name = key.split(".")
-        tree[section][name] = value
-    config = validate(tree, f"{folder.config}: ")
-    if backend == "gloo":
-        config.runtime.device = "cpu"
-    setup, workers = prepare(config), _workers(config, gpus, backend)
-    check_processes(config, setup.splits, workers or ranks())
-    if workers:
-        del setup
-        run_workers(workers, sys.argv[1:])
-        return
-    with joined(config.runtime.device, backend) as world:
-        _go_on(folder, setup, world)
+    if not folder.state.exists() and not folder.previous_state.exists():
+        raise UserError(folder.unsaved())
+    with _says_where_it_stands(folder):
+        state, config = open_state(folder, previous)
+        tree = config.model_dump()
+        for key, value in changes.items():
+            section, name = key.split(".")
+            tree[section][name] = value
+        setup = _ready(validate(tree), gpus, backend)
+        if setup is not None:
+            with joined(setup.config.runtime.device, backend) as world:
+                _go_on(folder, setup, world, state, previous)
 
 
-def _go_on(folder: RunFolder, setup: Setup, world: World) -> None:
+def _go_on(folder: RunFolder, setup: Setup, world: World, state: dict[str, Any], previous: bool = False) -> None:
+    if world.main:
+        folder.lock()
     trainer = Trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
-    trainer.resume()
-    trainer.report.line(
-        f"resuming {folder.path} at epoch {trainer.epoch + 1}, batch {trainer.batch} of {trainer.batches}"
-    )
+    trainer.resume(state, previous)
+    trainer.report.line(f"resuming {folder.path} at {position(state)} of {trainer.batches}")
     _tell(trainer)
     _finish(trainer)
+
+
+@contextmanager
+def _says_where_it_stands(folder: RunFolder) -> Iterator[None]:
+    """A signal that ends everything at once still says what is left."""
+    try:
+        yield
+    except Stopped as stop:
+        left = "nothing was trained yet"
+        if folder.state.exists():
+            left = f"what was saved is safe; go on with: irgdistill distill --resume {folder.path}"
+        raise Interrupted(128 + stop.number, f"{stop}; {left}") from None
 
 
 def _finish(trainer: Trainer) -> None:
@@ -235,6 +255,8 @@ def open_network(target: str, checkpoint: Path | None, size: tuple[int, int] | N
     if path is not None:
         if checkpoint is not None:
             raise UserError(f"{target} is a checkpoint itself; leave out the second one, {checkpoint}")
+        if Path(target).is_dir() and path == RunFolder(Path(target)).last:
+            Report().warn(f"{target} holds no best.safetensors; taking last.safetensors")
         return restore(path, None, size)
     if checkpoint is not None:
         return restore(checkpoint, target, size)

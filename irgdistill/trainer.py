@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import platform
-import signal
+import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -18,26 +17,19 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
 from irgdistill import __version__
-from irgdistill.checkpoint import (
-    RunFolder,
-    describe,
-    load_state,
-    random_states,
-    restore_random_states,
-    save_state,
-    save_tensors,
-    timm_config,
-    write_text,
-)
+from irgdistill.checkpoint import RunFolder, describe, timm_config
 from irgdistill.config import dump
 from irgdistill.data import BadImages, eval_loader, train_loader
 from irgdistill.distributed import World, statistics_of, synchronised
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.evaluate import Metrics, evaluate
+from irgdistill.files import write_text
 from irgdistill.losses import Batch, build_loss, gradient_shares
 from irgdistill.optim import build_mix, build_optimizer, build_scheduler
 from irgdistill.report import Report
 from irgdistill.setup import Setup, autocast, choose_device
+from irgdistill.signals import Signals, Stopped
+from irgdistill.state import Saver, best_on_disk, mean_of, other_state, random_states, reason, restore_random_states
 from irgdistill.taps import Tapped, has_unused_parameters
 
 CHECK_IMAGES = 2000
@@ -67,7 +59,8 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.seconds, self.images_seen = 0.0, 0
-        self.signal: int | None = None
+        self.saver = Saver(folder, config.runtime, report.warn)
+        self.signals = Signals(patient=True)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -120,42 +113,88 @@ class Trainer:
     # --- the run ------------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Train to the last epoch -> the run's summary. Raises UserError, or Interrupted once everything is saved."""
+        """Train to the last epoch -> the run's summary. Raises UserError, or Interrupted once everything is saved.
+
+        A first SIGINT or SIGTERM stops it after the update under way, a second one at once, with `Stopped`.
+        """
         epochs = self.config.schedule.epochs
-        with self._listening(), self.report.progress(epochs * self.batches, self._done()):
+        with self.signals, self.report.progress(epochs * self.batches, self._done()):
             while self.epoch < epochs:
-                self._train_epoch()
-                self._average_statistics()
-                self._end_epoch(evaluate(self.deployed, self.val, self.autocast, world=self.world))
+                if self.batch < self.batches:
+                    self._train_epoch()
+                self._end_epoch(self._evaluate())
                 if self.epoch < epochs:
-                    self._stop_if_asked()
+                    self._pause()
         return self._finish()
 
-    def start(self) -> None:
-        """Write what defines the run, try the teacher, save the first state."""
-        if self.world.main:
-            write_text(self.folder.config, dump(self.config))
-            config = timm_config(self.setup.student, self.setup.classes)
-            write_text(self.folder.timm_config, json.dumps(config, indent=2) + "\n")
+    def start(self, overwrite: bool = False) -> None:
+        """Try the teacher, make the run folder, save the first state: with it, the run has begun.
+
+        Raises UserError where the folder is taken, OSError when it cannot be written.
+        """
         if self.teacher is not None and self.config.teacher.check:
             self._check_teacher()
+        if self.world.main:
+            self.folder.create(overwrite)
         self._seed()
-        self._save_state()
+        self._save()
+        if self.saver.error is not None:
+            raise self.saver.error
+        if self.world.main:
+            self._describe()
 
-    def resume(self) -> None:
-        """Go on from the state in the run folder."""
-        state = load_state(self.folder.state)
-        self.tapped.model.load_state_dict(state["student"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+    def resume(self, state: dict[str, Any], previous: bool = False) -> None:
+        """Go on from a state of the run folder (`open_state`). Raises UserError when it does not fit."""
+        self._check_data(state["data"])
+        try:
+            self.tapped.model.load_state_dict(state["student"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why, other = textwrap.shorten(str(error), 200, placeholder=" …"), other_state(self.folder, previous)
+            raise UserError(
+                f"the state in {self.folder.path} does not fit the run's networks: {why}; {other}"
+            ) from None
         self.epoch, self.batch, self.update = state["epoch"], state["batch"], state["update"]
         self.scheduler.step_update(self.update)
         self.best, self.last = state["best"], state["last"]
         self.seconds, self.images_seen = state["seconds"], state["images_seen"]
-        self._restore_own(state["ranks"])
-        self.report.rewind(state["metrics_bytes"])
+        self.bad.names = state["bad_images"]
+        self._restore_own(state["processes"])
+        self.saver.has(state)
+        if self.world.main:
+            if previous:
+                self.folder.previous_state.replace(self.folder.state)
+            self.report.rewind(state["metrics"])
+            self._repair()
+        self.best = self.world.share(self.best)
+
+    def _check_data(self, then: dict[str, Any]) -> None:
+        """A position in the data means something in the same data only. Raises UserError."""
+        for name, now in self._data().items():
+            if now != then[name]:
+                raise UserError(f"the data are not those the run was trained on: {name} {now}, were {then[name]}")
+
+    def _repair(self) -> None:
+        """Weights on disk may be older or newer than the state, or damaged: in the end they and the record agree."""
+        evaluated = self.epoch > 0 and self.batch == 0  # the weights of the state are those that `last` is about
+        if not (evaluated and self.best == self.last):
+            self.best = best_on_disk(self.folder.best, self.best, self.report.warn)
+        if evaluated:
+            self.best = self.best or self.last
+            if self.best == self.last:
+                self._save_weights("best")
+            self._save_weights("last")
+        self.saver.write_weights()
+        self._describe()
+
+    def _describe(self) -> None:
+        if not self.folder.config.exists():
+            write_text(self.folder.config, dump(self.config))
+        config = timm_config(self.setup.student, self.setup.classes)
+        write_text(self.folder.timm_config, json.dumps(config, indent=2) + "\n")
 
     def _train_epoch(self) -> None:
         self.student.train()
@@ -168,10 +207,24 @@ class Trainer:
             if self.batch % log_every == 0 or self.batch == self.batches:
                 self._log(images_since, time.perf_counter() - since)
                 since, images_since = time.perf_counter(), 0
+            if self.batch % self.accumulate == 0:
+                self._pause()
             if self.batch == self.batches:
                 return
-            if self.batch % self.accumulate == 0:
-                self._stop_if_asked()
+
+    def _evaluate(self) -> Metrics:
+        """Of the student as it is saved. A signal leaves it at once: the state before it is as good.
+
+        Many processes wait for one another, so they finish it.
+        """
+        for model in self._unshared():
+            self.world.average_statistics(model)
+        try:
+            with self.signals.impatient() if self.world.size == 1 else nullcontext():
+                return evaluate(self.deployed, self.val, self.autocast, world=self.world)
+        except Stopped:
+            self._pause()
+            raise
 
     def _log(self, images: int, seconds: float) -> None:
         self.seconds, self.images_seen = self.seconds + seconds, self.images_seen + images
@@ -191,7 +244,7 @@ class Trainer:
             }
         )
         title = f"epoch {self.epoch + 1}/{self.config.schedule.epochs}"
-        if self.best:
+        if self.best and self.last:
             title += f"  top-1 {self.last['top1']:.2f} (best {self.best['top1']:.2f})"
         self.report.advance(self._done(), title, means, images / seconds)
 
@@ -204,7 +257,7 @@ class Trainer:
             self.best = self.last
             self._save_weights("best")
         self._save_weights("last")
-        self._save_state()
+        self._save()
         self.report.line(
             f"epoch {self.epoch}/{self.config.schedule.epochs}  top-1 {metrics.top1:.2f}  top-5 {metrics.top5:.2f}  "
             f"val loss {metrics.loss:.3f}{'  (best)' if better else ''}"
@@ -212,6 +265,8 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         teacher = self.setup.teacher
+        if self.saver.error is not None:
+            self._save()
         summary = {
             "method": self.config.method,
             "student": self.setup.student.name,
@@ -222,40 +277,42 @@ class Trainer:
             "seconds": self.seconds,
             "images_per_second": self.images_seen / max(self.seconds, 1e-9),
             "seed": self.config.seed,
-            "bad_images": sorted({name for names in self.world.collect(self.bad.names) for name in names}),
+            "bad_images": self._bad_images(self.world.collect(self.bad.names)),
         }
-        if self.world.main:
-            write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        try:
+            if self.saver.error is not None:
+                raise self.saver.error
+            if self.world.main:
+                write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"trained to the end, but not all is saved ({reason(error)}): {self.saver.saved}; "
+                f"make room, then: irgdistill distill --resume {self.folder.path}"
+            ) from None
         return summary
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks for a stop at the next update, a second one stops at once."""
+    def _pause(self) -> None:
+        """Between two updates: stop if a signal asked any process for it, save if it is time."""
+        here = [self.signals.asked or 0, int(self.saver.due(self.update))]
+        asked, due = self.world.maximum(torch.tensor(here)).tolist()
+        if asked:
+            self._stop(asked)
+        if due:
+            self._save()
 
-        def note(number: int, _frame: Any) -> None:
-            self.signal = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-    def _stop_if_asked(self) -> None:
-        number = int(self.world.maximum(torch.tensor(self.signal or 0)))
-        if number:
-            self._save_weights("last")
-            self._save_state()
-            where = f"epoch {self.epoch + 1}, batch {self.batch} of {self.batches}"
-            raise Interrupted(
-                128 + number,
-                f"stopped at {where}, all saved; go on with: irgdistill distill --resume {self.folder.path}",
-            )
+    def _stop(self, number: int) -> None:
+        self._save_weights("last")
+        self._save()
+        where = f"epoch {self.epoch + 1}, batch {self.batch} of {self.batches}"
+        saved = "all saved"
+        if self.saver.error is not None:
+            saved = f"but this could not be saved ({reason(self.saver.error)}): {self.saver.saved}"
+        raise Interrupted(
+            128 + number,
+            f"stopped at {where}, {saved}; go on with: irgdistill distill --resume {self.folder.path}",
+        )
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -286,13 +343,19 @@ class Trainer:
                 "python": platform.python_version(),
             },
         }
-        save_tensors(getattr(self.folder, which), self.deployed.model.state_dict(), metadata)
+        self.saver.add(getattr(self.folder, which), self.deployed.model.state_dict(), metadata)
 
-    def _save_state(self) -> None:
-        own = self.world.collect(self._own())
-        if not self.world.main:
-            return
-        state = {
+    def _save(self) -> None:
+        """The first process writes; all know whether it could."""
+        processes = self.world.collect(self._own())
+        if self.world.main:
+            self.saver.save(lambda: self._state(processes))
+        self.saver.error = self.world.share(self.saver.error)
+
+    def _state(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "data": self._data(),
             "epoch": self.epoch,
             "batch": self.batch,
             "update": self.update,
@@ -300,51 +363,57 @@ class Trainer:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "ranks": own,
+            "processes": processes,
             "best": self.best,
             "last": self.last,
             "seconds": self.seconds,
             "images_seen": self.images_seen,
-            "metrics_bytes": self.report.offset(),
+            "bad_images": self._bad_images([own["bad_images"] for own in processes]),
+            "metrics": self.report.mark(),
         }
-        save_state(self.folder.state, state)
 
     def _own(self) -> dict[str, Any]:
         """What this process has of its own: generators, sums since the last record, batch-norm statistics."""
         return {
             "random": random_states(),
+            "bad_images": self.bad.names,
             "sums": {name: value.cpu() for name, value in self.sums.items()},
-            "statistics": [{k: v.cpu() for k, v in statistics_of(model).items()} for model in self._averaged()],
+            "statistics": [{k: v.cpu() for k, v in statistics_of(model).items()} for model in self._unshared()],
         }
 
-    def _restore_own(self, ranks: list[dict[str, Any]]) -> None:
-        """Each process takes its own entry; another number of them shares the means and starts new generators."""
-        if len(ranks) == self.world.size:
-            own = ranks[self.world.rank]
-            restore_random_states(own["random"])
-        else:
-            own = _mean_of(ranks)
-            restore_random_states(ranks[0]["random"])
+    def _restore_own(self, processes: list[dict[str, Any]]) -> None:
+        """Each process takes its own entry; another number of them takes the means and starts new generators."""
+        own = processes[self.world.rank % len(processes)]
+        restore_random_states(own["random"])
+        if len(processes) != self.world.size:
+            own = mean_of([{name: entry[name] for name in ("sums", "statistics")} for entry in processes])
             torch.manual_seed(self.config.seed + self.update * self.world.size + self.world.rank)
         self.sums = {name: value.to(self.device) for name, value in own["sums"].items()}
-        for model, statistics in zip(self._averaged(), own["statistics"], strict=True):
+        for model, statistics in zip(self._unshared(), own["statistics"], strict=True):
             model.load_state_dict(statistics, strict=False)
 
-    def _averaged(self) -> list[nn.Module]:
+    def _unshared(self) -> list[nn.Module]:
         """Networks whose batch-norm statistics each process gathers for itself."""
         if self.config.runtime.sync_bn:
             return []
         return [self.tapped.model, *([] if self.ema is None else [self.ema.module])]
-
-    def _average_statistics(self) -> None:
-        for model in self._averaged():
-            self.world.average_statistics(model)
 
     def _seed(self) -> None:
         """Python's and numpy's generators, which mix images, are alike everywhere; torch's, for dropout, are not."""
         random_seed(self.config.seed)
         if not self.world.main:
             torch.manual_seed(self.config.seed + self.world.rank)
+
+    @staticmethod
+    def _bad_images(names: list[list[str]]) -> list[str]:
+        return list(dict.fromkeys(name for found in names for name in found))
+
+    def _data(self) -> dict[str, Any]:
+        return {
+            "training images": self.train.images,
+            "validation images": int(self.world.sum(torch.tensor(self.val.images))),
+            "classes": self.setup.classes,
+        }
 
     def _done(self) -> int:
         return self.epoch * self.batches + self.batch
@@ -447,13 +516,3 @@ class Trainer:
                 f"the teacher reaches top-1 {top1:.1f} on this data, chance is {chance:.1f}: its classes may be in "
                 "another order, its mean/std or weights wrong; --skip-teacher-check trains all the same"
             )
-
-
-def _mean_of(ranks: list[Any]) -> Any:
-    """Trees of tensors, alike but for their values -> their mean."""
-    first = ranks[0]
-    if isinstance(first, Tensor):
-        return torch.stack(ranks).mean(0) if first.is_floating_point() else first
-    if isinstance(first, dict):
-        return {key: _mean_of([rank[key] for rank in ranks]) for key in first if key != "random"}
-    return [_mean_of(list(items)) for items in zip(*ranks, strict=True)]

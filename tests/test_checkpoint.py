@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from irgdistill import checkpoint
-from irgdistill.checkpoint import RunFolder, load_state, read_metadata, restore, save_state, save_tensors
+from irgdistill import checkpoint, files, state
+from irgdistill.checkpoint import RunFolder, restore
 from irgdistill.errors import UserError
+from irgdistill.files import read_metadata, read_tensors, save_tensors
 from irgdistill.models import build_network
+from irgdistill.state import load_state, save_state
 
 CLASSES = ["a", "b", "c"]
 
@@ -86,6 +89,44 @@ def test_newer_formats_are_refused(tmp_path: Path) -> None:
         read_metadata(tmp_path / "c.safetensors")
 
 
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
+    """Every bit of a file: refused in one line or, in the ten letters that mark our files, taken for a foreign one."""
+    path = tmp_path / "c.safetensors"
+    tensors = {
+        "a": torch.arange(3.0),
+        "b": torch.tensor(2, dtype=torch.int64),
+        "c": torch.ones(2, dtype=torch.bfloat16),
+    }
+    save_tensors(path, {**tensors, "none": torch.empty(0)}, {"format": 2, "text": "ü"})
+    assert read_tensors(path)[1] == {"format": 2, "text": "ü"}
+    whole, refused = path.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            values, metadata = read_tensors(path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+        else:
+            at = whole.index(b'"irgdistill"')
+            assert (
+                at < bit // 8 < at + 11 and metadata is None and all(torch.equal(values[k], tensors[k]) for k in "abc")
+            )
+    assert refused >= 8 * (len(whole) - 10)
+
+
+def test_files_of_format_1_have_no_checksum_and_pass(tmp_path: Path) -> None:
+    header = {"irgdistill": json.dumps({"format": 1})}
+    save_file({"x": torch.ones(1)}, tmp_path / "old.safetensors", metadata=header)
+    assert read_tensors(tmp_path / "old.safetensors")[1] == {"format": 1}
+    header = {"irgdistill": json.dumps({"format": 2})}
+    save_file({"x": torch.ones(1)}, tmp_path / "new.safetensors", metadata=header)
+    with pytest.raises(UserError, match="is damaged: its content is not what its checksum was taken of"):
+        read_tensors(tmp_path / "new.safetensors")
+
+
 def test_foreign_safetensors_have_no_metadata(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "f.safetensors")
     assert read_metadata(tmp_path / "f.safetensors") is None
@@ -95,15 +136,42 @@ def test_foreign_safetensors_have_no_metadata(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    checkpoint.write_text(path, "old")
+    files.write_text(path, "old")
 
     def fail(temporary: Path) -> None:
         temporary.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_previous_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    if not links:
+
+        def refuse(*_: object) -> None:
+            raise PermissionError("no hard links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    for number in range(3):
+        files.write_atomically(tmp_path / "f", lambda p, n=number: p.write_text(str(n)), tmp_path / "g")  # type: ignore[misc]
+    assert (tmp_path / "f").read_text() == "2" and (tmp_path / "g").read_text() == "1"
+    assert {path.name for path in tmp_path.iterdir()} == {"f", "g"}
+
+
+def test_what_counts_as_best_is_what_is_on_disk(tmp_path: Path) -> None:
+    """Newer than the state: counts. Older, missing or damaged: told, and the best is sought anew."""
+    path, told = tmp_path / "best.safetensors", []
+    assert state.best_on_disk(path, {}, told.append) == {} and not told
+    save_tensors(path, {"x": torch.ones(1)}, {"format": 2, "metrics": {"top1": 50.0, "epoch": 5}})
+    for remembered in ({}, {"top1": 50.0, "epoch": 5}, {"top1": 40.0, "epoch": 3}):
+        assert state.best_on_disk(path, remembered, told.append) == {"top1": 50.0, "epoch": 5} and not told
+    assert state.best_on_disk(path, {"top1": 60.0, "epoch": 6}, told.append)["epoch"] == 5
+    path.unlink()
+    assert state.best_on_disk(path, {"top1": 60.0, "epoch": 6}, told.append) == {}
+    assert "is not the best of the run, top-1 60.00 of epoch 6" in told[0] and "no file" in told[1]
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -127,9 +195,9 @@ def test_random_states_come_back(tmp_path: Path) -> None:
 
     import numpy as np
 
-    save_state(tmp_path / "s.safetensors", {"random": checkpoint.random_states()})
+    save_state(tmp_path / "s.safetensors", {"random": state.random_states()})
     expected = random.random(), np.random.rand(), torch.rand(1)
-    checkpoint.restore_random_states(load_state(tmp_path / "s.safetensors")["random"])
+    state.restore_random_states(load_state(tmp_path / "s.safetensors")["random"])
     assert (random.random(), np.random.rand()) == expected[:2] and torch.equal(torch.rand(1), expected[2])
 
 
@@ -138,6 +206,9 @@ def test_another_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     folder.create(overwrite=False)
     folder.config.write_text("seed: 0")
+    with pytest.raises(UserError, match="files of a run that cannot go on; give another --output or --overwrite"):
+        folder.create(overwrite=False)
+    folder.state.write_text("")
     with pytest.raises(UserError, match=r"unfinished run; .*--resume"):
         folder.create(overwrite=False)
     folder.summary.write_text("{}")

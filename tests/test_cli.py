@@ -17,7 +17,7 @@ import torch
 from conftest import Result, write_images
 from safetensors.torch import load_file, save_file
 
-from irgdistill.checkpoint import read_metadata
+from irgdistill.files import read_metadata
 
 Run = Callable[..., Result]
 SMALL = ("--input-size", 16, "--workers", 0, "--batch-size", 24, "--set", "runtime.log_every=1", "--seed", 3)

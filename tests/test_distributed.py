@@ -267,16 +267,16 @@ def _run(world: World, flags: dict[str, Any], folder: Path, stop: int | None, re
     """A whole run, or one that a signal stops after `stop` updates; or the rest of it."""
     config = load_config(flags=flags)
     run = RunFolder(folder)
-    if world.main and not resume:
+    if False:
         run.create(overwrite=False)
     trainer = Trainer(prepare(config), run, Report(run.metrics, quiet=not world.main), world)
-    trainer.resume() if resume else trainer.start()
+    trainer.resume(open_state(run)[0]) if resume else trainer.start()
     if stop is not None:
         step = trainer.train_step
 
         def counted(*args: Any) -> Any:
             if trainer.update == stop and world.rank == world.size - 1:  # one process alone is told to stop
-                trainer.signal = 15
+                trainer.signals.asked = 15
             return step(*args)
 
         trainer.train_step = counted  # type: ignore[method-assign]
