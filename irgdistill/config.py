@@ -76,7 +76,7 @@ class StudentConfig(Section):
     input_size: Size | None = None
     """Height and width in pixels; default: the network's own."""
     grad_checkpointing: bool = False
-    """Recompute blocks in the backward pass instead of keeping them."""
+    """Recompute blocks in the backward pass instead of keeping them; batch norm then counts each batch twice."""
     args: dict[str, Any] = {}
     """Further arguments of `timm.create_model`, such as drop_path_rate."""
 

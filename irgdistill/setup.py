@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import use_reentrant_ckpt
 from timm.utils import random_seed
 
 from irgdistill.checkpoint import find_checkpoint, restore
@@ -69,7 +69,7 @@ def prepare(config: Config) -> Setup:
 
 
 def _checkpoint_blocks(student: Network) -> None:
-    if os.environ.get("TIMM_REENTRANT_CKPT", "") not in ("", "0"):
+    if use_reentrant_ckpt():
         raise UserError("reentrant checkpointing gives the taps no gradient: unset TIMM_REENTRANT_CKPT")
     try:
         student.model.set_grad_checkpointing(True)  # type: ignore[operator]

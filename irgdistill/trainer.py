@@ -447,6 +447,8 @@ class Trainer:
         if not self.config.runtime.compile:
             return network
         torch._functorch.config.donated_buffer = False  # gradient shares run backward more than once
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # networks alike may differ in their taps
+        torch._dynamo.reset()  # or earlier runs of this process would use up the limit of recompilations
         return cast(Tapped, torch.compile(network))
 
     def _build_loaders(self) -> None:

@@ -23,6 +23,7 @@ from irgdistill.graph import edge_matrix, relation_loss, transformation_vector
 from irgdistill.models import build_network
 from irgdistill.report import Report
 from irgdistill.setup import prepare
+from irgdistill.state import open_state
 from irgdistill.trainer import Trainer
 
 pytestmark = pytest.mark.timeout(600)
@@ -267,8 +268,6 @@ def _run(world: World, flags: dict[str, Any], folder: Path, stop: int | None, re
     """A whole run, or one that a signal stops after `stop` updates; or the rest of it."""
     config = load_config(flags=flags)
     run = RunFolder(folder)
-    if False:
-        run.create(overwrite=False)
     trainer = Trainer(prepare(config), run, Report(run.metrics, quiet=not world.main), world)
     trainer.resume(open_state(run)[0]) if resume else trainer.start()
     if stop is not None:
