@@ -63,22 +63,22 @@ def list_models(pattern: str, as_json: bool) -> None:
 def start(config: Config, output: Path | None, overwrite: bool, gpus: str | None, backend: str | None) -> None:
     """Train from the beginning, in a new folder; in `gpus` processes of this machine, or among those of torchrun."""
     restarted = restarts() > 0
-    if output is not None and not restarted:
-        RunFolder(output).refuse(overwrite)
-    setup = _ready(config, gpus, backend)
-    if setup is None:
-        return
-    with joined(config.runtime.device, backend) as world:
-        folder = RunFolder(Path(world.share(str(output or _next_folder(config, last=restarted)))))
-        if world.share(restarted and folder.state.exists()):
-            _go_on(folder, setup, world, open_state(folder)[0])
+    folder = RunFolder(output or _next_folder(config, last=restarted))
+    if not restarted:
+        folder.refuse(overwrite)
+    with _says_where_it_stands(folder):
+        setup = _ready(config, gpus, backend)
+        if setup is None:
             return
-        with _says_where_it_stands(folder):
-            report = Report(folder.metrics, quiet=not world.main)
-            trainer = Trainer(setup, folder, report, world)
+        with joined(config.runtime.device, backend) as world:
+            folder = RunFolder(world.share(folder.path))
+            if world.share(restarted and folder.state.exists()):
+                _go_on(folder, setup, world, open_state(folder)[0])
+                return
+            trainer = Trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
             if world.main:
                 print_plan(setup.plan)
-            report.line(f"run folder {folder.path}")
+            trainer.report.line(f"run folder {folder.path}")
             _tell(trainer)
             trainer.start(overwrite or restarted)
             _finish(trainer)

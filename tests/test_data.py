@@ -14,6 +14,7 @@ from torchvision import datasets
 
 from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.data import BadImages, Images, Loader, Order, eval_loader, train_loader
+from irgdistill.distributed import World
 from irgdistill.errors import UserError
 from irgdistill.sources import CoarseCifar100, open_splits
 
@@ -135,12 +136,12 @@ def test_loading_leaves_the_runs_random_states_alone(folder: Path) -> None:
 
 
 def test_every_image_once_an_epoch_in_an_order_of_its_own() -> None:
-    order = Order(100, seed=1, shuffle=True)
+    order = Order(100, 10, seed=1, world=World())
     first = list(order)
     order.epoch = 1
     second = [key - 100 for key in order]
     assert sorted(first) == sorted(second) == list(range(100)) and first != second
-    assert list(Order(100, seed=2, shuffle=True)) != first
+    assert list(Order(100, 10, seed=2, world=World())) != first
 
 
 @pytest.mark.parametrize("workers", [0, 2])
