@@ -47,20 +47,27 @@ def edge_matrix(features: Tensor, rows: slice = slice(None), maximum: Maximum = 
         distances = (norms[rows, None] + norms[None, :] - 2 * (x[rows] @ x.T)).clamp(min=0)
         image = torch.arange(len(x), device=x.device)
         distances = distances.masked_fill(image[rows, None] == image[None, :], 0)
-        return _by_maximum(distances, maximum)
+        return _by(maximum(distances.detach().amax()), distances)
 
 
-def transformation_vector(first: Tensor, last: Tensor, maximum: Maximum = _alone) -> Tensor:
+def transformation_vector(first: Tensor, last: Tensor, maximum: Maximum = _alone, least: float = 0.0) -> Tensor:
     """How far each image moves between two layers of one network, relative to the image that moves farthest.
 
     `first` and `last` are (B, D) with equal D; the result is (B,), float32 (float64 stays float64), also inside
-    autocast. Raises ValueError when the shapes differ.
+    autocast. Where no image moves farther than the share `least` of the longest feature vector, nothing has moved: the
+    result is zeros. Ours: the relation divides by the movement, so one that is nearly nothing (residual branches that
+    begin near zero, in the extreme mere rounding) has nearly infinite gradients. Raises ValueError when the shapes
+    differ.
     """
     first, last = _matrix(first, "first"), _matrix(last, "last")
     if first.shape != last.shape:
         raise ValueError(f"first {tuple(first.shape)} and last {tuple(last.shape)} must have the same shape (B, D)")
     with torch.autocast(first.device.type, enabled=False):
-        return _by_maximum((widen(last) - widen(first)).square().sum(1), maximum)
+        last = widen(last)
+        distances = (last - widen(first)).square().sum(1)
+        farthest = torch.stack([distances.detach().amax(), last.detach().square().sum(1).amax()])
+        moved, size = maximum(farthest).unbind()
+        return _by(moved.masked_fill(moved <= least**2 * size, 0), distances)
 
 
 def relation_loss(student: Tensor, teacher: Tensor, maximum: Maximum = _alone) -> Tensor:
@@ -85,6 +92,7 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _by_maximum(distances: Tensor, maximum: Maximum) -> Tensor:
-    largest = maximum(distances.detach().amax())
-    return distances / torch.where(largest > 0, largest, torch.ones_like(largest))
+def _by(largest: Tensor, distances: Tensor) -> Tensor:
+    """`distances` over the largest of them; zeros where that is 0."""
+    none = largest == 0
+    return (distances / torch.where(none, torch.ones_like(largest), largest)).masked_fill(none, 0)

@@ -18,6 +18,7 @@ from torch import Tensor
 from irgdistill.data import Loader
 from irgdistill.errors import UserError
 from irgdistill.graph import edge_matrix, relation_loss, transformation_vector
+from irgdistill.losses.relation import LEAST_MOVEMENT
 from irgdistill.matching import Plan
 from irgdistill.taps import Tapped, tap_name
 
@@ -127,7 +128,7 @@ def _thumbnails(images: Tensor) -> list[Tensor]:
 
 def graph_of(features: Mapping[str, Tensor], tap: str, ends: tuple[str, str] | None) -> Graph:
     """The graph at `tap`, and the transformation between `ends`."""
-    moved = None if ends is None else transformation_vector(features[ends[0]], features[ends[1]])
+    moved = None if ends is None else transformation_vector(features[ends[0]], features[ends[1]], least=LEAST_MOVEMENT)
     return Graph(features[tap], edge_matrix(features[tap]), moved)
 
 

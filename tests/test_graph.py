@@ -178,3 +178,16 @@ def test_non_finite_features_are_not_hidden() -> None:
     x = torch.randn(4, 4)
     x[1, 2] = math.inf
     assert not relation_loss(edge_matrix(x), edge_matrix(torch.randn(4, 4))).isfinite()
+
+
+def test_images_that_have_not_moved_give_zeros_and_no_gradient() -> None:
+    first = torch.randn(6, 8)
+    last = (first + 1e-4 * torch.randn(6, 8)).requires_grad_()
+    assert transformation_vector(first, last).amax() == 1
+    moved = transformation_vector(first, last, least=0.01)
+    assert moved.count_nonzero() == 0
+    loss = relation_loss(moved, transformation_vector(torch.randn(6, 4), torch.randn(6, 4)))
+    loss.backward()
+    assert loss == 0 and last.grad is not None and last.grad.count_nonzero() == 0
+    far = torch.randn(6, 8)
+    assert torch.equal(transformation_vector(first, far, least=0.01), transformation_vector(first, far))

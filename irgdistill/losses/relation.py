@@ -17,6 +17,10 @@ from irgdistill.losses.term import Batch
 from irgdistill.matching import Ends, Plan
 from irgdistill.taps import tap_name
 
+LEAST_MOVEMENT = 0.01
+"""Share of the features' length below which a stage counts as not yet moving its images: it has no relation to teach.
+At a hundredth, a stage's gradient is at most about a hundred times that of one that moves them by their length."""
+
 
 class Edges:
     """Teacher's last block against the student's last K blocks of the last stage, mean over the K and over (B, B).
@@ -44,7 +48,7 @@ class Transformations:
     """First to last block of every stage, mean over the stages and over (B,). Section 3.3.
 
     Only the B movements are compared, so the two networks may differ in width. Per stage 2/B times the authors' loss
-    and gradient.
+    and gradient. A stage that hardly moves its images (`LEAST_MOVEMENT`) gives zero, with zero gradient.
     """
 
     def __init__(self, stages: Sequence[tuple[Ends, Ends]], world: World | None = None) -> None:
@@ -55,7 +59,7 @@ class Transformations:
         losses, maximum = [], self.world.maximum
         for (first_t, last_t), (first_s, last_s) in self.stages:
             teacher, student = batch.teacher.features, batch.student.features
-            moved_t = transformation_vector(teacher[first_t], teacher[last_t], maximum)
-            moved_s = transformation_vector(student[first_s], student[last_s], maximum)
+            moved_t = transformation_vector(teacher[first_t], teacher[last_t], maximum, LEAST_MOVEMENT)
+            moved_s = transformation_vector(student[first_s], student[last_s], maximum, LEAST_MOVEMENT)
             losses.append(relation_loss(moved_s, moved_t, maximum))
         return torch.stack(losses).mean()
