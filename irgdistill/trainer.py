@@ -173,7 +173,7 @@ class Trainer:
 
     def _check_data(self, then: dict[str, Any]) -> None:
         """A position in the data means something in the same data only. Raises UserError."""
-        for name, now in self._data().items():
+        for name, now in self.data.items():
             if now != then[name]:
                 raise UserError(f"the data are not those the run was trained on: {name} {now}, were {then[name]}")
 
@@ -355,7 +355,7 @@ class Trainer:
     def _state(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "config": self.config.model_dump(mode="json"),
-            "data": self._data(),
+            "data": self.data,
             "epoch": self.epoch,
             "batch": self.batch,
             "update": self.update,
@@ -407,13 +407,6 @@ class Trainer:
     @staticmethod
     def _bad_images(names: list[list[str]]) -> list[str]:
         return list(dict.fromkeys(name for found in names for name in found))
-
-    def _data(self) -> dict[str, Any]:
-        return {
-            "training images": self.train.images,
-            "validation images": int(self.world.sum(torch.tensor(self.val.images))),
-            "classes": self.setup.classes,
-        }
 
     def _done(self) -> int:
         return self.epoch * self.batches + self.batch
@@ -476,6 +469,11 @@ class Trainer:
             self.bad,
             world=self.world,
         )
+        self.data = {
+            "training images": self.train.images,
+            "validation images": int(self.world.sum(torch.tensor(self.val.images))),
+            "classes": setup.classes,
+        }
         self.accumulate = config.optim.accumulate
         self.batches = len(self.train) // self.accumulate * self.accumulate
         if not self.batches:

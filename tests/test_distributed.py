@@ -187,7 +187,8 @@ def _train(world: World, flags: dict[str, Any], folder: Path, steps: int, dtype:
         if len(losses) == steps:
             break
     assert len(losses) == steps
-    trainer._average_statistics()
+    for model in trainer._unshared():
+        world.average_statistics(model)
     weights = {name: value.clone() for name, value in trainer.tapped.model.state_dict().items()}
     metrics = evaluate(trainer.deployed, trainer.val, trainer.autocast, world=world)
     return {"weights": weights, "losses": torch.stack(losses), "images": metrics.images, "top1": metrics.top1}
