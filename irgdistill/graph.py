@@ -85,6 +85,12 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def unit(x: Tensor) -> Tensor:
+    """Vectors along the last dimension, divided by their length; a zero vector stays zero, with zero gradient."""
+    squared = x.square().sum(-1, keepdim=True)
+    return torch.where(squared > 0, x * torch.where(squared > 0, squared, 1).rsqrt(), 0)
+
+
 def _by_maximum(distances: Tensor, maximum: Maximum) -> Tensor:
     largest = maximum(distances.detach().amax())
     return distances / torch.where(largest > 0, largest, torch.ones_like(largest))
