@@ -118,7 +118,9 @@ def distill(
     skip_level: Annotated[list[int] | None, _option(MATCHING, help="Leave out /N; may be repeated.")] = None,
     taps_teacher: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
     taps_student: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
-    method: Annotated[str | None, _option(METHOD, help="none, kd, irg, mtk or irg+kd (default).")] = None,
+    method: Annotated[
+        str | None, _option(METHOD, help="irg+kd (default), mtk, irg, none, or a rival: kd, at, …")
+    ] = None,
     kd_weight: Annotated[float | None, _option(METHOD, help="Soft targets.")] = None,
     logits_weight: Annotated[float | None, _option(METHOD, help="Logit regression.")] = None,
     edges_weight: Annotated[float | None, _option(METHOD, help="Edge matrices of the last stage.")] = None,

@@ -21,8 +21,21 @@ METHODS: dict[str, dict[str, float]] = {
     "irg": {"logits": 0.5, "edges": 5.0},
     "mtk": {"logits": 0.5, "edges": 5.0, "transform": 1.0},
     "irg+kd": {"logits": 0.1, "edges": 5.0, "transform": 1.0, "kd": 1.0},
+    "logits": {"logits": 0.5},
+    "dkd": {"dkd": 1.0},
+    "fitnet": {"fitnet": 100.0},
+    "at": {"at": 3000.0},
+    "fsp": {"fsp": 150.0},
+    "rocket": {"rocket": 0.3},
+    "rkd": {"rkd": 25.0},
+    "sp": {"sp": 3000.0},
+    "pkt": {"pkt": 470.0},
 }
-"""A method is a set of hint weights beside cross-entropy. Every term is a mean: weights do not depend on the batch."""
+"""A method is a set of hint weights beside cross-entropy. Every term is a mean: weights do not depend on the batch.
+
+Those of other papers are theirs, or common practice, converted to means: see the terms. `logits`: half of the mean is
+what soft targets of weight 1 tend to as their temperature grows (Hinton et al. 2015, equation 4).
+"""
 
 MOVABLE = {
     *("data.source", "data.root", "data.workers", "teacher.checkpoint", "runtime.device"),
@@ -30,7 +43,9 @@ MOVABLE = {
 }
 """What may change when a run goes on: where things are and when it is saved, never what is computed."""
 
-Method = Literal["none", "kd", "irg", "mtk", "irg+kd"]
+Method = Literal[
+    "none", "kd", "irg", "mtk", "irg+kd", "logits", "dkd", "fitnet", "at", "fsp", "rocket", "rkd", "sp", "pkt"
+]
 
 
 def _size(value: Any) -> Any:
@@ -196,6 +211,17 @@ class EdgesConfig(TermConfig):
     """1: one-to-one; K: the teacher's last block against each of the student's last K blocks of the last stage."""
 
 
+class DKDConfig(TermConfig):
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    beta: Weight = 8.0
+    """Factor of the divergence among the other classes, beside that of the target."""
+
+
+class RKDConfig(TermConfig):
+    angle: Weight = 2.0
+    """Factor of the angles beside the distances; 0 saves their B³ numbers."""
+
+
 class LossesConfig(Section):
     ce: CrossEntropyConfig = CrossEntropyConfig()
     """Cross-entropy with the labels."""
@@ -207,6 +233,22 @@ class LossesConfig(Section):
     """Edge matrices of the last stage."""
     transform: TermConfig = TermConfig()
     """Transformations between the first and last block of every stage, averaged over the stages."""
+    dkd: DKDConfig = DKDConfig()
+    """Decoupled targets (Zhao et al. 2022)."""
+    fitnet: TermConfig = TermConfig()
+    """The middle stage's map through a 1×1 convolution (Romero et al. 2015)."""
+    at: TermConfig = TermConfig()
+    """Attention maps of every stage (Zagoruyko & Komodakis 2017)."""
+    fsp: TermConfig = TermConfig()
+    """FSP matrices of every stage (Yim et al. 2017)."""
+    rocket: TermConfig = TermConfig()
+    """Logits of a network like the teacher that is trained from scratch beside the student (Zhou et al. 2018)."""
+    rkd: RKDConfig = RKDConfig()
+    """Distances and angles between images (Park et al. 2019)."""
+    sp: TermConfig = TermConfig()
+    """Similarities between images (Tung & Mori 2019)."""
+    pkt: TermConfig = TermConfig()
+    """Probabilities of neighbours (Passalis & Tefas 2018)."""
 
     def weights(self) -> dict[str, float]:
         """Every term with its weight, in the order of declaration; 0 is off."""
@@ -266,8 +308,8 @@ class Config(Section):
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether any term needs the teacher."""
-        return any(weight > 0 for name, weight in self.losses.weights().items() if name != "ce")
+        """Whether any term needs the trained teacher; `rocket` takes its architecture only."""
+        return any(weight > 0 for name, weight in self.losses.weights().items() if name not in ("ce", "rocket"))
 
 
 def load_config(

@@ -92,6 +92,12 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def unit(x: Tensor) -> Tensor:
+    """Vectors along the last dimension, divided by their length; a zero vector stays zero, with zero gradient."""
+    squared = x.square().sum(-1, keepdim=True)
+    return torch.where(squared > 0, x * torch.where(squared > 0, squared, 1).rsqrt(), 0)
+
+
 def _by(largest: Tensor, distances: Tensor) -> Tensor:
     """`distances` over the largest of them; zeros where that is 0."""
     none = largest == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.optim import Optimizer
@@ -14,14 +14,20 @@ from irgdistill.config import AugmentConfig, OptimConfig, ScheduleConfig
 from irgdistill.errors import UserError, nearest
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Weight decay leaves out biases and normalisation. Raises UserError on an unknown name."""
+def build_optimizer(model: nn.Module, config: OptimConfig, adapters: nn.Module | None = None) -> Optimizer:
+    """For the student and what is trained beside it. Weight decay leaves out biases and normalisation.
+
+    Raises UserError on an unknown name.
+    """
     known = [str(name) for name in list_optimizers()]
     if config.name not in known:
         raise UserError(f"unknown optimizer {config.name!r}{nearest(config.name, known)}")
     optimizer: Optimizer = create_optimizer_v2(
         model, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
     )
+    for group in [] if adapters is None else param_groups_weight_decay(adapters, config.weight_decay):
+        if group["params"]:
+            optimizer.add_param_group(group)
     return optimizer
 
 

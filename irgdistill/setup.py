@@ -18,8 +18,10 @@ from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
 from irgdistill.sources import Splits, open_splits
 
-LOGIT_TERMS = ("kd", "logits")
+LOGIT_TERMS = ("kd", "logits", "dkd")
 RELATION_TERMS = ("edges", "transform")
+STAGE_TERMS = (*RELATION_TERMS, "fitnet", "at", "fsp", "rkd", "sp", "pkt")
+"""Terms that compare matched stages."""
 
 
 @dataclass
@@ -33,6 +35,8 @@ class Setup:
     plan: Plan | None
     size: tuple[int, int]
     """Of the crop that both networks see: the larger of their two sizes."""
+    booster: Network | None = None
+    """The untrained network that `rocket` trains beside the student."""
 
     @property
     def classes(self) -> list[str]:
@@ -61,11 +65,12 @@ def prepare(config: Config) -> Setup:
     if config.student.grad_checkpointing:
         _checkpoint_blocks(student)
     plan = None
-    if teacher is not None and any(config.losses.weights()[name] > 0 for name in RELATION_TERMS):
+    if teacher is not None and any(config.losses.weights()[name] > 0 for name in STAGE_TERMS):
         plan = match(teacher.levels(), student.levels(), config.matching)
         check_input_sizes(teacher, student, plan)
-    size = student.size if teacher is None else max(student.size, teacher.size)
-    return Setup(config, splits, student, teacher, plan, size)
+    booster = build_booster(config, len(splits.classes)) if config.losses.weights()["rocket"] > 0 else None
+    size = max(network.size for network in (student, teacher, booster) if network is not None)
+    return Setup(config, splits, student, teacher, plan, size, booster)
 
 
 def _checkpoint_blocks(student: Network) -> None:
@@ -101,6 +106,18 @@ def build_teacher(config: Config) -> Network:
             "(or --method none to train the student alone)"
         )
     return build_network(spec.name, pretrained=True, input_size=spec.input_size)
+
+
+def build_booster(config: Config, num_classes: int) -> Network:
+    """The teacher's architecture and preprocessing with random weights. Raises UserError as `build_teacher` does."""
+    spec = config.teacher
+    if spec.checkpoint is None and spec.name is not None:
+        return build_network(spec.name, num_classes=num_classes, input_size=spec.input_size)
+    known = build_teacher(config)
+    preprocessing = {name: getattr(known, name) for name in ("mean", "std", "interpolation", "crop_pct")}
+    return build_network(
+        known.name, num_classes=num_classes, input_size=known.size, args=known.args, preprocessing=preprocessing
+    )
 
 
 def check_classes(config: Config, teacher: Network, classes: list[str]) -> None:

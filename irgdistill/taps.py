@@ -1,19 +1,21 @@
 """One forward of a network -> logits and pooled block outputs.
 
 Hooks stand on the blocks that the plan names and pool at once, so nothing larger than (B, C) is kept and nothing can be
-changed in place afterwards. They are installed once, before any `torch.compile`, and live on this wrapper's model; what
-is saved is that model's `state_dict`, in which nothing of the tapping appears.
+changed in place afterwards; whole maps are kept where a term asks for them, as copies. Hooks are installed once,
+before any `torch.compile`, and live on this wrapper's model; what is saved is that model's `state_dict`, in which
+nothing of the tapping appears.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from irgdistill.errors import UserError
 from irgdistill.levels import Tap, pool
 
 
@@ -24,12 +26,41 @@ class Output(NamedTuple):
     """(B, K)"""
     features: dict[str, Tensor]
     """Tap name -> (B, C), float32"""
+    maps: dict[str, Tensor] = {}  # noqa: RUF012  never changed
+    """Tap name -> (B, C, H, W), where asked for"""
+    adapted: dict[str, dict[str, Tensor]] = {}  # noqa: RUF012
+    """Term -> what its adapter makes of this output; see `losses.Learner`"""
 
 
 def tap_name(tap: Tap) -> str:
     """Unique, readable key of a tap: its module, and what is taken there when that is not the output."""
     index = "" if tap.index is None else f"[{tap.index}]"
     return tap.module + ("" if tap.source == "output" else f":{tap.source}") + index
+
+
+MAP_LAYOUTS = ("NCHW", "NHWC", "BLC")
+"""Layouts whose map can be laid out as (B, C, H, W); tiles and patches cannot."""
+
+
+def feature_map(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
+    """What stands at `tap`, laid out as (B, C, H, W); prefix tokens are left out. `tap.layout` is one of MAP_LAYOUTS.
+
+    Tokens at another size than the network was read at keep the map's aspect ratio. Raises UserError where they fill no
+    such map.
+    """
+    if not isinstance(output, Tensor):
+        items = output if tap.index is None else [output[tap.index]]
+        return torch.cat([feature_map(item, tap) for item in items if isinstance(item, Tensor)], dim=1)
+    if tap.layout == "NCHW":
+        return output.clone()
+    if tap.layout == "NHWC":
+        return output.permute(0, 3, 1, 2).clone()
+    tokens: Tensor = output[:, tap.prefix :].transpose(1, 2)
+    count = tokens.shape[2]
+    height = round((count * tap.height / tap.width) ** 0.5)
+    if count % height:
+        raise UserError(f"{tap.module}: {count} tokens fill no map in the proportion {tap.height}×{tap.width}")
+    return tokens.reshape(*tokens.shape[:2], height, count // height).clone()
 
 
 class View(nn.Module):
@@ -56,24 +87,38 @@ class View(nn.Module):
 
 
 class Tapped(nn.Module):
-    """A network behind its view, with pooled taps. `forward` (B, 3, H, W) raw images -> `Output`."""
+    """A network behind its view, with pooled taps. `forward` (B, 3, H, W) raw images -> `Output`.
 
-    def __init__(self, model: nn.Module, view: View, taps: Iterable[Tap] = (), channels_last: bool = False) -> None:
+    `maps`: those of the taps that also give their whole map.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        view: View,
+        taps: Iterable[Tap] = (),
+        channels_last: bool = False,
+        maps: Iterable[Tap] = (),
+    ) -> None:
         super().__init__()
         self.model = model
         self.view = view
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._pooled: dict[str, Tensor] = {}
+        self._maps: dict[str, Tensor] = {}
+        self._whole = {tap_name(tap) for tap in maps}
         self._hooks = [self._install(tap) for tap in taps]
 
     def forward(self, images: Tensor) -> Output:
         self._pooled.clear()
+        self._maps.clear()
         logits = self.model(self.view(images).contiguous(memory_format=self.memory_format))
         if isinstance(logits, (tuple, list)):
             logits = logits[0]
-        pooled = dict(self._pooled)
+        output = Output(logits, dict(self._pooled), dict(self._maps))
         self._pooled.clear()
-        return Output(logits, pooled)
+        self._maps.clear()
+        return output
 
     def release(self) -> nn.Module:
         """Remove the hooks and give back the plain model."""
@@ -89,6 +134,8 @@ class Tapped(nn.Module):
             # Gradient checkpointing runs the block, and this hook, again in backward: the first value counts.
             if name not in self._pooled:
                 self._pooled[name] = pool(value, tap)
+                if name in self._whole:
+                    self._maps[name] = feature_map(value, tap)
 
         if tap.source == "input":
             return module.register_forward_pre_hook(lambda _module, args: keep(args[0]))

@@ -24,7 +24,7 @@ from irgdistill.distributed import World, statistics_of, synchronised
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.files import write_text
-from irgdistill.losses import Batch, build_loss, gradient_shares
+from irgdistill.losses import Batch, Learner, build_loss, gradient_shares
 from irgdistill.optim import build_mix, build_optimizer, build_scheduler
 from irgdistill.report import Report
 from irgdistill.setup import Setup, autocast, choose_device
@@ -46,7 +46,10 @@ class Trainer:
         self.device = choose_device(config.runtime.device, self.world.local_rank)
         self.autocast = autocast(config.runtime.amp, self.device)
         self.loss = build_loss(
-            config.losses, setup.plan, self.world if config.runtime.graph_scope == "global" else None
+            config.losses,
+            setup.plan,
+            self.world if config.runtime.graph_scope == "global" else None,
+            self._booster(),
         )
         if config.losses.weights()["transform"] > 0 and "transform" not in self.loss.terms:
             report.warn("no transformation term: no matched stage has two taps of equal width in both networks")
@@ -148,6 +151,7 @@ class Trainer:
         self._check_data(state["data"])
         try:
             self.tapped.model.load_state_dict(state["student"])
+            self.adapters.load_state_dict(state.get("adapters", {}))
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -360,6 +364,7 @@ class Trainer:
             "batch": self.batch,
             "update": self.update,
             "student": self.tapped.model.state_dict(),
+            "adapters": self.adapters.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -422,15 +427,26 @@ class Trainer:
         if config.runtime.sync_bn:
             model = synchronised(model, self.world)
         view = setup.student.view().to(self.device)
-        self.tapped = Tapped(model, view, plan.student_taps(tail) if plan else (), last)
+        self.tapped = Tapped(model, view, plan.student_taps(tail) if plan else (), last, self.loss.student_maps())
         network = self._compiled(self.tapped)
-        self.student = self.world.wrap(network, self.world.size > 1 and has_unused_parameters(self.tapped))
+        self.adapters = self.loss.adapters().to(self.device)
+        learner = Learner(network, self.adapters) if len(self.adapters) else network
+        self.student = self.world.wrap(learner, self.world.size > 1 and has_unused_parameters(self.tapped))
         self.deployed = network if self.ema is None else Tapped(self.ema.module, view, (), last)
         self.teacher = None
         if setup.teacher is not None:
             model, view = self._place(setup.teacher.model), setup.teacher.view().to(self.device)
-            teacher = Tapped(model, view, plan.teacher_taps() if plan else (), last)
+            teacher = Tapped(model, view, plan.teacher_taps() if plan else (), last, self.loss.teacher_maps())
             self.teacher = self._compiled(teacher.requires_grad_(False).eval())
+
+    def _booster(self) -> Tapped | None:
+        booster = self.setup.booster
+        if booster is None:
+            return None
+        model = self._place(booster.model)
+        if self.config.runtime.sync_bn:
+            model = synchronised(model, self.world)
+        return Tapped(model, booster.view().to(self.device), (), self.config.runtime.channels_last)
 
     def _place(self, model: nn.Module) -> nn.Module:
         model = model.to(self.device)
@@ -484,7 +500,7 @@ class Trainer:
 
     def _build_optimizer(self) -> None:
         config = self.config
-        self.optimizer = build_optimizer(self.tapped.model, config.optim)
+        self.optimizer = build_optimizer(self.tapped.model, config.optim, self.adapters)
         self.scheduler = build_scheduler(self.optimizer, config.schedule, self.batches // self.accumulate)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.runtime.amp == "fp16")
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from irgdistill.config import LossesConfig
 from irgdistill.distributed import World
-from irgdistill.losses.logits import CrossEntropy, LogitRegression, SoftTargets
+from irgdistill.levels import Tap
+from irgdistill.losses.learner import Learner
+from irgdistill.losses.logits import CrossEntropy, DecoupledTargets, LogitRegression, SoftTargets
+from irgdistill.losses.maps import Attention, FlowMatrices, Hint
 from irgdistill.losses.relation import Edges, Transformations
+from irgdistill.losses.rocket import BoosterLabels, Rocket
+from irgdistill.losses.similarity import Probabilities, Relational, Similarity
 from irgdistill.losses.term import Batch, Term
 from irgdistill.matching import Plan
+from irgdistill.taps import Tapped
 
-__all__ = ["Batch", "DistillLoss", "Term", "build_loss", "gradient_shares"]
+__all__ = ["Batch", "DistillLoss", "Learner", "Term", "build_loss", "gradient_shares"]
 
 
 class DistillLoss:
@@ -30,11 +38,26 @@ class DistillLoss:
         """The objective."""
         return sum((self.weights[name] * value for name, value in raw.items()), start=raw["ce"].new_zeros(()))
 
+    def teacher_maps(self) -> set[Tap]:
+        """Taps of which a term needs the whole map."""
+        return {tap for term in self.terms.values() for tap in term.teacher_maps}
 
-def build_loss(config: LossesConfig, plan: Plan | None, world: World | None = None) -> DistillLoss:
+    def student_maps(self) -> set[Tap]:
+        """The same in the student."""
+        return {tap for term in self.terms.values() for tap in term.student_maps}
+
+    def adapters(self) -> nn.ModuleDict:
+        """What is trained beside the student, by term."""
+        return nn.ModuleDict({name: term.adapter for name, term in self.terms.items() if term.adapter is not None})
+
+
+def build_loss(
+    config: LossesConfig, plan: Plan | None, world: World | None = None, booster: Tapped | None = None
+) -> DistillLoss:
     """Cross-entropy and the terms with a weight; transformations are left out where no stage of the plan has them.
 
-    Relations span the images of all processes of `world`.
+    Relations span the images of all processes of `world`; `booster` is the network that `rocket` trains beside the
+    student. Raises UserError where a term finds no stage that it could compare.
     """
     weights = config.weights()
     on = {name for name, weight in weights.items() if weight > 0}
@@ -50,7 +73,26 @@ def build_loss(config: LossesConfig, plan: Plan | None, world: World | None = No
         stages = [ends for pair in plan.pairs if (ends := pair.transformation()) is not None]
         if "transform" in on and stages:
             terms["transform"] = Transformations(stages, world)
-    return DistillLoss(terms, weights)
+    if "dkd" in on:
+        terms["dkd"] = DecoupledTargets(config.dkd.temperature, config.dkd.beta)
+    if plan is not None:
+        terms |= {name: build() for name, build in _of_stages(config, plan, world).items() if name in on}
+    if "rocket" in on:
+        assert booster is not None
+        terms |= {"rocket": Rocket(booster), "booster": BoosterLabels(config.ce.label_smoothing)}
+    return DistillLoss(terms, {**weights, "booster": 1.0})
+
+
+def _of_stages(config: LossesConfig, plan: Plan, world: World | None) -> dict[str, Callable[[], Term]]:
+    """How the other terms on matched stages are made."""
+    return {
+        "fitnet": lambda: Hint(plan),
+        "at": lambda: Attention(plan),
+        "fsp": lambda: FlowMatrices(plan),
+        "rkd": lambda: Relational(plan, config.rkd.angle, world),
+        "sp": lambda: Similarity(plan, world),
+        "pkt": lambda: Probabilities(plan, world),
+    }
 
 
 def gradient_shares(

@@ -1,12 +1,13 @@
-"""Terms on logits: cross-entropy, soft targets, regression. All are means: weights do not depend on the batch."""
+"""Terms on logits: cross-entropy, soft targets, regression, decoupled targets. All are means over the images."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from irgdistill.graph import widen
-from irgdistill.losses.term import Batch
+from irgdistill.losses.term import Batch, Term
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -21,7 +22,28 @@ def logit_regression(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(widen(student), widen(teacher))
 
 
-class CrossEntropy:
+def decoupled_targets(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 4.0, beta: float = 8.0
+) -> Tensor:
+    """T²·(TCKD + beta·NCKD), mean over images; logits (B, K), labels (B,). Zhao et al. 2022, equation 7, alpha 1.
+
+    TCKD is the divergence of (target, all others) as two classes, NCKD that among the other classes alone. The authors
+    raise the weight over the first 20 epochs; here it is constant.
+    """
+    target = F.one_hot(labels, student.shape[1]).bool()
+    parts = []
+    for logits in (widen(teacher), widen(student)):
+        log = F.log_softmax(logits / temperature, dim=1)
+        binary = torch.stack([log[target], log.masked_fill(target, -torch.inf).logsumexp(1)], dim=1)
+        others = F.log_softmax(logits[~target].view(len(logits), -1) / temperature, dim=1)
+        parts.append((binary, others))
+    (teacher_binary, teacher_others), (student_binary, student_others) = parts
+    tckd = F.kl_div(student_binary, teacher_binary, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)
+    return temperature**2 * (tckd + beta * nckd)
+
+
+class CrossEntropy(Term):
     """Cross-entropy with class indices (B,) or mixed probabilities (B, K)."""
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -31,7 +53,7 @@ class CrossEntropy:
         return F.cross_entropy(widen(batch.student.logits), batch.targets, label_smoothing=self.label_smoothing)
 
 
-class SoftTargets:
+class SoftTargets(Term):
     """`soft_targets` between the two networks' logits."""
 
     def __init__(self, temperature: float = 4.0) -> None:
@@ -41,8 +63,19 @@ class SoftTargets:
         return soft_targets(batch.student.logits, batch.teacher.logits, self.temperature)
 
 
-class LogitRegression:
+class LogitRegression(Term):
     """`logit_regression` between the two networks' logits."""
 
     def __call__(self, batch: Batch) -> Tensor:
         return logit_regression(batch.student.logits, batch.teacher.logits)
+
+
+class DecoupledTargets(Term):
+    """`decoupled_targets`; of mixed images the class with the largest share is the target. Weight 1 is the paper's."""
+
+    def __init__(self, temperature: float = 4.0, beta: float = 8.0) -> None:
+        self.temperature, self.beta = temperature, beta
+
+    def __call__(self, batch: Batch) -> Tensor:
+        labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
+        return decoupled_targets(batch.student.logits, batch.teacher.logits, labels, self.temperature, self.beta)

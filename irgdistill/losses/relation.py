@@ -13,7 +13,7 @@ from torch import Tensor
 
 from irgdistill.distributed import World
 from irgdistill.graph import edge_matrix, relation_loss, transformation_vector
-from irgdistill.losses.term import Batch
+from irgdistill.losses.term import Batch, Term
 from irgdistill.matching import Ends, Plan
 from irgdistill.taps import tap_name
 
@@ -22,7 +22,7 @@ LEAST_MOVEMENT = 0.01
 At a hundredth, a stage's gradient is at most about a hundred times that of one that moves them by their length."""
 
 
-class Edges:
+class Edges(Term):
     """Teacher's last block against the student's last K blocks of the last stage, mean over the K and over (B, B).
 
     K = 1 is the paper's one-to-one, more its one-to-many (section 3.2). Each loss is 2/B times the authors' Euclidean
@@ -44,7 +44,7 @@ class Edges:
         return edge_matrix(self.world.gather(features), self.world.rows(len(features)), self.world.maximum)
 
 
-class Transformations:
+class Transformations(Term):
     """First to last block of every stage, mean over the stages and over (B,). Section 3.3.
 
     Only the B movements are compared, so the two networks may differ in width. Per stage 2/B times the authors' loss

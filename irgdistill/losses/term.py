@@ -1,12 +1,14 @@
-"""What a loss term is given and what it gives back."""
+"""What a loss term is given, what it gives back, and what it needs of the networks."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from irgdistill.levels import Tap
 from irgdistill.taps import Output
 
 
@@ -26,7 +28,15 @@ class Batch:
         return self.teacher_output
 
 
-class Term(Protocol):
+class Term(ABC):
     """One raw scalar, a mean over its elements."""
 
+    teacher_maps: Sequence[Tap] = ()
+    """Taps of which the term needs the unpooled map, in `Output.maps`."""
+    student_maps: Sequence[Tap] = ()
+    adapter: nn.Module | None = None
+    """Trained beside the student and not part of it: (images, student's output) -> tensors by name, which the term
+    finds in `Output.adapted`."""
+
+    @abstractmethod
     def __call__(self, batch: Batch) -> Tensor: ...

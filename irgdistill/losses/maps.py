@@ -1,0 +1,145 @@
+"""Terms on whole feature maps, image by image: FitNet hints, attention maps, FSP matrices.
+
+Shapes: B images, C channels, H×W the map. Maps of different sizes meet at the smaller height and width, to which each
+is average-pooled; where widths must agree and do not, a trained 1×1 convolution widens the student's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from irgdistill.errors import UserError
+from irgdistill.graph import unit, widen
+from irgdistill.levels import Tap
+from irgdistill.losses.term import Batch, Term
+from irgdistill.matching import Plan
+from irgdistill.taps import MAP_LAYOUTS, Output, tap_name
+
+
+def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps (B, ·, H, W) -> both pooled to the smaller height and width of the two."""
+    size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
+    a, b = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
+    return a, b
+
+
+def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of two maps (B, C, H, W), the student's after its regressor.
+
+    Romero et al. 2015, equation 3: ½ of the sum over (C, H, W), there the only loss of a first phase. Here it stands
+    beside the labels for the whole run, as is usual in comparisons.
+    """
+    student, teacher = same_size(student, teacher)
+    return F.mse_loss(widen(student), widen(teacher))
+
+
+def attention(features: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H·W): squares summed over channels, unit length. Zagoruyko & Komodakis 2017, section 3.1."""
+    return unit(widen(features).square().sum(1).flatten(1))
+
+
+def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over (B, H·W) of the squared difference of two attention maps. Zagoruyko & Komodakis 2017, equation 2.
+
+    As in the authors' code: squared, without the root and the ½ of the equation.
+    """
+    student, teacher = same_size(student, teacher)
+    return (attention(student) - attention(teacher)).square().mean()
+
+
+def fsp_matrix(first: Tensor, last: Tensor) -> Tensor:
+    """(B, M, H, W), (B, N, H, W) -> (B, M, N): products over the map, divided by H·W. Yim et al. 2017, equation 1."""
+    first, last = same_size(widen(first), widen(last))
+    return first.flatten(2) @ last.flatten(2).transpose(1, 2) / first[0, 0].numel()
+
+
+def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over (B, M, N) of the squared difference of the FSP matrices of (first, last). Yim et al. 2017, equation 2.
+
+    The maps of the two networks need no common size: a matrix has none of it.
+    """
+    return F.mse_loss(fsp_matrix(*student), fsp_matrix(*teacher))
+
+
+class Widen(nn.Module):
+    """A student's maps by their number in `taps` (teacher, student): 1×1 convolutions to the teacher's widths, or as
+    they are where `always` is off and the widths agree."""
+
+    def __init__(self, taps: Sequence[tuple[Tap, Tap]], bias: bool, always: bool) -> None:
+        super().__init__()
+        self.names = [tap_name(student) for _, student in taps]
+        self.layers = nn.ModuleList(
+            nn.Conv2d(student.channels, teacher.channels, 1, bias=bias)
+            if always or student.channels != teacher.channels
+            else nn.Identity()
+            for teacher, student in taps
+        )
+
+    def forward(self, images: Tensor, output: Output) -> dict[str, Tensor]:
+        maps = [output.maps[name] for name in self.names]
+        return {str(i): layer(x) for i, (x, layer) in enumerate(zip(maps, self.layers, strict=True))}
+
+
+def mappable(stages: Sequence[tuple[Tap, ...]], term: str) -> list[tuple[Tap, ...]]:
+    """The stages whose taps all have a map. Raises UserError where no stage is left for `term`."""
+    kept = [taps for taps in stages if all(tap.layout in MAP_LAYOUTS for tap in taps)]
+    if not kept:
+        raise UserError(f"{term} compares feature maps, and no matched stage has one in both networks")
+    return kept
+
+
+class Hint(Term):
+    """`hint_loss` at the middle stage, through a 1×1 convolution with bias. Weight 100: of RepDistiller's `hint`,
+    which is the same mean."""
+
+    def __init__(self, plan: Plan) -> None:
+        stages = mappable([(pair.teacher.exit, pair.student.exit) for pair in plan.pairs], "fitnet")
+        teacher, student = stages[(len(stages) - 1) // 2]
+        self.teacher_maps, self.student_maps = (teacher,), (student,)
+        self.teacher = tap_name(teacher)
+        self.adapter = Widen([(teacher, student)], bias=True, always=True)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return hint_loss(batch.student.adapted["fitnet"]["0"], batch.teacher.maps[self.teacher])
+
+
+class Attention(Term):
+    """`attention_loss`, mean over the stages.
+
+    Weight 3000: the authors' beta of 1000 on the sum over three stages, each a mean over images and positions.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        stages = mappable([(pair.teacher.exit, pair.student.exit) for pair in plan.pairs], "at")
+        self.teacher_maps, self.student_maps = zip(*stages, strict=True)
+        self.stages = [(tap_name(teacher), tap_name(student)) for teacher, student in stages]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        student, teacher = batch.student.maps, batch.teacher.maps
+        return torch.stack([attention_loss(student[s], teacher[t]) for t, s in self.stages]).mean()
+
+
+class FlowMatrices(Term):
+    """`fsp_loss` between the first and last block of each stage, mean over the stages.
+
+    The paper's networks are equally wide. Where they are not, the student's maps go through 1×1 convolutions without
+    bias (ours). Weight 150: RepDistiller's 50 on the sum over three stages, each a mean.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        moves = [move for pair in plan.pairs if (move := pair.transformation()) is not None]
+        stages = mappable([(*teacher, *student) for teacher, student in moves], "fsp")
+        self.teacher_maps = [tap for first, last, *_ in stages for tap in (first, last)]
+        self.student_maps = [tap for *_, first, last in stages for tap in (first, last)]
+        self.ends = [tap_name(tap) for tap in self.teacher_maps]
+        self.adapter = Widen(list(zip(self.teacher_maps, self.student_maps, strict=True)), bias=False, always=False)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        student = [batch.student.adapted["fsp"][str(i)] for i in range(len(self.ends))]
+        teacher = [batch.teacher.maps[name] for name in self.ends]
+        stages = range(0, len(self.ends), 2)
+        return torch.stack([fsp_loss(student[i : i + 2], teacher[i : i + 2]) for i in stages]).mean()
