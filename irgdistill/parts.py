@@ -1,0 +1,201 @@
+"""What a run is made of, on this process's device: loss, networks, loaders, optimizer; and what is its own."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from timm.utils import ModelEmaV3, random_seed
+from torch import Tensor, nn
+
+from irgdistill.data import BadImages, eval_loader, train_loader
+from irgdistill.distributed import World, statistics_of, synchronised
+from irgdistill.errors import UserError
+from irgdistill.evaluate import evaluate
+from irgdistill.losses import Learner, build_loss
+from irgdistill.optim import build_mix, build_optimizer, build_scheduler
+from irgdistill.report import Report
+from irgdistill.setup import Setup, autocast, choose_device
+from irgdistill.state import mean_of, random_states, restore_random_states
+from irgdistill.taps import Tapped, has_unused_parameters
+
+CHECK_IMAGES = 2000
+"""Validation images on which the teacher is tried before training."""
+
+
+class Parts:
+    """Built from a `Setup`; the trainer runs them."""
+
+    epoch: int
+    batch: int
+    update: int
+    sums: dict[str, Tensor]
+
+    def __init__(self, setup: Setup, report: Report, world: World) -> None:
+        config = setup.config
+        self.setup, self.config, self.report = setup, config, report
+        self.world = world
+        self.device = choose_device(config.runtime.device, self.world.local_rank)
+        self.autocast = autocast(config.runtime.amp, self.device)
+        self.loss = build_loss(
+            config.losses,
+            setup.plan,
+            self.world if config.runtime.graph_scope == "global" else None,
+            self._booster(),
+        )
+        if config.losses.weights()["transform"] > 0 and "transform" not in self.loss.terms:
+            report.warn("no transformation term: no matched stage has two taps of equal width in both networks")
+        self._build_networks()
+        self._build_loaders()
+        self._build_optimizer()
+
+    # --- building -----------------------------------------------------------------------------------------------------
+
+    def _build_networks(self) -> None:
+        setup, config = self.setup, self.config
+        tail = config.losses.edges.blocks if config.losses.weights()["edges"] > 0 else 1
+        plan, last = setup.plan, config.runtime.channels_last
+        model = self._place(setup.student.model)
+        self.ema = None if config.optim.ema is None else ModelEmaV3(model, decay=config.optim.ema, use_warmup=True)
+        if config.runtime.sync_bn:
+            model = synchronised(model, self.world)
+        view = setup.student.view().to(self.device)
+        self.tapped = Tapped(model, view, plan.student_taps(tail) if plan else (), last, self.loss.student_maps())
+        network = self._compiled(self.tapped)
+        self.adapters = self.loss.adapters().to(self.device)
+        learner = Learner(network, self.adapters) if len(self.adapters) else network
+        self.student = self.world.wrap(learner, self.world.size > 1 and has_unused_parameters(self.tapped))
+        self.deployed = network if self.ema is None else Tapped(self.ema.module, view, (), last)
+        self.teacher = None
+        if setup.teacher is not None:
+            model, view = self._place(setup.teacher.model), setup.teacher.view().to(self.device)
+            teacher = Tapped(model, view, plan.teacher_taps() if plan else (), last, self.loss.teacher_maps())
+            self.teacher = self._compiled(teacher.requires_grad_(False).eval())
+
+    def _booster(self) -> Tapped | None:
+        booster = self.setup.booster
+        if booster is None:
+            return None
+        model = self._place(booster.model)
+        if self.config.runtime.sync_bn:
+            model = synchronised(model, self.world)
+        return Tapped(model, booster.view().to(self.device), (), self.config.runtime.channels_last)
+
+    def _place(self, model: nn.Module) -> nn.Module:
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.config.runtime.channels_last else model
+
+    def _compiled(self, network: Tapped) -> Tapped:
+        if not self.config.runtime.compile:
+            return network
+        torch._functorch.config.donated_buffer = False  # gradient shares run backward more than once
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # networks alike may differ in their taps
+        torch._dynamo.reset()  # or earlier runs of this process would use up the limit of recompilations
+        return cast(Tapped, torch.compile(network))
+
+    def _build_loaders(self) -> None:
+        setup, config, student = self.setup, self.config, self.setup.student
+        self.bad = BadImages(config.data.max_bad_images, self.report.warn)
+        self.train = train_loader(
+            setup.splits,
+            config.data,
+            config.augment,
+            setup.size,
+            student.interpolation,
+            student.mean,
+            self.device,
+            config.seed,
+            self.bad,
+            self.world,
+        )
+        self.val = eval_loader(
+            setup.splits,
+            config.data,
+            student.size,
+            student.interpolation,
+            student.crop_pct,
+            self.device,
+            self.bad,
+            world=self.world,
+        )
+        self.data = {
+            "training images": self.train.images,
+            "validation images": int(self.world.sum(torch.tensor(self.val.images))),
+            "classes": setup.classes,
+        }
+        self.accumulate = config.optim.accumulate
+        self.batches = len(self.train) // self.accumulate * self.accumulate
+        if not self.batches:
+            raise UserError(
+                f"--accumulate {self.accumulate}: an epoch has {len(self.train)} batches, at most that many accumulate"
+            )
+        self.mix = build_mix(config.augment, config.data.batch_size, len(setup.classes))
+
+    def _build_optimizer(self) -> None:
+        config = self.config
+        self.optimizer = build_optimizer(self.tapped.model, config.optim, self.adapters)
+        self.scheduler = build_scheduler(self.optimizer, config.schedule, self.batches // self.accumulate)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.runtime.amp == "fp16")
+
+    def _check_teacher(self) -> None:
+        """Evaluate the teacher with its own preprocessing. Raises UserError near chance."""
+        teacher, setup = self.setup.teacher, self.setup
+        assert teacher is not None and self.teacher is not None
+        if teacher.num_classes != len(setup.classes):
+            self.report.warn(
+                f"the teacher has {teacher.num_classes} classes, the data {len(setup.classes)}: accuracy not checked"
+            )
+            return
+        loader = eval_loader(
+            setup.splits,
+            self.config.data,
+            teacher.size,
+            teacher.interpolation,
+            teacher.crop_pct,
+            self.device,
+            self.bad,
+            limit=CHECK_IMAGES,
+            world=self.world,
+        )
+        tried = evaluate(self.teacher, loader, self.autocast, world=self.world)
+        top1, chance = tried.top1, 100 / len(setup.classes)
+        self.report.line(f"teacher {teacher.name}: top-1 {top1:.2f} on {tried.images} validation images")
+        if top1 < chance + 0.1 * (100 - chance):
+            raise UserError(
+                f"the teacher reaches top-1 {top1:.1f} on this data, chance is {chance:.1f}: its classes may be in "
+                "another order, its mean/std or weights wrong; --skip-teacher-check trains all the same"
+            )
+
+    # --- what each process has of its own -----------------------------------------------------------------------------
+
+    def _own(self) -> dict[str, Any]:
+        """What this process has of its own: generators, sums since the last record, batch-norm statistics."""
+        return {
+            "random": random_states(),
+            "bad_images": self.bad.names,
+            "sums": {name: value.cpu() for name, value in self.sums.items()},
+            "statistics": [{k: v.cpu() for k, v in statistics_of(model).items()} for model in self._unshared()],
+        }
+
+    def _restore_own(self, processes: list[dict[str, Any]]) -> None:
+        """Each process takes its own entry; another number of them takes the means and starts new generators."""
+        own = processes[self.world.rank % len(processes)]
+        restore_random_states(own["random"])
+        if len(processes) != self.world.size:
+            own = mean_of([{name: entry[name] for name in ("sums", "statistics")} for entry in processes])
+            torch.manual_seed(self.config.seed + self.update * self.world.size + self.world.rank)
+        self.sums = {name: value.to(self.device) for name, value in own["sums"].items()}
+        for model, statistics in zip(self._unshared(), own["statistics"], strict=True):
+            model.load_state_dict(statistics, strict=False)
+
+    def _unshared(self) -> list[nn.Module]:
+        """Networks whose batch-norm statistics each process gathers for itself."""
+        if self.config.runtime.sync_bn:
+            return []
+        return [self.tapped.model, *([] if self.ema is None else [self.ema.module])]
+
+    def _seed(self) -> None:
+        """Python's and numpy's generators, which mix images, are alike everywhere; torch's, for dropout, are not."""
+        random_seed(self.config.seed)
+        if not self.world.main:
+            torch.manual_seed(self.config.seed + self.world.rank)
