@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from irgdistill.checkpoint import read_metadata, save_tensors
+from irgdistill.files import read_metadata, save_tensors
 from irgdistill.inspection import nearest_neighbours
 
 Run = Callable[..., Result]

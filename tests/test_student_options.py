@@ -14,7 +14,8 @@ import torch
 from conftest import Result
 from safetensors.torch import load_file, save_file
 
-from irgdistill.checkpoint import read_metadata, restore
+from irgdistill.checkpoint import restore
+from irgdistill.files import read_metadata
 from irgdistill.taps import Tapped
 
 Run = Callable[..., Result]
