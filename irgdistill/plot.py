@@ -20,6 +20,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 FORMATS = ("png", "svg", "pdf")
@@ -162,6 +163,7 @@ def curves_figure(title: str, curves: Mapping[str, Sequence[Sequence[float]]]) -
         )
         axes.fill_between(epochs, values.min(0), values.max(0), color=colours(number), alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation top-1 %", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
