@@ -203,6 +203,50 @@ def _resume(folder: Path, given: dict[str, Any], previous_state: bool, gpus: str
     resume(folder, given, previous_state, gpus, backend)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def compare(
+    context: typer.Context,
+    methods: Annotated[str, _option(METHOD, help="Of `distill`, with commas (none,kd,irg+kd).")] = "none,kd,irg+kd",
+    seeds: Annotated[int, _option(TRAINING, help="Runs of each method, from --seed on (3).")] = 3,
+    jobs: Annotated[int, _option(RUNTIME, help="Runs at once on one device (1).")] = 1,
+    output: Annotated[Path, _option(RUNTIME, help="Its run folders and tables (runs/compare).")] = Path("runs/compare"),
+) -> None:
+    """Train one student by several methods and seeds, and make one table. Takes the options of `distill` too.
+
+    What is finished is skipped, what is not goes on.
+
+    Example: irgdistill compare --methods none,kd,irg+kd --teacher resnet50 --student resnet18 --data ./imagenet
+    """
+    from irgdistill.compare import Request
+    from irgdistill.compare import compare as run
+    from irgdistill.config import MOVABLE
+
+    assert context.parent is not None
+    parser = typer.main.get_command(app).commands["distill"]  # type: ignore[attr-defined]
+    options = parser.make_context("compare", list(context.args), parent=context.parent).params
+    refused = ("method", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
+    for name in refused:
+        if options[name]:
+            raise UserError(f"compare does not take --{name.replace('_', '-')}")
+    given = {name: value for name, value in options.items() if name in FLAGS and value not in (None, (), [])}
+    flags = {FLAGS[name]: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    if options["skip_teacher_check"]:
+        flags["teacher.check"] = False
+    movable = {f"--{name.replace('_', '-')}": str(value) for name, value in given.items() if FLAGS[name] in MOVABLE}
+    run(
+        Request(
+            methods=[name for name in methods.replace(" ", "").split(",") if name],
+            seeds=seeds,
+            output=output,
+            jobs=jobs,
+            preset=options["preset"],
+            settings=list(options["settings"] or ()),
+            flags=flags,
+            moved=[word for option in movable.items() for word in option],
+        )
+    )
+
+
 @app.command(name="inspect-graph")
 def inspect_graph(
     target: Annotated[

@@ -213,8 +213,8 @@ class EdgesConfig(TermConfig):
 
 class DKDConfig(TermConfig):
     temperature: Annotated[float, Field(gt=0)] = 4.0
-    beta: Weight = 8.0
-    """Factor of the divergence among the other classes, beside that of the target."""
+    beta: Weight = 2.0
+    """Factor of the divergence among the other classes, beside that of the target; the authors' for CIFAR ResNets."""
 
 
 class RKDConfig(TermConfig):

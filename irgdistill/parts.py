@@ -63,6 +63,8 @@ class Parts:
         self.tapped = Tapped(model, view, plan.student_taps(tail) if plan else (), last, self.loss.student_maps())
         network = self._compiled(self.tapped)
         self.adapters = self.loss.adapters().to(self.device)
+        if config.runtime.sync_bn and list(self.adapters.parameters()):
+            synchronised(self.adapters, self.world)
         learner = Learner(network, self.adapters) if len(self.adapters) else network
         self.student = self.world.wrap(learner, self.world.size > 1 and has_unused_parameters(self.tapped))
         self.deployed = network if self.ema is None else Tapped(self.ema.module, view, (), last)
@@ -76,10 +78,8 @@ class Parts:
         booster = self.setup.booster
         if booster is None:
             return None
-        model = self._place(booster.model)
-        if self.config.runtime.sync_bn:
-            model = synchronised(model, self.world)
-        return Tapped(model, booster.view().to(self.device), (), self.config.runtime.channels_last)
+        view = booster.view().to(self.device)
+        return Tapped(self._place(booster.model), view, (), self.config.runtime.channels_last)
 
     def _place(self, model: nn.Module) -> nn.Module:
         model = model.to(self.device)

@@ -145,16 +145,21 @@ def other_state(folder: RunFolder, previous: bool) -> str:
 
 
 def _check_same(config: Config, remembered: Config, folder: RunFolder) -> None:
-    wrong = [
-        f"{key} = {_at(config, key)}, was {_at(remembered, key)}"
-        for key in keys()
-        if key not in MOVABLE and _at(config, key) != _at(remembered, key)
-    ]
+    wrong = changes(config, remembered)
     if wrong:
         raise UserError(
             f"{folder.config} is not what the state was trained with ({'; '.join(wrong)}): "
             "put it right, or delete it to take what the state remembers"
         )
+
+
+def changes(config: Config, remembered: Config) -> list[str]:
+    """What differs of what must not between two configurations of one run, in words."""
+    return [
+        f"{key} = {_at(config, key)}, was {_at(remembered, key)}"
+        for key in keys()
+        if key not in MOVABLE and _at(config, key) != _at(remembered, key)
+    ]
 
 
 def _at(config: Any, path: str) -> Any:

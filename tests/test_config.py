@@ -55,7 +55,7 @@ def test_later_wins_preset_then_set_then_flag(tmp_path: Path) -> None:
         ("optim.lr.x=2", "optim.lr = {'x': 2}"),
         ("optim.lr=fast", "optim.lr = 'fast'"),
         ("optim.lr=-1", "greater than 0"),
-        ("method=irgkd", "expected 'none', 'kd', 'irg', 'mtk' or 'irg+kd'; did you mean irg+kd"),
+        ("method=irgkd", "'sp' or 'pkt'; did you mean irg+kd"),
         ("data.val_fraction=1.5", "data.val_fraction = 1.5"),
         ("losses.edges.weight=.nan", "finite"),
         ("student.input_size=abc", "student.input_size"),

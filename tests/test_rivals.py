@@ -272,7 +272,7 @@ def test_every_term_is_its_function_over_the_stages(method: str) -> None:
     if method == "fitnet":
         (layer,) = loss.adapters()["fitnet"].layers
         expected = hint_loss(layer(s["s3.1"]), t["t3.1"])
-        assert layer.weight.shape == (7, 7, 1, 1)
+        assert layer[0].weight.shape == (7, 7, 1, 1)
     elif method == "at":
         expected = sum(attention_loss(s[f"s{k}.1"], t[f"t{k}.1"]) for k in (2, 3, 4)) / 3
     elif method == "fsp":

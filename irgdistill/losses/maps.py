@@ -1,7 +1,7 @@
 """Terms on whole feature maps, image by image: FitNet hints, attention maps, FSP matrices.
 
 Shapes: B images, C channels, H×W the map. Maps of different sizes meet at the smaller height and width, to which each
-is average-pooled; where widths must agree and do not, a trained 1×1 convolution widens the student's.
+is average-pooled; where widths must agree and do not, a trained 1×1 convolution takes the student's to the teacher's.
 """
 
 from __future__ import annotations
@@ -66,16 +66,19 @@ def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 class Widen(nn.Module):
-    """A student's maps by their number in `taps` (teacher, student): 1×1 convolutions to the teacher's widths, or as
-    they are where `always` is off and the widths agree."""
+    """A student's maps by their number in `taps` (teacher, student): 1×1 convolutions to the teacher's widths with
+    batch-norm, which keeps their scale out of the learning rate's way. `keep`: where widths agree, as they are.
+    """
 
-    def __init__(self, taps: Sequence[tuple[Tap, Tap]], bias: bool, always: bool) -> None:
+    def __init__(self, taps: Sequence[tuple[Tap, Tap]], keep: bool) -> None:
         super().__init__()
         self.names = [tap_name(student) for _, student in taps]
         self.layers = nn.ModuleList(
-            nn.Conv2d(student.channels, teacher.channels, 1, bias=bias)
-            if always or student.channels != teacher.channels
-            else nn.Identity()
+            nn.Identity()
+            if keep and student.channels == teacher.channels
+            else nn.Sequential(
+                nn.Conv2d(student.channels, teacher.channels, 1, bias=False), nn.BatchNorm2d(teacher.channels)
+            )
             for teacher, student in taps
         )
 
@@ -93,15 +96,17 @@ def mappable(stages: Sequence[tuple[Tap, ...]], term: str) -> list[tuple[Tap, ..
 
 
 class Hint(Term):
-    """`hint_loss` at the middle stage, through a 1×1 convolution with bias. Weight 100: of RepDistiller's `hint`,
-    which is the same mean."""
+    """`hint_loss` at the middle stage, through a 1×1 convolution with batch-norm.
+
+    Weight 100: that of the usual comparisons (RepDistiller, mdistiller), whose regressor and mean these are.
+    """
 
     def __init__(self, plan: Plan) -> None:
         stages = mappable([(pair.teacher.exit, pair.student.exit) for pair in plan.pairs], "fitnet")
         teacher, student = stages[(len(stages) - 1) // 2]
         self.teacher_maps, self.student_maps = (teacher,), (student,)
         self.teacher = tap_name(teacher)
-        self.adapter = Widen([(teacher, student)], bias=True, always=True)
+        self.adapter = Widen([(teacher, student)], keep=False)
 
     def __call__(self, batch: Batch) -> Tensor:
         return hint_loss(batch.student.adapted["fitnet"]["0"], batch.teacher.maps[self.teacher])
@@ -126,8 +131,8 @@ class Attention(Term):
 class FlowMatrices(Term):
     """`fsp_loss` between the first and last block of each stage, mean over the stages.
 
-    The paper's networks are equally wide. Where they are not, the student's maps go through 1×1 convolutions without
-    bias (ours). Weight 150: RepDistiller's 50 on the sum over three stages, each a mean.
+    The paper's networks are equally wide. Where they are not, the student's maps go through 1×1 convolutions with
+    batch-norm (ours). Weight 150: RepDistiller's 50 on the sum over three stages, each a mean.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -136,7 +141,7 @@ class FlowMatrices(Term):
         self.teacher_maps = [tap for first, last, *_ in stages for tap in (first, last)]
         self.student_maps = [tap for *_, first, last in stages for tap in (first, last)]
         self.ends = [tap_name(tap) for tap in self.teacher_maps]
-        self.adapter = Widen(list(zip(self.teacher_maps, self.student_maps, strict=True)), bias=False, always=False)
+        self.adapter = Widen(list(zip(self.teacher_maps, self.student_maps, strict=True)), keep=True)
 
     def __call__(self, batch: Batch) -> Tensor:
         student = [batch.student.adapted["fsp"][str(i)] for i in range(len(self.ends))]

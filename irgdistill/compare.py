@@ -1,0 +1,188 @@
+"""The same recipe under several methods and seeds: runs what is missing, then one table, with its spread.
+
+OUTPUT/METHOD/SEED           a run folder each, with log.txt where several ran at once
+OUTPUT/compare.json .md .csv the table
+OUTPUT/curves.png            validation top-1 by epoch
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irgdistill.checkpoint import RunFolder
+from irgdistill.compare_table import Run, tell
+from irgdistill.config import METHODS, MOVABLE, Config, dump, load_config, read_yaml, validate
+from irgdistill.errors import Interrupted, UserError, nearest
+from irgdistill.files import write_text
+from irgdistill.losses import build_loss
+from irgdistill.report import Report
+from irgdistill.run import resume, start
+from irgdistill.setup import prepare, with_absolute_paths
+from irgdistill.signals import Stopped
+from irgdistill.state import changes
+from irgdistill.taps import Tapped
+
+POLL = 0.2
+"""Seconds between two looks at the runs at work."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare, as the command line says it."""
+
+    methods: Sequence[str]
+    seeds: int
+    output: Path
+    jobs: int = 1
+    """Runs at work at once, on one device."""
+    preset: str | None = None
+    settings: Sequence[str] = ()
+    flags: Mapping[str, Any] | None = None
+    moved: Sequence[str] = ()
+    """Options of `distill` that may also be given to a run that goes on."""
+
+    def config(self, method: str, seed: int | None = None) -> Config:
+        """Of one run. A weight that is set holds for the methods that have its term; the others stay without it."""
+        others = {term for terms in METHODS.values() for term in terms} - set(METHODS[method])
+        flags = {**(self.flags or {}), "method": method, **{f"losses.{name}.weight": 0.0 for name in others}}
+        if seed is not None:
+            flags["seed"] = seed
+        return with_absolute_paths(load_config(self.preset, list(self.settings), flags))
+
+
+def compare(request: Request) -> None:
+    """Train what is not trained yet, then print and save the table. The same call goes on after an interruption.
+
+    Raises UserError before the first run for whatever can be known by then.
+    """
+    runs = _plan(request)
+    left = [run for run in runs if not run.folder.summary.exists()]
+    _check(request, left)
+    try:
+        if request.jobs == 1:
+            for number, run in enumerate(left):
+                Report().line(f"[{len(runs) - len(left) + number + 1}/{len(runs)}] {run.name}")
+                _train(run, request)
+        else:
+            _train_together(left, request)
+    except Stopped as stop:
+        raise Interrupted(128 + stop.number, f"{stop}; the same command goes on") from None
+    except Interrupted as stop:
+        raise Interrupted(stop.code, f"{stop}; the same `compare` goes on with all") from None
+    tell(request.output, runs, request.jobs)
+
+
+def _plan(request: Request) -> list[Run]:
+    """All runs, seed by seed, so that an unfinished comparison is a fair one. Raises UserError."""
+    if request.seeds < 1 or request.jobs < 1:
+        raise UserError(f"--seeds {request.seeds} --jobs {request.jobs}: both must be at least 1")
+    for method in request.methods:
+        if method not in METHODS:
+            raise UserError(f"unknown method {method!r}{nearest(method, METHODS)} (known: {', '.join(METHODS)})")
+    methods = list(dict.fromkeys(request.methods))
+    if not methods:
+        raise UserError("--methods names no method")
+    first = request.config(methods[0]).seed
+    return [
+        Run(request.config(method, seed), RunFolder(request.output / method / str(seed)))
+        for seed in range(first, first + request.seeds)
+        for method in methods
+    ]
+
+
+def _check(request: Request, left: Sequence[Run]) -> None:
+    """Refuse another comparison's folder, and runs that could not start. Raises UserError."""
+    for path in sorted(request.output.glob("*/*/config.yaml")):
+        there = validate(read_yaml(path), f"{path}: ")
+        if different := changes(request.config(there.method, there.seed), there):
+            what = "; ".join(different)
+            raise UserError(f"{request.output} holds a comparison with other settings ({what}); give another --output")
+    for config in {run.config.method: run.config for run in left}.values():
+        setup = prepare(config)
+        booster = None if setup.booster is None else Tapped(setup.booster.model, setup.booster.view())
+        build_loss(config.losses, setup.plan, None, booster)
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def _train(run: Run, request: Request) -> None:
+    """In this process, from the beginning or from where it stands."""
+    try:
+        if run.folder.state.exists():
+            resume(run.folder.path, {key: value for key, value in (request.flags or {}).items() if key in MOVABLE})
+        else:
+            start(run.config, run.folder.path, True, None, None)
+    except UserError as error:
+        raise UserError(f"{run.name}: {error}") from None
+
+
+def _train_together(left: Sequence[Run], request: Request) -> None:
+    """As `irgdistill distill` in processes of their own, `request.jobs` at a time. One that fails stops the others."""
+    waiting, working = list(left), dict[Run, subprocess.Popen[bytes]]()
+    try:
+        while waiting or working:
+            while waiting and len(working) < request.jobs:
+                run = waiting.pop(0)
+                working[run] = _launch(run, request)
+                Report().line(f"{run.name}: {run.folder.path / 'log.txt'}")
+            time.sleep(POLL)
+            for run, process in list(working.items()):
+                if process.poll() is not None:
+                    del working[run]
+                    _done(run, process.returncode)
+    finally:
+        _stop(list(working.values()))
+
+
+def _launch(run: Run, request: Request) -> subprocess.Popen[bytes]:
+    """Start a run, apart from this one's terminal: Ctrl-C is for this process to pass on."""
+    folder = run.folder.path
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.folder.state.exists():
+        options = ["--resume", str(folder), *request.moved]
+    else:
+        recipe = folder.with_suffix(".yaml")
+        write_text(recipe, dump(run.config))
+        options = ["--preset", str(recipe), "--output", str(folder), "--overwrite"]
+    threads = max(1, len(os.sched_getaffinity(0)) // request.jobs)
+    with open(folder / "log.txt", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "irgdistill", "distill", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            start_new_session=True,
+        )
+
+
+def _done(run: Run, code: int) -> None:
+    if code:
+        lines = (run.folder.path / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "no word")
+        raise Interrupted(code if code > 0 else 128 - code, f"{run.name} ended with code {code}: {last}")
+    summary = json.loads(run.folder.summary.read_text(encoding="utf-8"))
+    Report().line(f"{run.name}: top-1 {summary['last_top1']:.2f}, best {summary['top1']:.2f}")
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Let all save and end; a second signal ends them at once."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    try:
+        for process in processes:
+            process.wait()
+    except Stopped:
+        for process in processes:
+            process.kill()
+        raise
