@@ -111,6 +111,8 @@ class DataConfig(Section):
     """Name of the validation split; default: the first of `val`, `validation`, `test` that is there."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Class-balanced share of the training images held out for validation, where there is no validation split."""
+    train_images: Annotated[int, Field(ge=1)] | None = None
+    """Train on this many images only, the same for every seed, as many of each class as can be; default: all."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images per training step, over all processes: the size of the relation graph."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 256

@@ -111,6 +111,13 @@ class DigitsSource:
 
 def open_splits(config: DataConfig, val_only: bool = False) -> Splits:
     """Find the images of `config.source`. Raises UserError where they are missing, empty or do not fit together."""
+    splits = _open(config, val_only)
+    if config.train_images is not None and not val_only:
+        splits.train_indices = _balanced(splits, config.train_images)
+    return splits
+
+
+def _open(config: DataConfig, val_only: bool) -> Splits:
     source = config.source
     if not source:
         raise UserError("no data: give --data FOLDER, --data digits or a timm dataset string such as torch/cifar10")
@@ -249,3 +256,23 @@ def _hold_out(source: Source, labels: Sequence[int], classes: list[str], fractio
             f"--val-fraction {fraction:g} of {len(labels)} images leaves {len(train)} to train, {len(val)} to validate"
         )
     return Splits(source, source, classes, sorted(train), sorted(val))
+
+
+def _balanced(splits: Splits, count: int) -> list[int]:
+    """`count` of the training images, as many of each class as can be; depends on the images' order alone."""
+    if splits.streaming:
+        raise UserError(f"data.train_images = {count}: a stream has no list of images to choose from")
+    if not len(splits.classes) <= count <= len(splits.train_indices):
+        raise UserError(
+            f"data.train_images = {count}: expected {len(splits.classes)} (one of each class) "
+            f"to {len(splits.train_indices)} (all of them)"
+        )
+    rng = np.random.default_rng(0)
+    labels = np.asarray(splits.train.labels())[list(splits.train_indices)]
+    order = rng.permutation(len(labels))
+    turn = np.empty(len(labels), dtype=int)  # how many of its class come before an image in `order`
+    for label in range(len(splits.classes)):
+        members = order[labels[order] == label]
+        turn[members] = np.arange(len(members))
+    chosen = order[np.argsort(turn[order], kind="stable")[:count]]
+    return sorted(int(splits.train_indices[i]) for i in chosen)

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +133,23 @@ def test_what_cannot_be_compared_is_refused_before_the_first_run(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
-def test_several_runs_at_once(run: Run, teacher: tuple[object, ...], tmp_path: Path) -> None:
-    """Stopped by Ctrl-C and given again: the students are those that one run after the other gives."""
+def test_several_runs_at_once(
+    run: Run, teacher: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """Stopped by Ctrl-C and given again: the students are those that one run after the other gives.
+
+    Bit for bit under one number of threads only: two sum in another order than one.
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     together = tmp_path / "together"
     methods = ("compare", "--methods", "none,fitnet", "--seeds", 1)
     options = (*RECIPE, *teacher, "--epochs", 3)
