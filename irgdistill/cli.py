@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -11,67 +12,35 @@ from typing import Annotated, Any
 import typer
 
 from irgdistill import __version__
+from irgdistill.cli_options import (
+    DATA,
+    FLAGS,
+    MATCHING,
+    METHOD,
+    NETWORKS,
+    RESULT,
+    RUNTIME,
+    TRAINING,
+    Commands,
+    complete_method,
+    complete_network,
+    complete_preset,
+    option,
+    options_of_distill,
+    settings_of,
+    usage,
+)
 from irgdistill.errors import Interrupted, UserError, leave_word
 from irgdistill.signals import Signals, Stopped
 
 app = typer.Typer(
     name="irgdistill",
+    cls=Commands,
     help="Distil any timm teacher into any timm student with Instance Relationship Graphs.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-
-FLAGS = {
-    "teacher": "teacher.name",
-    "teacher_checkpoint": "teacher.checkpoint",
-    "teacher_input_size": "teacher.input_size",
-    "student": "student.name",
-    "input_size": "student.input_size",
-    "data": "data.source",
-    "data_root": "data.root",
-    "download": "data.download",
-    "val_fraction": "data.val_fraction",
-    "max_bad_images": "data.max_bad_images",
-    "batch_size": "data.batch_size",
-    "workers": "data.workers",
-    "levels": "matching.levels",
-    "skip_level": "matching.skip",
-    "taps_teacher": "matching.taps_teacher",
-    "taps_student": "matching.taps_student",
-    "method": "method",
-    "kd_weight": "losses.kd.weight",
-    "logits_weight": "losses.logits.weight",
-    "edges_weight": "losses.edges.weight",
-    "transform_weight": "losses.transform.weight",
-    "temperature": "losses.kd.temperature",
-    "edge_blocks": "losses.edges.blocks",
-    "label_smoothing": "losses.ce.label_smoothing",
-    "epochs": "schedule.epochs",
-    "warmup_epochs": "schedule.warmup_epochs",
-    "opt": "optim.name",
-    "lr": "optim.lr",
-    "weight_decay": "optim.weight_decay",
-    "clip_grad": "optim.clip_grad",
-    "accumulate": "optim.accumulate",
-    "ema": "optim.ema",
-    "mixup": "augment.mixup",
-    "cutmix": "augment.cutmix",
-    "auto_augment": "augment.auto_augment",
-    "seed": "seed",
-    "device": "runtime.device",
-    "amp": "runtime.amp",
-    "channels_last": "runtime.channels_last",
-    "compile_": "runtime.compile",
-    "sync_bn": "runtime.sync_bn",
-    "graph_scope": "runtime.graph_scope",
-    "save_every_steps": "runtime.save_every_steps",
-    "save_every_minutes": "runtime.save_every_minutes",
-}
-"""Parameter of `distill` -> configuration key. Everything else is set with --set."""
-
-NETWORKS, DATA, MATCHING, METHOD, TRAINING, RUNTIME = "Networks", "Data", "Matching", "Method", "Training", "Run"
-RESULT = "Result"
 
 
 def _version(wanted: bool) -> None:
@@ -82,83 +51,97 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
-
-
-def _option(group: str, *names: str, help: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=group, show_default=False)
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command()
 def distill(
-    teacher: Annotated[str | None, _option(NETWORKS, help="timm name, hf-hub:… or local-dir:…")] = None,
+    teacher: Annotated[
+        str | None, option(NETWORKS, help="timm name, hf-hub:… or local-dir:…", complete=complete_network)
+    ] = None,
     teacher_checkpoint: Annotated[
-        Path | None, _option(NETWORKS, help="Weights (.safetensors, .pth); one of ours names its network.")
+        Path | None, option(NETWORKS, help="Weights (.safetensors, .pth); one of ours names its network.")
     ] = None,
     teacher_input_size: Annotated[
-        str | None, _option(NETWORKS, help="224 or 256x192; default: the teacher's own.")
+        str | None, option(NETWORKS, help="224 or 256x192; default: the teacher's own.")
     ] = None,
-    student: Annotated[str | None, _option(NETWORKS, help="timm name of the network to train.")] = None,
-    input_size: Annotated[str | None, _option(NETWORKS, help="Student's; default: its own.")] = None,
+    student: Annotated[
+        str | None, option(NETWORKS, help="timm name of the network to train.", complete=complete_network)
+    ] = None,
+    student_pretrained: Annotated[
+        bool | None, option(NETWORKS, "--student-pretrained", help="Start from its pretrained weights.")
+    ] = None,
+    student_checkpoint: Annotated[
+        Path | None, option(NETWORKS, help="Start from these weights: a run, .safetensors or .pth.")
+    ] = None,
+    input_size: Annotated[str | None, option(NETWORKS, help="Student's; default: its own.")] = None,
     skip_teacher_check: Annotated[
-        bool, _option(NETWORKS, "--skip-teacher-check", help="Train even if the teacher is near chance.")
+        bool, option(NETWORKS, "--skip-teacher-check", help="Train even if the teacher is near chance.")
     ] = False,
-    data: Annotated[str | None, _option(DATA, help="Image folder, digits, or torch/…, hfds/…, wds/….")] = None,
-    data_root: Annotated[Path | None, _option(DATA, help="Where a named data set keeps its files.")] = None,
-    download: Annotated[bool | None, _option(DATA, "--download", help="Fetch a named data set.")] = None,
-    val_fraction: Annotated[float | None, _option(DATA, help="Hold out this share for validation.")] = None,
-    max_bad_images: Annotated[int | None, _option(DATA, help="Unreadable images to skip (10).")] = None,
-    batch_size: Annotated[int | None, _option(DATA, help="Images per step, the graph's size (128).")] = None,
-    workers: Annotated[int | None, _option(DATA, help="Loader processes (1); the result is the same.")] = None,
-    levels: Annotated[int | None, _option(MATCHING, help="Match by depth, in at most so many stages.")] = None,
-    skip_level: Annotated[list[int] | None, _option(MATCHING, help="Leave out /N; may be repeated.")] = None,
-    taps_teacher: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
-    taps_student: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    data: Annotated[str | None, option(DATA, help="Image folder, digits, or torch/…, hfds/…, wds/….")] = None,
+    data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
+    download: Annotated[bool | None, option(DATA, "--download", help="Fetch a named data set.")] = None,
+    val_fraction: Annotated[float | None, option(DATA, help="Hold out this share for validation.")] = None,
+    max_bad_images: Annotated[int | None, option(DATA, help="Unreadable images to skip (10).")] = None,
+    batch_size: Annotated[int | None, option(DATA, help="Images per step, the graph's size (128).")] = None,
+    workers: Annotated[int | None, option(DATA, help="Loader processes (1); the result is the same.")] = None,
+    levels: Annotated[int | None, option(MATCHING, help="Match by depth, in at most so many stages.")] = None,
+    skip_level: Annotated[list[int] | None, option(MATCHING, help="Leave out /N; may be repeated.")] = None,
+    taps_teacher: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    taps_student: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
     method: Annotated[
-        str | None, _option(METHOD, help="irg+kd (default), mtk, irg, none, or a rival: kd, at, …")
+        str | None,
+        option(METHOD, help="irg+kd (default), mtk, irg, none, or a rival: kd, at, …", complete=complete_method),
     ] = None,
-    kd_weight: Annotated[float | None, _option(METHOD, help="Soft targets.")] = None,
-    logits_weight: Annotated[float | None, _option(METHOD, help="Logit regression.")] = None,
-    edges_weight: Annotated[float | None, _option(METHOD, help="Edge matrices of the last stage.")] = None,
-    transform_weight: Annotated[float | None, _option(METHOD, help="Transformations of all stages.")] = None,
-    temperature: Annotated[float | None, _option(METHOD, help="Of the soft targets (4).")] = None,
-    edge_blocks: Annotated[int | None, _option(METHOD, help="1: one-to-one; K: one-to-many.")] = None,
-    label_smoothing: Annotated[float | None, _option(METHOD, help="Of the labels (0).")] = None,
-    epochs: Annotated[int | None, _option(TRAINING, help="Passes over the training images (100).")] = None,
-    warmup_epochs: Annotated[float | None, _option(TRAINING, help="Linear warm-up (0).")] = None,
-    opt: Annotated[str | None, _option(TRAINING, help="timm optimizer (sgd).")] = None,
-    lr: Annotated[float | None, _option(TRAINING, help="Peak learning rate (0.1).")] = None,
-    weight_decay: Annotated[float | None, _option(TRAINING, help="(5e-4)")] = None,
-    clip_grad: Annotated[float | None, _option(TRAINING, help="Maximum gradient norm.")] = None,
-    accumulate: Annotated[int | None, _option(TRAINING, help="Batches per update (1).")] = None,
-    ema: Annotated[float | None, _option(TRAINING, help="Decay of averaged weights, such as 0.999.")] = None,
-    mixup: Annotated[float | None, _option(TRAINING, help="Alpha.")] = None,
-    cutmix: Annotated[float | None, _option(TRAINING, help="Alpha.")] = None,
-    auto_augment: Annotated[str | None, _option(TRAINING, help="timm policy, such as rand-m9-mstd0.5.")] = None,
-    seed: Annotated[int | None, _option(TRAINING, help="Weights, order and augmentation (0).")] = None,
-    device: Annotated[str | None, _option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
-    amp: Annotated[str | None, _option(RUNTIME, help="auto, none, bf16 or fp16.")] = None,
-    channels_last: Annotated[bool | None, _option(RUNTIME, "--channels-last", help="Memory layout.")] = None,
-    compile_: Annotated[bool | None, _option(RUNTIME, "--compile", help="Use torch.compile.")] = None,
-    gpus: Annotated[str | None, _option(RUNTIME, help="Processes on this machine: a number, or all.")] = None,
-    backend: Annotated[str | None, _option(RUNTIME, help="nccl, or gloo to run them on the CPU.")] = None,
-    sync_bn: Annotated[bool | None, _option(RUNTIME, "--sync-bn", help="Batch-norm over all processes.")] = None,
-    graph_scope: Annotated[str | None, _option(RUNTIME, help="global (default), or local to a process.")] = None,
-    save_every_steps: Annotated[int | None, _option(RUNTIME, help="Save after so many updates too.")] = None,
-    save_every_minutes: Annotated[float | None, _option(RUNTIME, help="Save after so many minutes too.")] = None,
-    preset: Annotated[str | None, _option(RUNTIME, help="Name of a preset, or a YAML file.")] = None,
-    settings: Annotated[list[str] | None, _option(RUNTIME, "--set", help="Any key.path=value.")] = None,
-    output: Annotated[Path | None, _option(RUNTIME, help="Run folder (runs/STUDENT-METHOD-N).")] = None,
-    overwrite: Annotated[bool, _option(RUNTIME, "--overwrite", help="Replace the run that is there.")] = False,
-    resume: Annotated[Path | None, _option(RUNTIME, help="Go on with this run folder.")] = None,
+    kd_weight: Annotated[float | None, option(METHOD, help="Soft targets.")] = None,
+    logits_weight: Annotated[float | None, option(METHOD, help="Logit regression.")] = None,
+    edges_weight: Annotated[float | None, option(METHOD, help="Edge matrices of the last stage.")] = None,
+    transform_weight: Annotated[float | None, option(METHOD, help="Transformations of all stages.")] = None,
+    temperature: Annotated[float | None, option(METHOD, help="Of the soft targets (4).")] = None,
+    edge_blocks: Annotated[int | None, option(METHOD, help="1: one-to-one; K: one-to-many.")] = None,
+    label_smoothing: Annotated[float | None, option(METHOD, help="Of the labels (0).")] = None,
+    epochs: Annotated[int | None, option(TRAINING, help="Passes over the training images (100).")] = None,
+    warmup_epochs: Annotated[float | None, option(TRAINING, help="Linear warm-up (0).")] = None,
+    opt: Annotated[str | None, option(TRAINING, help="timm optimizer (sgd).")] = None,
+    lr: Annotated[float | None, option(TRAINING, help="Peak learning rate (0.1).")] = None,
+    weight_decay: Annotated[float | None, option(TRAINING, help="(5e-4)")] = None,
+    clip_grad: Annotated[float | None, option(TRAINING, help="Maximum gradient norm.")] = None,
+    accumulate: Annotated[int | None, option(TRAINING, help="Batches per update (1).")] = None,
+    ema: Annotated[float | None, option(TRAINING, help="Decay of averaged weights, such as 0.999.")] = None,
+    mixup: Annotated[float | None, option(TRAINING, help="Alpha.")] = None,
+    cutmix: Annotated[float | None, option(TRAINING, help="Alpha.")] = None,
+    auto_augment: Annotated[str | None, option(TRAINING, help="timm policy, such as rand-m9-mstd0.5.")] = None,
+    seed: Annotated[int | None, option(TRAINING, help="Weights, order and augmentation (0).")] = None,
+    device: Annotated[str | None, option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
+    amp: Annotated[str | None, option(RUNTIME, help="auto, none, bf16 or fp16.")] = None,
+    channels_last: Annotated[bool | None, option(RUNTIME, "--channels-last", help="Memory layout.")] = None,
+    compile_: Annotated[bool | None, option(RUNTIME, "--compile", help="Use torch.compile.")] = None,
+    gpus: Annotated[str | None, option(RUNTIME, help="Processes on this machine: a number, or all.")] = None,
+    backend: Annotated[str | None, option(RUNTIME, help="nccl, or gloo to run them on the CPU.")] = None,
+    sync_bn: Annotated[bool | None, option(RUNTIME, "--sync-bn", help="Batch-norm over all processes.")] = None,
+    graph_scope: Annotated[str | None, option(RUNTIME, help="global (default), or local to a process.")] = None,
+    save_every_steps: Annotated[int | None, option(RUNTIME, help="Save after so many updates too.")] = None,
+    save_every_minutes: Annotated[float | None, option(RUNTIME, help="Save after so many minutes too.")] = None,
+    preset: Annotated[
+        str | None, option(RUNTIME, help="Name of a preset, or a YAML file.", complete=complete_preset)
+    ] = None,
+    settings: Annotated[list[str] | None, option(RUNTIME, "--set", help="Any key.path=value.")] = None,
+    output: Annotated[Path | None, option(RUNTIME, help="Run folder (runs/STUDENT-METHOD-N).")] = None,
+    overwrite: Annotated[bool, option(RUNTIME, "--overwrite", help="Replace the run that is there.")] = False,
+    resume: Annotated[Path | None, option(RUNTIME, help="Go on with this run folder.")] = None,
     previous_state: Annotated[
-        bool, _option(RUNTIME, "--previous-state", help="Resume from the state before the last one.")
+        bool, option(RUNTIME, "--previous-state", help="Resume from the state before the last one.")
     ] = False,
-    dry_run: Annotated[bool, _option(RUNTIME, "--dry-run", help="Show configuration and plan; stop.")] = False,
+    dry_run: Annotated[bool, option(RUNTIME, "--dry-run", help="Show configuration and plan; stop.")] = False,
+    quiet: Annotated[bool, option(RESULT, "--quiet", help="Say results, warnings and errors only.")] = False,
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Train a student under a teacher (or alone: --method none).
 
@@ -166,50 +149,55 @@ def distill(
 
     Example: irgdistill distill --teacher resnet50 --student mobilenetv2_100 --data ./imagenet
     """
-    from irgdistill.config import load_config
-
-    given = {FLAGS[name]: value for name, value in locals().items() if name in FLAGS and value is not None}
-    if skip_teacher_check:
-        given["teacher.check"] = False
+    given = settings_of(locals())
     if resume is not None:
         if preset or settings or output or overwrite or dry_run:
             raise UserError(
                 "--resume goes on with the run's own configuration; "
                 "leave out --preset, --set, --output, --overwrite and --dry-run"
             )
-        _resume(resume, given, previous_state, gpus, backend)
-        return
-    if previous_state:
+        _refuse_fixed(given)
+    elif previous_state:
         raise UserError("--previous-state says where --resume RUN goes on from; there is no --resume")
+    from irgdistill.config import load_config
+
     config = load_config(preset, settings, given)
 
-    from irgdistill.run import dry_run as show
-    from irgdistill.run import start
+    from irgdistill import run
+    from irgdistill.report import hushed
 
-    if dry_run:
-        show(config)
-    else:
-        start(config, output, overwrite, gpus, backend)
+    summary = None
+    with hushed(quiet):
+        if resume is not None:
+            summary = run.resume(resume, given, previous_state, gpus, backend)
+        elif dry_run:
+            run.dry_run(config, as_json)
+        else:
+            summary = run.start(config, output, overwrite, gpus, backend)
+    if as_json and summary is not None:
+        typer.echo(json.dumps(summary))
 
 
-def _resume(folder: Path, given: dict[str, Any], previous_state: bool, gpus: str | None, backend: str | None) -> None:
+def _refuse_fixed(given: dict[str, Any]) -> None:
+    """Of a run that goes on, only what does not change its result may be given anew. Raises UserError."""
     from irgdistill.config import MOVABLE
 
     fixed = sorted(set(given) - MOVABLE)
     if fixed:
         raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(MOVABLE))}")
-    from irgdistill.run import resume
-
-    resume(folder, given, previous_state, gpus, backend)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def compare(
     context: typer.Context,
-    methods: Annotated[str, _option(METHOD, help="Of `distill`, with commas (none,kd,irg+kd).")] = "none,kd,irg+kd",
-    seeds: Annotated[int, _option(TRAINING, help="Runs of each method, from --seed on (3).")] = 3,
-    jobs: Annotated[int, _option(RUNTIME, help="Runs at once on one device (1).")] = 1,
-    output: Annotated[Path, _option(RUNTIME, help="Its run folders and tables (runs/compare).")] = Path("runs/compare"),
+    methods: Annotated[
+        str, option(METHOD, help="Of `distill`, with commas (none,kd,irg+kd).", complete=complete_method)
+    ] = "none,kd,irg+kd",
+    seeds: Annotated[int, option(TRAINING, help="Runs of each method, from --seed on (3).")] = 3,
+    jobs: Annotated[int, option(RUNTIME, help="Runs at once on one device (1).")] = 1,
+    output: Annotated[Path, option(RUNTIME, help="Its run folders and tables (runs/compare).")] = Path("runs/compare"),
+    quiet: Annotated[bool, option(RESULT, "--quiet", help="Say results, warnings and errors only.")] = False,
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print the table as one JSON object.")] = False,
 ) -> None:
     """Train one student by several methods and seeds, and make one table. Takes the options of `distill` too.
 
@@ -217,34 +205,33 @@ def compare(
 
     Example: irgdistill compare --methods none,kd,irg+kd --teacher resnet50 --student resnet18 --data ./imagenet
     """
-    from irgdistill.compare import Request
-    from irgdistill.compare import compare as run
     from irgdistill.config import MOVABLE
 
-    assert context.parent is not None
-    parser = typer.main.get_command(app).commands["distill"]  # type: ignore[attr-defined]
-    options = parser.make_context("compare", list(context.args), parent=context.parent).params
     refused = ("method", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
-    for name in refused:
-        if options[name]:
-            raise UserError(f"compare does not take --{name.replace('_', '-')}")
-    given = {name: value for name, value in options.items() if name in FLAGS and value not in (None, (), [])}
-    flags = {FLAGS[name]: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    if options["skip_teacher_check"]:
-        flags["teacher.check"] = False
-    movable = {f"--{name.replace('_', '-')}": str(value) for name, value in given.items() if FLAGS[name] in MOVABLE}
-    run(
-        Request(
-            methods=[name for name in methods.replace(" ", "").split(",") if name],
-            seeds=seeds,
-            output=output,
-            jobs=jobs,
-            preset=options["preset"],
-            settings=list(options["settings"] or ()),
-            flags=flags,
-            moved=[word for option in movable.items() for word in option],
-        )
+    options = options_of_distill(context, "compare", refused)
+    movable = {
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in options.items()
+        if FLAGS.get(name) in MOVABLE and value is not None
+    }
+
+    from irgdistill.compare import Request
+    from irgdistill.compare import compare as run
+    from irgdistill.report import hushed
+
+    request = Request(
+        methods=[name for name in methods.replace(" ", "").split(",") if name],
+        seeds=seeds,
+        output=output,
+        jobs=jobs,
+        preset=options["preset"],
+        settings=list(options["settings"] or ()),
+        flags=settings_of(options),
+        moved=[word for pair in movable.items() for word in pair],
+        as_json=as_json,
     )
+    with hushed(quiet):
+        run(request)
 
 
 @app.command(name="inspect-graph")
@@ -253,38 +240,38 @@ def inspect_graph(
         str | None,
         typer.Argument(metavar="[RUN|CKPT]", help="A student's run or checkpoint.", show_default=False),
     ] = None,
-    teacher: Annotated[str | None, _option(NETWORKS, help="timm name.")] = None,
-    teacher_checkpoint: Annotated[Path | None, _option(NETWORKS, help="Its weights; default: pretrained.")] = None,
-    teacher_input_size: Annotated[str | None, _option(NETWORKS, help="224 or 256x192.")] = None,
-    student: Annotated[str | None, _option(NETWORKS, help="timm name; untrained without weights.")] = None,
-    student_checkpoint: Annotated[Path | None, _option(NETWORKS, help="Its weights.")] = None,
+    teacher: Annotated[str | None, option(NETWORKS, help="timm name.")] = None,
+    teacher_checkpoint: Annotated[Path | None, option(NETWORKS, help="Its weights; default: pretrained.")] = None,
+    teacher_input_size: Annotated[str | None, option(NETWORKS, help="224 or 256x192.")] = None,
+    student: Annotated[str | None, option(NETWORKS, help="timm name; untrained without weights.")] = None,
+    student_checkpoint: Annotated[Path | None, option(NETWORKS, help="Its weights.")] = None,
     student_pretrained: Annotated[
-        bool, _option(NETWORKS, "--student-pretrained", help="Take its pretrained weights.")
+        bool, option(NETWORKS, "--student-pretrained", help="Take its pretrained weights.")
     ] = False,
-    input_size: Annotated[str | None, _option(NETWORKS, help="The student's.")] = None,
-    compare: Annotated[str | None, _option(NETWORKS, help="Another run or checkpoint of the same student.")] = None,
-    data: Annotated[str | None, _option(DATA, help="Default: what the checkpoint remembers.")] = None,
-    data_root: Annotated[Path | None, _option(DATA, help="Where a named data set keeps its files.")] = None,
-    val_fraction: Annotated[float | None, _option(DATA, help="Hold out this share.")] = None,
-    max_bad_images: Annotated[int | None, _option(DATA, help="Unreadable images to skip (10).")] = None,
-    split: Annotated[str, _option(DATA, help="val (default) or train.")] = "val",
-    images: Annotated[int, _option(DATA, help="Drawn evenly over the classes (64).")] = 64,
-    seed: Annotated[int | None, _option(DATA, help="Of the draw and of untrained weights (0).")] = None,
-    levels: Annotated[int | None, _option(MATCHING, help="Match by depth, in at most so many stages.")] = None,
-    skip_level: Annotated[list[int] | None, _option(MATCHING, help="Leave out /N; may be repeated.")] = None,
-    taps_teacher: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
-    taps_student: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
-    neighbours: Annotated[int, _option(RESULT, help="Of each image that are compared (5).")] = 5,
-    form: Annotated[str, _option(RESULT, "--format", help="Of the figures: png (default), svg or pdf.")] = "png",
-    terminal: Annotated[bool, _option(RESULT, "--terminal", help="Draw the heatmaps here, too.")] = False,
-    output: Annotated[Path | None, _option(RESULT, help="Default: RUN/graphs or graphs/TEACHER-STUDENT.")] = None,
+    input_size: Annotated[str | None, option(NETWORKS, help="The student's.")] = None,
+    compare: Annotated[str | None, option(NETWORKS, help="Another run or checkpoint of the same student.")] = None,
+    data: Annotated[str | None, option(DATA, help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
+    val_fraction: Annotated[float | None, option(DATA, help="Hold out this share.")] = None,
+    max_bad_images: Annotated[int | None, option(DATA, help="Unreadable images to skip (10).")] = None,
+    split: Annotated[str, option(DATA, help="val (default) or train.")] = "val",
+    images: Annotated[int, option(DATA, help="Drawn evenly over the classes (64).")] = 64,
+    seed: Annotated[int | None, option(DATA, help="Of the draw and of untrained weights (0).")] = None,
+    levels: Annotated[int | None, option(MATCHING, help="Match by depth, in at most so many stages.")] = None,
+    skip_level: Annotated[list[int] | None, option(MATCHING, help="Leave out /N; may be repeated.")] = None,
+    taps_teacher: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    taps_student: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    neighbours: Annotated[int, option(RESULT, help="Of each image that are compared (5).")] = 5,
+    form: Annotated[str, option(RESULT, "--format", help="Of the figures: png (default), svg or pdf.")] = "png",
+    terminal: Annotated[bool, option(RESULT, "--terminal", help="Draw the heatmaps here, too.")] = False,
+    output: Annotated[Path | None, option(RESULT, help="Default: RUN/graphs or graphs/TEACHER-STUDENT.")] = None,
     plan_only: Annotated[
-        bool, _option(RESULT, "--plan-only", help="Show which stages meet; no data, no weights.")
+        bool, option(RESULT, "--plan-only", help="Show which stages meet; no data, no weights.")
     ] = False,
-    as_json: Annotated[bool, _option(RESULT, "--json", help="Print one JSON object.")] = False,
-    step: Annotated[int | None, _option(RUNTIME, "--batch-size", help="Images per step (64).")] = None,
-    workers: Annotated[int | None, _option(RUNTIME, help="Loader processes (1).")] = None,
-    device: Annotated[str | None, _option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")] = False,
+    step: Annotated[int | None, option(RUNTIME, "--batch-size", help="Images per step (64).")] = None,
+    workers: Annotated[int | None, option(RUNTIME, help="Loader processes (1).")] = None,
+    device: Annotated[str | None, option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
 ) -> None:
     """Show which stages of two networks meet, and how each relates the same images to one another.
 
@@ -321,7 +308,7 @@ def inspect_graph(
 @app.command()
 def models(
     pattern: Annotated[str, typer.Argument(metavar="[FILTER]", help="Such as resnet or mobilenet*_100.")] = "*",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """List networks with parameters, multiply-adds, input size and the resolutions of their stages.
 
@@ -335,18 +322,18 @@ def models(
 @app.command(name="eval")
 def evaluate(
     targets: Annotated[list[str], typer.Argument(help="Checkpoint, run folder or timm name; several make a table.")],
-    data: Annotated[str | None, typer.Option(help="Default: what the checkpoint remembers.")] = None,
-    data_root: Annotated[Path | None, typer.Option(help="Where a named data set keeps its files.")] = None,
-    against: Annotated[str | None, typer.Option(help="Teacher: checkpoint, run folder or timm name.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights for a timm name.")] = None,
-    against_checkpoint: Annotated[Path | None, typer.Option(help="Weights for the teacher's timm name.")] = None,
-    input_size: Annotated[str | None, typer.Option(help="224 or 256x192.")] = None,
-    val_fraction: Annotated[float | None, typer.Option(help="Hold out this share.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 256,
-    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ….")] = "auto",
-    amp: Annotated[str, typer.Option(help="auto, none, bf16 or fp16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.")] = None,
+    against: Annotated[str | None, option(NETWORKS, help="Teacher: checkpoint, run folder or timm name.")] = None,
+    against_checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for the teacher's timm name.")] = None,
+    input_size: Annotated[str | None, option(NETWORKS, help="224 or 256x192.")] = None,
+    data: Annotated[str | None, option(DATA, help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
+    val_fraction: Annotated[float | None, option(DATA, help="Hold out this share.")] = None,
+    batch_size: Annotated[int, option(RUNTIME, help="Images per step (256).")] = 256,
+    workers: Annotated[int, option(RUNTIME, help="Loader processes (1).")] = 1,
+    device: Annotated[str, option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = "auto",
+    amp: Annotated[str, option(RUNTIME, help="auto, none, bf16 or fp16.")] = "auto",
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Accuracy, calibration, size and speed of a network.
 
@@ -372,12 +359,18 @@ def evaluate(
     evaluate_targets(targets, checkpoint, against, against_checkpoint, config, set(given), as_json)
 
 
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+"""click's UsageError, wherever this version of typer keeps it."""
+
+
 def main() -> None:
     """Entry point: runs the app, turns our errors into one line and an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with Signals():
-            app()
+            sys.exit(app(standalone_mode=False) or 0)
+    except USAGE_ERROR as error:
+        _die(usage(error), 2)
     except UserError as error:
         _die(str(error), 2)
     except OSError as error:

@@ -21,6 +21,20 @@ LINE_EVERY = 30.0
 """Seconds between two lines of the plain log within an epoch."""
 
 
+_hushed = False
+
+
+@contextmanager
+def hushed(wanted: bool = True) -> Iterator[None]:
+    """Within, stderr gets results, warnings and errors only: no log, no progress, no table."""
+    global _hushed
+    before, _hushed = _hushed, wanted
+    try:
+        yield
+    finally:
+        _hushed = before
+
+
 class _Bar(Progress):
     """A progress bar with a line of text below it."""
 
@@ -46,6 +60,11 @@ class Report:
 
     def line(self, text: str) -> None:
         """One line of log."""
+        if not (_hushed and self.console.stderr):
+            self.result(text)
+
+    def result(self, text: str) -> None:
+        """One line of what the command is for."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
@@ -69,7 +88,7 @@ class Report:
     @contextmanager
     def progress(self, total: int, done: int) -> Iterator[None]:
         """A bar over `total` batches of the run, on a terminal."""
-        if not self.console.is_terminal or self.console.quiet:
+        if not self.console.is_terminal or self.console.quiet or _hushed:
             yield
             return
         columns = (
@@ -99,6 +118,8 @@ class Report:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stdout: bool = True) -> None:
     """A small table on the terminal."""
+    if _hushed and not stdout:
+        return
     view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for i, column in enumerate(columns):
         number = all(row[i][:1].isdigit() or row[i][:1] in "–-" for row in rows)

@@ -17,6 +17,7 @@ from irgdistill.levels import Level
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
 from irgdistill.sources import Splits, open_splits
+from irgdistill.student import build_student, resolve_student
 
 LOGIT_TERMS = ("kd", "logits", "dkd")
 RELATION_TERMS = ("edges", "transform")
@@ -37,31 +38,26 @@ class Setup:
     """Of the crop that both networks see: the larger of their two sizes."""
     booster: Network | None = None
     """The untrained network that `rocket` trains beside the student."""
+    start: str = ""
+    """Where the student's weights come from, in words; empty for random ones."""
 
     @property
     def classes(self) -> list[str]:
         return self.splits.classes
 
 
-def prepare(config: Config) -> Setup:
-    """Build and check. Raises UserError for everything that can be refused before training."""
-    name = config.student.name
-    if name is None:
-        raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
-    config = with_absolute_paths(config)
+def prepare(config: Config, begun: bool = False) -> Setup:
+    """Build and check. Raises UserError for everything that can be refused before training.
+
+    A run that has `begun` brings the student's weights itself: those it started from are not read again.
+    """
+    config = resolved(config, begun)
     splits = open_splits(config.data)
     teacher = build_teacher(config) if config.uses_teacher else None
     if teacher is not None:
         check_classes(config, teacher, splits.classes)
     random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
-    student = build_network(
-        name,
-        num_classes=len(splits.classes),
-        input_size=config.student.input_size,
-        args=config.student.args,
-    )
-    if student.num_classes != len(splits.classes):
-        raise UserError(f"{student.name} has no classifier to train on {len(splits.classes)} classes")
+    student, start = build_student(config.student, splits.classes, weights=not begun)
     if config.student.grad_checkpointing:
         _checkpoint_blocks(student)
     plan = None
@@ -70,7 +66,7 @@ def prepare(config: Config) -> Setup:
         check_input_sizes(teacher, student, plan)
     booster = build_booster(config, len(splits.classes)) if config.losses.weights()["rocket"] > 0 else None
     size = max(network.size for network in (student, teacher, booster) if network is not None)
-    return Setup(config, splits, student, teacher, plan, size, booster)
+    return Setup(config, splits, student, teacher, plan, size, booster, start)
 
 
 def _checkpoint_blocks(student: Network) -> None:
@@ -82,9 +78,11 @@ def _checkpoint_blocks(student: Network) -> None:
         raise UserError(f"{student.name} does not support student.grad_checkpointing") from None
 
 
-def with_absolute_paths(config: Config) -> Config:
-    """The same run, whatever folder it is continued or evaluated from."""
+def resolved(config: Config, begun: bool = False) -> Config:
+    """The same run, whatever folder it is continued or evaluated from. Raises UserError as `resolve_student` does."""
     config = config.model_copy(deep=True)
+    if not begun:
+        resolve_student(config.student)
     data, teacher = config.data, config.teacher
     if data.source and Path(data.source).is_dir():
         data.source = str(Path(data.source).resolve())
