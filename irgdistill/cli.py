@@ -363,6 +363,66 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """click's UsageError, wherever this version of typer keeps it."""
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def doctor(
+    context: typer.Context,
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what this machine has; with the options of `distill`, whether that run fits and what slows it down.
+
+    Exit code 1: it does not fit.
+
+    Example: irgdistill doctor --teacher resnet50 --student mobilenetv2_100 --data ./imagenet --batch-size 256
+    """
+    from irgdistill.config import load_config
+
+    refused = ("resume", "previous_state", "overwrite", "dry_run", "quiet")
+    options = options_of_distill(context, "doctor", refused)
+    config = load_config(options["preset"], list(options["settings"] or ()), settings_of(options))
+
+    from irgdistill.doctor import diagnose, processes_of
+
+    processes = processes_of(options["gpus"])
+    if options["backend"] == "gloo":
+        config.runtime.device = "cpu"
+    if not diagnose(config, bool(context.args), options["output"], processes, as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def presets(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Print this one.", show_default=False, autocompletion=complete_preset),
+    ] = None,
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """List the presets that come with irgdistill, or print one to copy and change.
+
+    Example: irgdistill presets quickstart > mine.yaml
+    """
+    from irgdistill.config import preset_files
+
+    files = preset_files(name)
+    texts = {path: path.read_text(encoding="utf-8") for path in files.values()}
+    summaries = {path: text.partition("\n")[0].lstrip("# ") for path, text in texts.items()}
+    if as_json:
+        for known, path in files.items():
+            values = {"name": known, "summary": summaries[path], "path": str(path), "text": texts[path]}
+            typer.echo(json.dumps(values))
+    elif name is not None:
+        typer.echo("".join(texts.values()), nl=False)
+        typer.echo(f"from {', '.join(map(str, texts))}", err=True)
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        view = Table.grid(padding=(0, 2))
+        for known, path in files.items():
+            view.add_row(known, summaries[path])
+        Console(highlight=False).print(view)
+
+
 def main() -> None:
     """Entry point: runs the app, turns our errors into one line and an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -75,7 +75,9 @@ def option(group: str, *names: str, help: str, complete: Callable[[str], list[st
 
 
 def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of `distill` -> {"key.path": value} of what was given."""
+    """Parameters of `distill` -> {"key.path": value} of what was given. Raises UserError for two starts."""
+    if params["student_pretrained"] and params["student_checkpoint"]:
+        raise UserError("--student-pretrained and --student-checkpoint: a student starts from one or the other")
     given = {name: value for name, value in params.items() if name in FLAGS and value not in (None, (), [])}
     flags = {FLAGS[name]: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     if params["skip_teacher_check"]:

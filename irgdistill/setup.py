@@ -46,18 +46,21 @@ class Setup:
         return self.splits.classes
 
 
-def prepare(config: Config, begun: bool = False) -> Setup:
+def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
     """Build and check. Raises UserError for everything that can be refused before training.
 
-    A run that has `begun` brings the student's weights itself: those it started from are not read again.
+    A run that has `begun` brings the student's weights itself: those it started from are not read again. Without
+    `fetch`, pretrained weights are not downloaded: random ones stand for them.
     """
     config = resolved(config, begun)
+    if config.student.name is None:
+        raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
     splits = open_splits(config.data)
-    teacher = build_teacher(config) if config.uses_teacher else None
+    teacher = build_teacher(config, fetch) if config.uses_teacher else None
     if teacher is not None:
         check_classes(config, teacher, splits.classes)
     random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
-    student, start = build_student(config.student, splits.classes, weights=not begun)
+    student, start = build_student(config.student, splits.classes, not begun, fetch)
     if config.student.grad_checkpointing:
         _checkpoint_blocks(student)
     plan = None
@@ -92,7 +95,7 @@ def resolved(config: Config, begun: bool = False) -> Config:
     return config
 
 
-def build_teacher(config: Config) -> Network:
+def build_teacher(config: Config, fetch: bool = True) -> Network:
     """The teacher by name and checkpoint. Raises UserError when neither is given."""
     spec = config.teacher
     if spec.checkpoint is not None:
@@ -103,7 +106,7 @@ def build_teacher(config: Config) -> Network:
             f"method {config.method!r} needs a teacher: give --teacher NAME or --teacher-checkpoint FILE "
             "(or --method none to train the student alone)"
         )
-    return build_network(spec.name, pretrained=True, input_size=spec.input_size)
+    return build_network(spec.name, pretrained=fetch, input_size=spec.input_size)
 
 
 def build_booster(config: Config, num_classes: int) -> Network:

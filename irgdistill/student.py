@@ -19,14 +19,11 @@ from irgdistill.models.build import load_weights, read_weights
 def resolve_student(spec: StudentConfig) -> None:
     """Write into `spec` what its checkpoint says of the network, so that a run goes on without that file.
 
-    Raises UserError: no name, a checkpoint and pretrained weights, another architecture, an unreadable file.
+    Raises UserError: another architecture than the one named, none named at all, an unreadable file.
     """
     if spec.checkpoint is None:
-        if spec.name is None:
-            raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
         return
-    if spec.pretrained:
-        raise UserError("--student-pretrained and --student-checkpoint: a student starts from one or the other")
+    spec.pretrained = False
     spec.checkpoint = spec.checkpoint.resolve()
     path = _file(spec.checkpoint)
     metadata = read_metadata(path) if path.suffix == ".safetensors" else None
@@ -46,16 +43,19 @@ def resolve_student(spec: StudentConfig) -> None:
     )
 
 
-def build_student(spec: StudentConfig, classes: list[str], weights: bool = True) -> tuple[Network, str]:
+def build_student(
+    spec: StudentConfig, classes: list[str], weights: bool = True, fetch: bool = True
+) -> tuple[Network, str]:
     """A resolved `spec` -> the network with a classifier for `classes`, and where it starts from, in words.
 
-    Without `weights` it is only built, for a run that has begun and brings its own. Raises UserError: unknown name,
-    weights that are missing or do not fit, no classifier.
+    Without `weights` it is only built, for a run that has begun and brings its own; without `fetch` nothing is
+    downloaded. Raises UserError: unknown name, weights that are missing or do not fit, no classifier.
     """
     assert spec.name is not None
+    pretrained = spec.pretrained and weights and fetch
     student = build_network(
         spec.name,
-        pretrained=spec.pretrained and weights,
+        pretrained=pretrained,
         num_classes=len(classes),
         input_size=spec.input_size,
         args=spec.args,
@@ -66,7 +66,7 @@ def build_student(spec: StudentConfig, classes: list[str], weights: bool = True)
     note = ""
     if spec.checkpoint is not None and weights:
         note = _load(student, _file(spec.checkpoint), classes)
-    elif spec.pretrained and weights:
+    elif pretrained:
         own = student.model.pretrained_cfg.get("num_classes")  # type: ignore[union-attr,operator]
         note = f"student {student.name} starts from its pretrained weights" + _of_classifier(own, classes)
     return student, note
