@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from irgdistill import __version__
+from irgdistill.cli_look import doctor, presets
 from irgdistill.cli_options import (
     DATA,
     FLAGS,
@@ -21,12 +22,15 @@ from irgdistill.cli_options import (
     RESULT,
     RUNTIME,
     TRAINING,
+    Command,
     Commands,
     complete_method,
     complete_network,
     complete_preset,
+    examples,
     option,
     options_of_distill,
+    remember_names,
     settings_of,
     usage,
 )
@@ -40,7 +44,11 @@ app = typer.Typer(
     invoke_without_command=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog=examples("irgdistill distill --preset quickstart --method none --student cifar_resnet20"),
 )
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For a command that takes the options of `distill` too."""
 
 
 def _version(wanted: bool) -> None:
@@ -61,7 +69,15 @@ def _root(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "irgdistill distill --teacher resnet50 --student mobilenetv2_100 --data ./imagenet",
+        "irgdistill distill --preset quickstart --method none --student cifar_resnet20 --output runs/teacher",
+        "irgdistill distill --preset quickstart --student cifar_resnet14_x0_5 --teacher-checkpoint runs/teacher "
+        "--output runs/student",
+    ),
+)
 def distill(
     teacher: Annotated[
         str | None, option(NETWORKS, help="timm name, hf-hub:… or local-dir:…", complete=complete_network)
@@ -111,12 +127,12 @@ def distill(
     warmup_epochs: Annotated[float | None, option(TRAINING, help="Linear warm-up (0).")] = None,
     opt: Annotated[str | None, option(TRAINING, help="timm optimizer (sgd).")] = None,
     lr: Annotated[float | None, option(TRAINING, help="Peak learning rate (0.1).")] = None,
-    weight_decay: Annotated[float | None, option(TRAINING, help="(5e-4)")] = None,
+    weight_decay: Annotated[float | None, option(TRAINING, help="Not of biases and norms (5e-4).")] = None,
     clip_grad: Annotated[float | None, option(TRAINING, help="Maximum gradient norm.")] = None,
     accumulate: Annotated[int | None, option(TRAINING, help="Batches per update (1).")] = None,
     ema: Annotated[float | None, option(TRAINING, help="Decay of averaged weights, such as 0.999.")] = None,
-    mixup: Annotated[float | None, option(TRAINING, help="Alpha.")] = None,
-    cutmix: Annotated[float | None, option(TRAINING, help="Alpha.")] = None,
+    mixup: Annotated[float | None, option(TRAINING, help="Alpha of mixup (0).")] = None,
+    cutmix: Annotated[float | None, option(TRAINING, help="Alpha of cutmix (0).")] = None,
     auto_augment: Annotated[str | None, option(TRAINING, help="timm policy, such as rand-m9-mstd0.5.")] = None,
     seed: Annotated[int | None, option(TRAINING, help="Weights, order and augmentation (0).")] = None,
     device: Annotated[str | None, option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
@@ -133,7 +149,7 @@ def distill(
         str | None, option(RUNTIME, help="Name of a preset, or a YAML file.", complete=complete_preset)
     ] = None,
     settings: Annotated[list[str] | None, option(RUNTIME, "--set", help="Any key.path=value.")] = None,
-    output: Annotated[Path | None, option(RUNTIME, help="Run folder (runs/STUDENT-METHOD-N).")] = None,
+    output: Annotated[Path | None, option(RUNTIME, help="Run folder (a new one in runs/).")] = None,
     overwrite: Annotated[bool, option(RUNTIME, "--overwrite", help="Replace the run that is there.")] = False,
     resume: Annotated[Path | None, option(RUNTIME, help="Go on with this run folder.")] = None,
     previous_state: Annotated[
@@ -146,8 +162,6 @@ def distill(
     """Train a student under a teacher (or alone: --method none).
 
     Stages are matched by spatial resolution; no layer names are needed.
-
-    Example: irgdistill distill --teacher resnet50 --student mobilenetv2_100 --data ./imagenet
     """
     given = settings_of(locals())
     if resume is not None:
@@ -166,6 +180,7 @@ def distill(
     from irgdistill import run
     from irgdistill.report import hushed
 
+    remember_names()
     summary = None
     with hushed(quiet):
         if resume is not None:
@@ -187,7 +202,15 @@ def _refuse_fixed(given: dict[str, Any]) -> None:
         raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(MOVABLE))}")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    cls=Command,
+    context_settings=PASSED_ON,
+    epilog=examples(
+        "irgdistill compare --teacher resnet50 --student resnet18 --data ./imagenet --batch-size 256",
+        "irgdistill compare --preset quickstart --methods none,irg+kd --seeds 2 --student cifar_resnet14_x0_5 "
+        "--teacher-checkpoint runs/teacher",
+    ),
+)
 def compare(
     context: typer.Context,
     methods: Annotated[
@@ -202,8 +225,6 @@ def compare(
     """Train one student by several methods and seeds, and make one table. Takes the options of `distill` too.
 
     What is finished is skipped, what is not goes on.
-
-    Example: irgdistill compare --methods none,kd,irg+kd --teacher resnet50 --student resnet18 --data ./imagenet
     """
     from irgdistill.config import MOVABLE
 
@@ -234,16 +255,25 @@ def compare(
         run(request)
 
 
-@app.command(name="inspect-graph")
+@app.command(
+    cls=Command,
+    name="inspect-graph",
+    epilog=examples(
+        "irgdistill inspect-graph runs/student --images 30 --terminal",
+        "irgdistill inspect-graph --plan-only --teacher resnet50 --student mobilenetv2_100",
+    ),
+)
 def inspect_graph(
     target: Annotated[
         str | None,
         typer.Argument(metavar="[RUN|CKPT]", help="A student's run or checkpoint.", show_default=False),
     ] = None,
-    teacher: Annotated[str | None, option(NETWORKS, help="timm name.")] = None,
+    teacher: Annotated[str | None, option(NETWORKS, help="timm name.", complete=complete_network)] = None,
     teacher_checkpoint: Annotated[Path | None, option(NETWORKS, help="Its weights; default: pretrained.")] = None,
     teacher_input_size: Annotated[str | None, option(NETWORKS, help="224 or 256x192.")] = None,
-    student: Annotated[str | None, option(NETWORKS, help="timm name; untrained without weights.")] = None,
+    student: Annotated[
+        str | None, option(NETWORKS, help="timm name; untrained without weights.", complete=complete_network)
+    ] = None,
     student_checkpoint: Annotated[Path | None, option(NETWORKS, help="Its weights.")] = None,
     student_pretrained: Annotated[
         bool, option(NETWORKS, "--student-pretrained", help="Take its pretrained weights.")
@@ -273,10 +303,7 @@ def inspect_graph(
     workers: Annotated[int | None, option(RUNTIME, help="Loader processes (1).")] = None,
     device: Annotated[str | None, option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
 ) -> None:
-    """Show which stages of two networks meet, and how each relates the same images to one another.
-
-    Example: irgdistill inspect-graph runs/mobilenetv2_100-irg-kd-1 --images 256
-    """
+    """Show which stages of two networks meet, and how each relates the same images to one another."""
     from irgdistill.config import load_config
 
     given = {FLAGS[name]: value for name, value in locals().items() if name in FLAGS and value is not None}
@@ -305,21 +332,23 @@ def inspect_graph(
     inspect(request, config, set(given))
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("irgdistill models 'cifar_resnet*'"))
 def models(
     pattern: Annotated[str, typer.Argument(metavar="[FILTER]", help="Such as resnet or mobilenet*_100.")] = "*",
     as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """List networks with parameters, multiply-adds, input size and the resolutions of their stages.
-
-    Example: irgdistill models 'mobilenet*'
-    """
+    """List networks with parameters, multiply-adds, input size and the resolutions of their stages."""
     from irgdistill.run import list_models
 
+    remember_names()
     list_models(pattern, as_json)
 
 
-@app.command(name="eval")
+@app.command(
+    cls=Command,
+    name="eval",
+    epilog=examples("irgdistill eval runs/student", "irgdistill eval runs/student --against runs/teacher --json"),
+)
 def evaluate(
     targets: Annotated[list[str], typer.Argument(help="Checkpoint, run folder or timm name; several make a table.")],
     checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.")] = None,
@@ -335,10 +364,7 @@ def evaluate(
     amp: Annotated[str, option(RUNTIME, help="auto, none, bf16 or fp16.")] = "auto",
     as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Accuracy, calibration, size and speed of a network.
-
-    Example: irgdistill eval runs/mobilenetv2_100-irg-kd-1
-    """
+    """Accuracy, calibration, size and speed of a network."""
     from irgdistill.config import load_config
 
     flags = {
@@ -359,68 +385,19 @@ def evaluate(
     evaluate_targets(targets, checkpoint, against, against_checkpoint, config, set(given), as_json)
 
 
+app.command(
+    cls=Command,
+    context_settings=PASSED_ON,
+    epilog=examples(
+        "irgdistill doctor",
+        "irgdistill doctor --preset quickstart --method none --student cifar_resnet20",
+    ),
+)(doctor)
+app.command(cls=Command, epilog=examples("irgdistill presets", "irgdistill presets quickstart > mine.yaml"))(presets)
+
+
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """click's UsageError, wherever this version of typer keeps it."""
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def doctor(
-    context: typer.Context,
-    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Show what this machine has; with the options of `distill`, whether that run fits and what slows it down.
-
-    Exit code 1: it does not fit.
-
-    Example: irgdistill doctor --teacher resnet50 --student mobilenetv2_100 --data ./imagenet --batch-size 256
-    """
-    from irgdistill.config import load_config
-
-    refused = ("resume", "previous_state", "overwrite", "dry_run", "quiet")
-    options = options_of_distill(context, "doctor", refused)
-    config = load_config(options["preset"], list(options["settings"] or ()), settings_of(options))
-
-    from irgdistill.doctor import diagnose, processes_of
-
-    processes = processes_of(options["gpus"])
-    if options["backend"] == "gloo":
-        config.runtime.device = "cpu"
-    if not diagnose(config, bool(context.args), options["output"], processes, as_json):
-        raise typer.Exit(1)
-
-
-@app.command()
-def presets(
-    name: Annotated[
-        str | None,
-        typer.Argument(help="Print this one.", show_default=False, autocompletion=complete_preset),
-    ] = None,
-    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object a line.")] = False,
-) -> None:
-    """List the presets that come with irgdistill, or print one to copy and change.
-
-    Example: irgdistill presets quickstart > mine.yaml
-    """
-    from irgdistill.config import preset_files
-
-    files = preset_files(name)
-    texts = {path: path.read_text(encoding="utf-8") for path in files.values()}
-    summaries = {path: text.partition("\n")[0].lstrip("# ") for path, text in texts.items()}
-    if as_json:
-        for known, path in files.items():
-            values = {"name": known, "summary": summaries[path], "path": str(path), "text": texts[path]}
-            typer.echo(json.dumps(values))
-    elif name is not None:
-        typer.echo("".join(texts.values()), nl=False)
-        typer.echo(f"from {', '.join(map(str, texts))}", err=True)
-    else:
-        from rich.console import Console
-        from rich.table import Table
-
-        view = Table.grid(padding=(0, 2))
-        for known, path in files.items():
-            view.add_row(known, summaries[path])
-        Console(highlight=False).print(view)
 
 
 def main() -> None:
@@ -428,7 +405,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with Signals():
-            sys.exit(app(standalone_mode=False) or 0)
+            sys.exit(app(prog_name="irgdistill", standalone_mode=False) or 0)
     except USAGE_ERROR as error:
         _die(usage(error), 2)
     except UserError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from irgdistill.errors import UserError, nearest
 
@@ -96,6 +97,21 @@ def options_of_distill(context: typer.Context, command: str, refused: tuple[str,
     return options
 
 
+def examples(*lines: str) -> str:
+    """What stands below a command's help."""
+    return "\n\n".join((f"Example{'s' * (len(lines) > 1)}:", *lines))
+
+
+class Command(TyperCommand):
+    """Its help wastes no column on a narrow terminal."""
+
+    def format_help(self, context: Any, formatter: Any) -> None:
+        from typer import rich_utils
+
+        rich_utils.STYLE_OPTIONS_TABLE_PADDING = (0, 1, 0, 0)  # type: ignore[assignment]
+        super().format_help(context, formatter)
+
+
 class Commands(TyperGroup):
     """Of an unknown command it names the nearest."""
 
@@ -144,7 +160,7 @@ def complete_method(incomplete: str) -> list[str]:
 
 
 def complete_network(incomplete: str) -> list[str]:
-    """timm names as they were when last listed: importing timm would take seconds."""
+    """timm names, as `distill` and `models` wrote them down: importing timm would take seconds."""
     try:
         names = known_names_file().read_text(encoding="utf-8").split()
     except OSError:
@@ -153,18 +169,18 @@ def complete_network(incomplete: str) -> list[str]:
 
 
 def known_names_file() -> Path:
-    """In the user's cache folder, one for each version of timm."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "irgdistill" / f"networks-{version('timm')}.txt"
+    """One for each version of timm, in `$IRGDISTILL_CACHE` or the user's cache folder."""
+    own = os.environ.get("IRGDISTILL_CACHE")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irgdistill"
+    return (Path(own) if own else cache) / f"networks-{version('timm')}.txt"
 
 
-def remember_names(names: list[str]) -> None:
-    """For `complete_network`; where the cache cannot be written, there is no completion."""
+def remember_names() -> None:
+    """For `complete_network`, once timm is there; where the cache cannot be written, there is no completion."""
+    from irgdistill.models import known_models
+
     path = known_names_file()
-    if path.exists():
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(names), encoding="utf-8")
-    except OSError:
-        pass
+    with suppress(OSError):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(known_models()), encoding="utf-8")
