@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 
 from irgdistill import __version__
 from irgdistill.config import Config
@@ -28,6 +29,8 @@ SHARED = Path("/dev/shm")
 MARGIN = 1.1
 """Allocators and libraries take more than tensors do."""
 
+STYLES = {"ok": "green", "change": "yellow", "no": "bold red"}
+
 
 @dataclass
 class Findings:
@@ -36,7 +39,7 @@ class Findings:
     rows: list[list[str]] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
     verdicts: list[tuple[str, str]] = field(default_factory=list)
-    """(ok | change | no, sentence)"""
+    """A kind of `STYLES` and a sentence: all is well, better change something, it will not run."""
 
     def row(self, name: str, text: str, **values: Any) -> None:
         self.rows.append([name, text])
@@ -64,9 +67,10 @@ def diagnose(config: Config, planned: bool, output: Path | None, processes: int,
         verdicts = [{"kind": kind, "text": text} for kind, text in found.verdicts]
         print(json.dumps({**found.values, "verdicts": verdicts, "fits": found.fits}))  # noqa: T201  the command's result
         return found.fits
-    table("", ["", "found"], found.rows)
+    table("", ["what", "found"], found.rows)
+    console = Report(stdout=True).console
     for kind, text in found.verdicts:
-        Report(stdout=True).line(f"{kind}: {text}")
+        console.print(Text.assemble((kind, STYLES[kind]), f": {text}"), soft_wrap=not console.is_terminal)
     return found.fits
 
 
@@ -106,17 +110,27 @@ def _machine(found: Findings, output: Path) -> None:
         name = torch.cuda.get_device_name(number)
         found.row(f"cuda:{number}", f"{name}, {size(free)} of {size(total)} free")
         found.values.setdefault("cuda", []).append({"name": name, "free": free, "total": total})
-    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    cores, threads = _cores(), torch.get_num_threads()
     there = memory()
-    found.row("cpu", f"{cores} cores, {threads} threads of torch, {size(there)} of memory free", cores=cores)
+    found.row(
+        "cpu",
+        f"{_count(cores, 'core')}, {_count(threads, 'thread')} of torch, {size(there)} of memory free",
+        cores=cores,
+    )
     found.values |= {"threads": threads, "memory": there}
     if SHARED.is_dir():
         found.row("shared memory", f"{size(_room(SHARED))} free", shared_memory=_room(SHARED))
     found.row("disk", f"{size(_room(output))} free for {output}", disk=_room(output))
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def memory() -> int:
-    """Bytes that processes of this container may still take."""
+    """Bytes that processes of this container may still take; all there are, where the system does not tell."""
+    if not Path("/proc/meminfo").exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = [int(info["MemAvailable"].split()[0]) * 1024]
     group = Path("/sys/fs/cgroup")
@@ -133,6 +147,10 @@ def _room(path: Path) -> int:
     """Bytes free where `path` is, or will be."""
     path = path.absolute()
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 def size(count: float) -> str:
@@ -193,13 +211,13 @@ def _speed_verdict(trial: Trial, setup: Setup, processes: int, found: Findings) 
     data, count = setup.config.data, len(setup.splits.train_indices)
     step, loader = trial.step_rate, trial.loader_rate
     found.row("step's speed", f"{step:,.0f} images/s, at {trial.step_images} images")
-    found.row("loader's speed", f"{loader:,.0f} images/s, {data.workers} workers")
+    found.row("loader's speed", f"{loader:,.0f} images/s, {_count(data.workers, 'worker')}")
     rate = min(step, loader) if data.workers else 1 / (1 / step + 1 / loader)  # without workers they take turns
     if count:
         seconds = count / (rate * processes)
         found.row("epoch", f"{seconds:,.0f} s of training for {count:,} images", epoch_seconds=seconds)
     wanted = math.ceil(max(data.workers, 1) * step / loader)
-    most = max(len(os.sched_getaffinity(0)) // processes, 1)
+    most = max(_cores() // processes, 1)
     if rate > 0.9 * step:
         found.say("ok", "the loader keeps up with the step")
     elif max(wanted, 1) <= most:
@@ -208,8 +226,8 @@ def _speed_verdict(trial: Trial, setup: Setup, processes: int, found: Findings) 
         more = f"--workers {most}, " if most > data.workers else ""
         found.say(
             "change",
-            f"training waits for images, {1 - rate / step:.0%} of its time; {wanted} workers would be needed and there "
-            f"are {most} cores for each process: {more}smaller images on disk, or lighter augmentation",
+            f"training waits for images, {1 - rate / step:.0%} of its time; it would take {_count(wanted, 'worker')}, "
+            f"more than there are cores: {more}smaller images on disk, or lighter augmentation",
         )
 
 
@@ -219,8 +237,8 @@ def _room_verdicts(trial: Trial, setup: Setup, share: int, output: Path, process
     if shared is not None and passing > shared:
         found.say(
             "no",
-            f"{workers} workers may hold {size(passing)} in shared memory, {size(shared)} are free: fewer --workers, "
-            "a smaller --batch-size, or more of it (docker: --shm-size)",
+            f"{_count(workers, 'worker')} may hold {size(passing)} in shared memory, {size(shared)} are free: "
+            "fewer --workers, a smaller --batch-size, or more of it (docker: --shm-size)",
         )
     if trial.saved > _room(output):
         found.say("no", f"the run folder may take {size(trial.saved)}, {size(_room(output))} are free for {output}")
