@@ -38,7 +38,7 @@ what soft targets of weight 1 tend to as their temperature grows (Hinton et al. 
 """
 
 MOVABLE = {
-    *("data.source", "data.root", "data.workers", "teacher.checkpoint", "runtime.device"),
+    *("data.source", "data.root", "data.workers", "data.hold_gib", "teacher.checkpoint", "runtime.device"),
     *("runtime.save_every_steps", "runtime.save_every_minutes"),
 }
 """What may change when a run goes on: where things are and when it is saved, never what is computed."""
@@ -119,6 +119,12 @@ class DataConfig(Section):
     """Images per evaluation step."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Processes that decode and augment, for each GPU; the result does not depend on their number."""
+    hold_gib: Weight = 2.0
+    """Images of up to 64 pixels are held decoded in memory where they take no more GiB than this; 0 is off."""
+    views: Annotated[int, Field(ge=1)] | None = None
+    """Augmented views of each image that an epoch each shows in turn; default: a new one every epoch."""
+    view_seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of the augmentation; default: the run's."""
     max_bad_images: Annotated[int, Field(ge=0)] = 10
     """Unreadable images to skip, each named, before the run stops."""
 

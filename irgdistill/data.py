@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,13 +23,26 @@ from torchvision import transforms
 from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
+from irgdistill.held import CropFlip, Held, fits, pixels_of
 from irgdistill.signals import leave_to_parent
 from irgdistill.sources import Source, Splits
 
 
+def crop_of(config: AugmentConfig, size: tuple[int, int]) -> str:
+    """What `auto` means at this size."""
+    return config.crop if config.crop != "auto" else "pad" if max(size) <= 64 else "resized"
+
+
+def padding_of(config: AugmentConfig, size: tuple[int, int]) -> int:
+    """Pixels on each side before the random crop."""
+    if crop_of(config, size) != "pad":
+        return 0
+    return config.padding if config.padding is not None else max(size) // 8
+
+
 def train_transform(config: AugmentConfig, size: tuple[int, int], interpolation: str, mean: Sequence[float]) -> Any:
     """Augmentation of one image: PIL -> uint8 (3, H, W)."""
-    crop = config.crop if config.crop != "auto" else "pad" if max(size) <= 64 else "resized"
+    crop = crop_of(config, size)
     compose = create_transform(
         size,
         is_training=True,
@@ -44,13 +57,24 @@ def train_transform(config: AugmentConfig, size: tuple[int, int], interpolation:
     )
     steps = compose.transforms
     if crop in ("pad", "none"):
-        padding = config.padding if config.padding is not None else max(size) // 8
-        fit = transforms.Resize(size, transforms.InterpolationMode(interpolation))
-        steps[:1] = [fit] if crop == "none" else [fit, transforms.RandomCrop(size, padding)]
+        fit = _fit(size, interpolation)
+        steps[:1] = [fit] if crop == "none" else [fit, transforms.RandomCrop(size, padding_of(config, size))]
     if config.erase > 0:
         fill = tuple(round(255 * value) for value in mean)
         steps.append(transforms.RandomErasing(config.erase, value=fill))
     return transforms.Compose(steps)
+
+
+def _fit(size: tuple[int, int], interpolation: str) -> Any:
+    return transforms.Resize(size, transforms.InterpolationMode(interpolation))
+
+
+def batched(config: AugmentConfig, size: tuple[int, int], seed: int) -> CropFlip | None:
+    """The same augmentation of whole batches of images that have this size; None where it does more than crop and
+    mirror."""
+    if crop_of(config, size) == "resized" or config.color_jitter or config.auto_augment or config.erase:
+        return None
+    return CropFlip(size, padding_of(config, size), config.hflip, lambda key: seed_words(seed, key))
 
 
 def eval_transform(size: tuple[int, int], interpolation: str, crop_pct: float) -> Any:
@@ -86,6 +110,7 @@ class Images(Dataset[Any]):
     """Images of a source by key = epoch · len + position, transformed under a seed that depends on the key alone.
 
     An unreadable image is reported and, in training, replaced by the next readable one; in evaluation left out.
+    After `hold`, decoded images are kept in memory, and augmented a batch at a time.
     """
 
     def __init__(
@@ -98,28 +123,65 @@ class Images(Dataset[Any]):
         self.queue = bad.queue
         self.limit = bad.limit
         self.training = training
+        self.held: Held | None = None
+        self.whole: Callable[[Tensor, Sequence[int]], Tensor] = lambda pixels, keys: pixels
+
+    def hold(self, size: tuple[int, int], fit: Any, whole: Callable[[Tensor, Sequence[int]], Tensor] | None) -> None:
+        """Keep every image as `fit` gives it, PIL -> `size`; `whole` then takes the place of `transform`."""
+        self.held = Held(len(self), size, lambda position: self._read(position, fit))
+        self.whole = whole or self.whole
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, key: int) -> tuple[Tensor, int] | None:
-        for attempt in range(min(self.limit + 1, len(self)) if self.training else 1):
-            index = self.indices[(key + attempt) % len(self)]
-            try:
-                image, label = self.source.load(index)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                self.queue.put(self.source.describe(index))
-                continue
-            with _seeded(self.seed, key):
-                return self.transform(image), label
+        for position in self._candidates(key):
+            found = self._read(position, lambda image: _under(self.seed, key, self.transform, image))
+            if found is not None:
+                return found
         return None
+
+    def __getitems__(self, keys: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """A batch at once: images (B, 3, H, W) and labels (B,), the unreadable ones left out; None: all are."""
+        if self.held is None:
+            return _collate([self[key] for key in keys])
+        held = self.held
+        places = [(key, next(filter(held.has, self._candidates(key)), None)) for key in keys]
+        kept = [(key, position) for key, position in places if position is not None]
+        if not kept:
+            return None
+        chosen = torch.tensor([position for _, position in kept])
+        return self.whole(held.pixels[chosen], [key for key, _ in kept]), held.labels[chosen]
+
+    def _candidates(self, key: int) -> Iterator[int]:
+        """Positions to try."""
+        for attempt in range(min(self.limit + 1, len(self)) if self.training else 1):
+            yield (key + attempt) % len(self)
+
+    def _read(self, position: int, transform: Any) -> tuple[Tensor, int] | None:
+        try:
+            image, label = self.source.load(self.indices[position])
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            self.queue.put(self.source.describe(self.indices[position]))
+            return None
+        return transform(image), label
+
+
+def seed_words(seed: int, key: int) -> Any:
+    """Two words for the generators of one image."""
+    return np.random.SeedSequence((seed, key)).generate_state(2)
+
+
+def _under(seed: int, key: int, transform: Any, image: Image.Image) -> Tensor:
+    with _seeded(seed, key):
+        return cast(Tensor, transform(image))
 
 
 class _seeded:
     """Python's, numpy's and torch's generators seeded by (seed, key); put back after, where they are the run's own."""
 
     def __init__(self, seed: int, key: int) -> None:
-        self.words = np.random.SeedSequence((seed, key)).generate_state(2)
+        self.words = seed_words(seed, key)
         self.saved: Any = None
 
     def __enter__(self) -> None:
@@ -143,8 +205,9 @@ class Order(torch.utils.data.Sampler[int]):
     from its back, in mirror order, so that mixup, which pairs the first image with the last, finds its partners.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, world: World) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int, world: World, views: int | None = None) -> None:
         self.length = length
+        self.views = views
         self.batch_size = batch_size
         self.seed = seed
         share = batch_size // world.size
@@ -160,7 +223,8 @@ class Order(torch.utils.data.Sampler[int]):
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
         )
-        order = torch.randperm(self.length, generator=generator) + self.epoch * self.length
+        view = self.epoch if self.views is None else self.epoch % self.views
+        order = torch.randperm(self.length, generator=generator) + view * self.length
         whole = order[: self.length // self.batch_size * self.batch_size].view(-1, self.batch_size)
         return iter(whole[self.start :, self.part].flatten().tolist())
 
@@ -184,19 +248,22 @@ class Loader:
         training: bool,
         bad: BadImages,
         world: World | None = None,
+        views: int | None = None,
     ) -> None:
         world = world or World()
         self.batch_size = batch_size
         self.device = device
         self.bad = bad
         self.stream = isinstance(images, IterableDataset)
-        self.order = Order(len(images), batch_size, seed, world) if training and not self.stream else None
+        self.order = Order(len(images), batch_size, seed, world, views) if training and not self.stream else None
+        forks = workers > 0 and getattr(images, "held", None) is not None and "fork" in mp.get_all_start_methods()
         self.loader = DataLoader(
             images,
             batch_size=batch_size // world.size if training else batch_size,
             sampler=self.order,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=_collate if self.stream else _as_it_is,
+            multiprocessing_context="fork" if forks else None,  # what is held is filled by all
             worker_init_fn=leave_to_parent,
             drop_last=training,
             pin_memory=device.type == "cuda",
@@ -223,6 +290,10 @@ class Loader:
             if batch is not None and number >= skip:
                 images, labels = batch
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _collate(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] | None:
@@ -252,8 +323,16 @@ def train_loader(
     count = len(splits.train_indices)
     if config.batch_size > count:
         raise UserError(f"--batch-size {config.batch_size} is larger than the {count} training images")
-    images = Images(splits.train, splits.train_indices, transform, seed, bad, training=True)
-    return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world)
+    view_seed = seed if config.view_seed is None else config.view_seed
+    images = Images(splits.train, splits.train_indices, transform, view_seed, bad, training=True)
+    whole = batched(augment, size, view_seed)
+    if whole is not None and fits(count, size, config.hold_gib):
+        images.hold(size, _then_pixels(_fit(size, interpolation)), whole)
+    return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world, config.views)
+
+
+def _then_pixels(fit: Any) -> Any:
+    return lambda image: pixels_of(fit(image))
 
 
 def eval_loader(
@@ -278,4 +357,6 @@ def eval_loader(
     if world is not None:
         indices = indices[world.rank :: world.size]
     images = Images(splits.val, indices, transform, 0, bad, training=False)
+    if fits(len(indices), size, config.hold_gib):
+        images.hold(size, lambda image: torch.as_tensor(transform(image)), None)
     return Loader(images, config.eval_batch_size, config.workers, device, 0, False, bad)
