@@ -26,6 +26,7 @@ FLAGS = {
     "teacher": "teacher.name",
     "teacher_checkpoint": "teacher.checkpoint",
     "teacher_input_size": "teacher.input_size",
+    "teacher_cache": "teacher.cache",
     "student": "student.name",
     "input_size": "student.input_size",
     "data": "data.source",
@@ -102,6 +103,7 @@ def distill(
     teacher_input_size: Annotated[
         str | None, _option(NETWORKS, help="224 or 256x192; default: the teacher's own.")
     ] = None,
+    teacher_cache: Annotated[Path | None, _option(NETWORKS, help="What `cache-teacher` wrote, in its place.")] = None,
     student: Annotated[str | None, _option(NETWORKS, help="timm name of the network to train.")] = None,
     input_size: Annotated[str | None, _option(NETWORKS, help="Student's; default: its own.")] = None,
     skip_teacher_check: Annotated[
@@ -221,18 +223,10 @@ def compare(
     from irgdistill.compare import compare as run
     from irgdistill.config import MOVABLE
 
-    assert context.parent is not None
-    parser = typer.main.get_command(app).commands["distill"]  # type: ignore[attr-defined]
-    options = parser.make_context("compare", list(context.args), parent=context.parent).params
     refused = ("method", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
-    for name in refused:
-        if options[name]:
-            raise UserError(f"compare does not take --{name.replace('_', '-')}")
-    given = {name: value for name, value in options.items() if name in FLAGS and value not in (None, (), [])}
-    flags = {FLAGS[name]: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    if options["skip_teacher_check"]:
-        flags["teacher.check"] = False
-    movable = {f"--{name.replace('_', '-')}": str(value) for name, value in given.items() if FLAGS[name] in MOVABLE}
+    options, flags = _as_distill(context, refused)
+    options_of = {key: f"--{name.replace('_', '-')}" for name, key in FLAGS.items()}
+    movable = {options_of[key]: str(value) for key, value in flags.items() if key in MOVABLE and key in options_of}
     run(
         Request(
             methods=[name for name in methods.replace(" ", "").split(",") if name],
@@ -245,6 +239,47 @@ def compare(
             moved=[word for option in movable.items() for word in option],
         )
     )
+
+
+def _as_distill(context: typer.Context, refused: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that a command takes as `distill` does -> all of them, and configuration keys with their values."""
+    assert context.parent is not None
+    parser = typer.main.get_command(app).commands["distill"]  # type: ignore[attr-defined]
+    options = parser.make_context(context.info_name, list(context.args), parent=context.parent).params
+    for name in refused:
+        if options[name]:
+            raise UserError(f"{context.info_name} does not take --{name.replace('_', '-')}")
+    given = {name: value for name, value in options.items() if name in FLAGS and value not in (None, (), [])}
+    flags = {FLAGS[name]: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    if options["skip_teacher_check"]:
+        flags["teacher.check"] = False
+    return options, flags
+
+
+@app.command(name="cache-teacher", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def cache_teacher(
+    context: typer.Context,
+    views: Annotated[int, _option(DATA, help="Augmented views of each image (1).")] = 1,
+    store: Annotated[str, _option(RESULT, help="Numbers as fp16 (default) or fp32.")] = "fp16",
+    logits: Annotated[str, _option(RESULT, help="all (default), or how many of the largest.")] = "all",
+    output: Annotated[Path, _option(RESULT, help="Its folder (runs/teacher-cache).")] = Path("runs/teacher-cache"),
+) -> None:
+    """Run the teacher once over every view of every training image. Takes the options of `distill` too.
+
+    Students then train with `distill --teacher-cache FOLDER`, with no teacher in memory.
+
+    Example: irgdistill cache-teacher --teacher resnet50 --data ./imagenet --views 20
+    """
+    from irgdistill.config import load_config
+
+    refused = ("resume", "previous_state", "overwrite", "dry_run", "gpus", "backend", "teacher_cache")
+    options, flags = _as_distill(context, refused)
+    config = load_config(options["preset"], list(options["settings"] or ()), flags)
+
+    from irgdistill.caching import Request
+    from irgdistill.caching import cache_teacher as run
+
+    run(Request(output, views, store, logits), config)
 
 
 @app.command(name="inspect-graph")

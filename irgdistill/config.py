@@ -38,7 +38,15 @@ what soft targets of weight 1 tend to as their temperature grows (Hinton et al. 
 """
 
 MOVABLE = {
-    *("data.source", "data.root", "data.workers", "data.hold_gib", "teacher.checkpoint", "runtime.device"),
+    *(
+        "data.source",
+        "data.root",
+        "data.workers",
+        "data.hold_gib",
+        "teacher.checkpoint",
+        "teacher.cache",
+        "runtime.device",
+    ),
     *("runtime.save_every_steps", "runtime.save_every_minutes"),
 }
 """What may change when a run goes on: where things are and when it is saved, never what is computed."""
@@ -81,6 +89,8 @@ class TeacherConfig(Section):
     """Weights: safetensors, or a .pth read with `weights_only=True`. Without it the teacher is pretrained."""
     input_size: Size | None = None
     """Height and width in pixels; default: what the teacher was trained on."""
+    cache: Path | None = None
+    """What `cache-teacher` wrote: it answers in the teacher's place."""
     check: bool = True
     """Evaluate the teacher before training and stop when it is near chance."""
 

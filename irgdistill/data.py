@@ -124,6 +124,7 @@ class Images(Dataset[Any]):
         self.limit = bad.limit
         self.training = training
         self.held: Held | None = None
+        self.answers: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
         self.whole: Callable[[Tensor, Sequence[int]], Tensor] = lambda pixels, keys: pixels
 
     def hold(self, size: tuple[int, int], fit: Any, whole: Callable[[Tensor, Sequence[int]], Tensor] | None) -> None:
@@ -141,17 +142,18 @@ class Images(Dataset[Any]):
                 return found
         return None
 
-    def __getitems__(self, keys: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    def __getitems__(self, keys: Sequence[int]) -> tuple[Any, ...] | None:
         """A batch at once: images (B, 3, H, W) and labels (B,), the unreadable ones left out; None: all are."""
         if self.held is None:
-            return _collate([self[key] for key in keys])
-        held = self.held
-        places = [(key, next(filter(held.has, self._candidates(key)), None)) for key in keys]
-        kept = [(key, position) for key, position in places if position is not None]
-        if not kept:
-            return None
-        chosen = torch.tensor([position for _, position in kept])
-        return self.whole(held.pixels[chosen], [key for key, _ in kept]), held.labels[chosen]
+            samples = {key: sample for key in keys if (sample := self[key]) is not None}
+            batch, kept = _collate(list(samples.values())), list(samples)
+        else:
+            held = self.held
+            places = {key: next(filter(held.has, self._candidates(key)), None) for key in keys}
+            kept = [key for key, position in places.items() if position is not None]
+            chosen = torch.tensor([position for position in places.values() if position is not None], dtype=torch.long)
+            batch = (self.whole(held.pixels[chosen], kept), held.labels[chosen]) if kept else None
+        return batch if batch is None or self.answers is None else (*batch, self.answers(kept))
 
     def _candidates(self, key: int) -> Iterator[int]:
         """Positions to try."""
@@ -277,8 +279,11 @@ class Loader:
         """Batches of a whole epoch."""
         return self.images // self.batch_size if self.training else -(-self.images // self.batch_size)
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of one epoch, from batch `start` on. Raises UserError when too many images are unreadable."""
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Any, ...]]:
+        """Batches of one epoch, from batch `start` on: images, labels, answers where there are.
+
+        Raises UserError when too many images are unreadable.
+        """
         skip = 0
         if self.order is not None:
             self.order.epoch, self.order.start = epoch, start
@@ -288,8 +293,13 @@ class Loader:
         for number, batch in enumerate(self.loader):
             self.bad.collect()
             if batch is not None and number >= skip:
-                images, labels = batch
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                yield tuple(_to(part, self.device) for part in batch)
+
+
+def _to(part: Any, device: torch.device) -> Any:
+    if isinstance(part, dict):
+        return {name: _to(value, device) for name, value in part.items()}
+    return part.to(device, non_blocking=True)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -303,6 +313,26 @@ def _collate(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] 
     return torch.stack([torch.as_tensor(image) for image, _ in kept]), torch.tensor([int(label) for _, label in kept])
 
 
+def train_images(
+    splits: Splits,
+    config: DataConfig,
+    augment: AugmentConfig,
+    size: tuple[int, int],
+    interpolation: str,
+    mean: Sequence[float],
+    seed: int,
+    bad: BadImages,
+) -> Images:
+    """Augmented training images, by key; small ones are held in memory."""
+    images = Images(
+        splits.train, splits.train_indices, train_transform(augment, size, interpolation, mean), seed, bad, True
+    )
+    whole = batched(augment, size, seed)
+    if whole is not None and fits(len(images), size, config.hold_gib):
+        images.hold(size, _then_pixels(_fit(size, interpolation)), whole)
+    return images
+
+
 def train_loader(
     splits: Splits,
     config: DataConfig,
@@ -314,20 +344,21 @@ def train_loader(
     seed: int,
     bad: BadImages,
     world: World | None = None,
+    answers: Callable[[Sequence[int]], dict[str, Tensor]] | None = None,
 ) -> Loader:
-    """Shuffled, augmented batches, this process's part of each. Raises UserError for a batch larger than the data."""
-    transform = train_transform(augment, size, interpolation, mean)
+    """Shuffled, augmented batches, this process's part of each. Raises UserError for a batch larger than the data.
+
+    `answers` gives what is known of the views with some keys; the batches then have it as a third part.
+    """
     if splits.streaming:
-        splits.train.transform = transform  # type: ignore[attr-defined]
+        splits.train.transform = train_transform(augment, size, interpolation, mean)  # type: ignore[attr-defined]
         return Loader(splits.train, config.batch_size, config.workers, device, seed, True, bad)
     count = len(splits.train_indices)
     if config.batch_size > count:
         raise UserError(f"--batch-size {config.batch_size} is larger than the {count} training images")
     view_seed = seed if config.view_seed is None else config.view_seed
-    images = Images(splits.train, splits.train_indices, transform, view_seed, bad, training=True)
-    whole = batched(augment, size, view_seed)
-    if whole is not None and fits(count, size, config.hold_gib):
-        images.hold(size, _then_pixels(_fit(size, interpolation)), whole)
+    images = train_images(splits, config, augment, size, interpolation, mean, view_seed, bad)
+    images.answers = answers
     return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world, config.views)
 
 

@@ -69,7 +69,7 @@ class Parts:
         self.student = self.world.wrap(learner, self.world.size > 1 and has_unused_parameters(self.tapped))
         self.deployed = network if self.ema is None else Tapped(self.ema.module, view, (), last)
         self.teacher = None
-        if setup.teacher is not None:
+        if setup.teacher is not None and setup.cache is None:
             model, view = self._place(setup.teacher.model), setup.teacher.view().to(self.device)
             teacher = Tapped(model, view, plan.teacher_taps() if plan else (), last, self.loss.teacher_maps())
             self.teacher = self._compiled(teacher.requires_grad_(False).eval())
@@ -96,17 +96,22 @@ class Parts:
     def _build_loaders(self) -> None:
         setup, config, student = self.setup, self.config, self.setup.student
         self.bad = BadImages(config.data.max_bad_images, self.report.warn)
+        self.cache = setup.cache if config.uses_teacher else None
+        if self.cache is not None:
+            self.cache.open()
+        views = {} if setup.cache is None else setup.cache.views
         self.train = train_loader(
             setup.splits,
             config.data,
             config.augment,
             setup.size,
-            student.interpolation,
-            student.mean,
+            views.get("interpolation", student.interpolation),
+            views.get("mean", student.mean),
             self.device,
             config.seed,
             self.bad,
             self.world,
+            None if self.cache is None else self.cache.rows,
         )
         self.val = eval_loader(
             setup.splits,

@@ -10,8 +10,10 @@ import torch
 from timm.layers import use_reentrant_ckpt
 from timm.utils import random_seed
 
+from irgdistill.cache import Cache, describe_data, describe_teacher, describe_views
 from irgdistill.checkpoint import find_checkpoint, restore
 from irgdistill.config import Config
+from irgdistill.data import BadImages, train_images
 from irgdistill.errors import UserError
 from irgdistill.levels import Level
 from irgdistill.matching import Plan, match
@@ -37,6 +39,8 @@ class Setup:
     """Of the crop that both networks see: the larger of their two sizes."""
     booster: Network | None = None
     """The untrained network that `rocket` trains beside the student."""
+    cache: Cache | None = None
+    """What answers in the teacher's place, which then has no weights."""
 
     @property
     def classes(self) -> list[str]:
@@ -49,8 +53,13 @@ def prepare(config: Config) -> Setup:
     if name is None:
         raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
     config = with_absolute_paths(config)
+    cache = None if config.teacher.cache is None else Cache(config.teacher.cache)
+    if cache is not None:
+        config = cache.adopt(config)
     splits = open_splits(config.data)
-    teacher = build_teacher(config) if config.uses_teacher else None
+    teacher = None
+    if config.uses_teacher:
+        teacher = build_teacher(config) if cache is None else _cached_teacher(cache, config)
     if teacher is not None:
         check_classes(config, teacher, splits.classes)
     random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
@@ -70,7 +79,39 @@ def prepare(config: Config) -> Setup:
         check_input_sizes(teacher, student, plan)
     booster = build_booster(config, len(splits.classes)) if config.losses.weights()["rocket"] > 0 else None
     size = max(network.size for network in (student, teacher, booster) if network is not None)
-    return Setup(config, splits, student, teacher, plan, size, booster)
+    if cache is not None:
+        size = cache.size
+        _check_cache(cache, config, splits, student, plan)
+    return Setup(config, splits, student, teacher, plan, size, booster, cache)
+
+
+def _cached_teacher(cache: Cache, config: Config) -> Network:
+    """The teacher without its weights; those of a teacher that was named too must be the ones that answered."""
+    if config.teacher.name is not None or config.teacher.checkpoint is not None:
+        cache.check_same("teacher", describe_teacher(build_teacher(config)))
+    return cache.teacher()
+
+
+def _check_cache(cache: Cache, config: Config, splits: Splits, student: Network, plan: Plan | None) -> None:
+    """Raises UserError where the run is not on what was cached."""
+    if splits.streaming:
+        raise UserError(f"{config.data.source} is a stream, which no teacher cache can be of")
+    interpolation, mean = str(cache.views["interpolation"]), cache.views.get("mean", student.mean)
+    count, seed = cache.views["views"], cache.views["seed"]
+    cache.check_same("views", describe_views(config.augment, cache.size, interpolation, mean, count, seed))
+    images = train_images(
+        splits,
+        config.data,
+        config.augment,
+        cache.size,
+        interpolation,
+        mean,
+        seed,
+        BadImages(config.data.max_bad_images),
+    )
+    cache.check_same("data", describe_data(images, splits, count))
+    if config.uses_teacher:
+        cache.check_terms(config.losses.weights(), plan)
 
 
 def _checkpoint_blocks(student: Network) -> None:
@@ -91,6 +132,8 @@ def with_absolute_paths(config: Config) -> Config:
     data.root = data.root.resolve()
     if teacher.checkpoint is not None:
         teacher.checkpoint = teacher.checkpoint.resolve()
+    if teacher.cache is not None:
+        teacher.cache = teacher.cache.resolve()
     return config
 
 

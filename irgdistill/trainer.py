@@ -47,13 +47,18 @@ class Trainer(Parts):
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Raw images (B, 3, H, W), labels (B,) -> total and raw terms. One backward; an update at a boundary."""
+    def train_step(self, images: Tensor, labels: Tensor, cached: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Raw images (B, 3, H, W), labels (B,) -> total and raw terms. One backward; an update at a boundary.
+
+        `cached`: rows of the teacher cache, where there is one.
+        """
         images, targets = (images, labels) if self.mix is None else self.mix(images.float(), labels)
         boundary = (self.batch + 1) % self.accumulate == 0
         with self.world.local_gradients(self.student, wanted=not boundary), self.autocast:
             with torch.no_grad():
                 teacher = None if self.teacher is None else self.teacher(images)
+            if self.cache is not None and cached is not None:
+                teacher = self.cache.output(cached)
             student = self.student(images)
         raw = self.loss(Batch(student, targets, teacher))
         total = self.loss.total(raw)
@@ -184,8 +189,8 @@ class Trainer(Parts):
         self.student.train()
         log_every = self.config.runtime.log_every * self.accumulate
         since, images_since = time.perf_counter(), 0
-        for images, labels in self.train.epoch(self.epoch, start=self.batch):
-            values = {"count": torch.ones((), device=self.device), **self.train_step(images, labels)}
+        for images, labels, *cached in self.train.epoch(self.epoch, start=self.batch):
+            values = {"count": torch.ones((), device=self.device), **self.train_step(images, labels, *cached)}
             self.sums = {name: self.sums[name] + value for name, value in values.items()} if self.sums else values
             images_since += len(labels) * self.world.size
             if self.batch % log_every == 0 or self.batch == self.batches:
