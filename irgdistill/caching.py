@@ -29,7 +29,7 @@ from irgdistill.errors import Interrupted, UserError, nearest
 from irgdistill.files import read_tensors, save_tensors, write_text
 from irgdistill.levels import Tap
 from irgdistill.matching import ends, match
-from irgdistill.models import Network, build_network
+from irgdistill.models import Network, build_network, fold_batch_norm
 from irgdistill.report import Report
 from irgdistill.setup import autocast, build_teacher, check_classes, choose_device, with_absolute_paths
 from irgdistill.signals import Stopped, leave_to_parent
@@ -95,6 +95,8 @@ def cache_teacher(request: Request, config: Config) -> None:
     model = teacher.model.to(device)
     if config.runtime.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if config.runtime.fold:
+        fold_batch_norm(model.eval(), teacher.size, {tap.module for tap in taps})
     network = Tapped(model, teacher.view().to(device), taps, config.runtime.channels_last).requires_grad_(False).eval()
     try:
         _write(request.output, about, images, network, config, largest, TYPES[request.store], report)

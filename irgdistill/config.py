@@ -279,6 +279,8 @@ class RuntimeConfig(Section):
     amp: Literal["auto", "none", "bf16", "fp16"] = "auto"
     """Autocast precision; `auto`: bf16 on CUDA, none on the CPU. Relations are computed in float32 in any case."""
     channels_last: bool = False
+    fold: bool = True
+    """Fold the teacher's batch norms into its convolutions, where its logits stay the same to 1e-4."""
     compile: bool = False
     """Run both networks through `torch.compile`."""
     graph_scope: Literal["global", "local"] = "global"

@@ -13,6 +13,7 @@ from irgdistill.distributed import World, statistics_of, synchronised
 from irgdistill.errors import UserError
 from irgdistill.evaluate import evaluate
 from irgdistill.losses import Learner, build_loss
+from irgdistill.models import fold_batch_norm
 from irgdistill.optim import build_mix, build_optimizer, build_scheduler
 from irgdistill.report import Report
 from irgdistill.setup import Setup, autocast, choose_device
@@ -71,7 +72,10 @@ class Parts:
         self.teacher = None
         if setup.teacher is not None and setup.cache is None:
             model, view = self._place(setup.teacher.model), setup.teacher.view().to(self.device)
-            teacher = Tapped(model, view, plan.teacher_taps() if plan else (), last, self.loss.teacher_maps())
+            taps = plan.teacher_taps() if plan else []
+            if config.runtime.fold:
+                fold_batch_norm(model.eval(), setup.teacher.size, {tap.module for tap in taps})
+            teacher = Tapped(model, view, taps, last, self.loss.teacher_maps())
             self.teacher = self._compiled(teacher.requires_grad_(False).eval())
 
     def _booster(self) -> Tapped | None:
