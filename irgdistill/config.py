@@ -283,6 +283,8 @@ class RuntimeConfig(Section):
     """Fold the teacher's batch norms into its convolutions, where its logits stay the same to 1e-4."""
     compile: bool = False
     """Run both networks through `torch.compile`."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """Of `torch.compile`; `reduce-overhead` records CUDA graphs, for small networks on a large GPU."""
     graph_scope: Literal["global", "local"] = "global"
     """On many processes, the images that relations span: those of all, or of each process alone."""
     sync_bn: bool = False

@@ -7,8 +7,10 @@ depend on the number of workers and can go on in the middle of an epoch. Loaders
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -274,6 +276,9 @@ class Loader:
         )
         self.training = training
         self.images = len(images)
+        self.waited = 0.0
+        """Seconds for which batches were waited for."""
+        self._first, self._told, self._epoch = True, False, 0
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
@@ -284,16 +289,52 @@ class Loader:
 
         Raises UserError when too many images are unreadable.
         """
-        skip = 0
+        skip, self._epoch = 0, epoch
         if self.order is not None:
             self.order.epoch, self.order.start = epoch, start
         elif self.stream:
             self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
             skip = start
-        for number, batch in enumerate(self.loader):
+        for number, batch in enumerate(self._timed(self.loader)):
             self.bad.collect()
             if batch is not None and number >= skip:
                 yield tuple(_to(part, self.device) for part in batch)
+
+    def _timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        iterator = iter(batches)
+        while True:
+            since = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - since
+            yield batch
+
+    def bottleneck(self, seconds: float, behind: float) -> str | None:
+        """That training waited for images for more than WAITING of these `seconds`, and what to change; told once.
+
+        `behind`: seconds for which the device was still at work when all was asked of it. Nothing is told of the first
+        stretch, in which processes start, and of an epoch that fills the memory.
+        """
+        waited, self.waited = self.waited, 0.0
+        first, self._first = self._first, False
+        filling = self._epoch == 0 and getattr(self.loader.dataset, "held", None) is not None
+        if first or filling or self._told or waited < WAITING * seconds or 2 * behind > WAITING * seconds:
+            return None
+        self._told = True
+        workers, cores = self.loader.num_workers, len(os.sched_getaffinity(0)) if LINUX else os.cpu_count() or 1
+        advice = "smaller files or a faster disk may help"
+        if workers < cores - 1:
+            advice = "more --workers may help"
+        return (
+            f"training waited for images {waited / seconds:.0%} of the time: {advice} "
+            f"(--workers {workers}, {cores} cores)"
+        )
+
+
+WAITING = 0.1
+LINUX = hasattr(os, "sched_getaffinity")
 
 
 def _to(part: Any, device: torch.device) -> Any:

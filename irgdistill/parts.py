@@ -95,7 +95,7 @@ class Parts:
         torch._functorch.config.donated_buffer = False  # gradient shares run backward more than once
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # networks alike may differ in their taps
         torch._dynamo.reset()  # or earlier runs of this process would use up the limit of recompilations
-        return cast(Tapped, torch.compile(network))
+        return cast(Tapped, torch.compile(network, mode=self.config.runtime.compile_mode))
 
     def _build_loaders(self) -> None:
         setup, config, student = self.setup, self.config, self.setup.student

@@ -52,6 +52,7 @@ class Trainer(Parts):
 
         `cached`: rows of the teacher cache, where there is one.
         """
+        torch.compiler.cudagraph_mark_step_begin()  # what recorded graphs gave may be overwritten from here on
         images, targets = (images, labels) if self.mix is None else self.mix(images.float(), labels)
         boundary = (self.batch + 1) % self.accumulate == 0
         with self.world.local_gradients(self.student, wanted=not boundary), self.autocast:
@@ -217,6 +218,7 @@ class Trainer(Parts):
 
     def _log(self, images: int, seconds: float) -> None:
         self.seconds, self.images_seen = self.seconds + seconds, self.images_seen + images
+        asked = time.perf_counter()
         count, *sums = self.world.mean(torch.stack([value.float() for value in self.sums.values()])).tolist()
         means = dict(zip(list(self.sums)[1:], (value / count for value in sums), strict=True))
         self.sums = {}
@@ -232,6 +234,9 @@ class Trainer(Parts):
                 "images_per_second": images / seconds,
             }
         )
+        slow = self.train.bottleneck(seconds, time.perf_counter() - asked)
+        if slow:
+            self.report.warn(slow)
         title = f"epoch {self.epoch + 1}/{self.config.schedule.epochs}"
         if self.best and self.last:
             title += f"  top-1 {self.last['top1']:.2f} (best {self.best['top1']:.2f})"

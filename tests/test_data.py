@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,25 @@ def test_images_held_in_memory_are_those_read_one_by_one(
 )
 def test_other_augmentation_is_not_done_in_batches(folder: Path, augment: dict[str, Any]) -> None:
     assert loader(DataConfig(source=str(folder), batch_size=24), **augment).loader.dataset.held is None
+
+
+def test_a_loader_that_is_waited_for_says_so_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = loader(DataConfig(source=str(folder), batch_size=24, workers=0), color_jitter=0.1)
+    load = source.loader.dataset.source.load
+    slow = lambda index: (time.sleep(0.002), load(index))[1]  # noqa: E731
+    monkeypatch.setattr(source.loader.dataset.source, "load", slow)
+    said = []
+    for epoch in range(4):
+        list(source.epoch(epoch))
+        said.append((source.waited > 0.1, source.bottleneck(seconds=1.0, behind=0.0)))
+    assert [waited for waited, _ in said] == [True] * 4
+    assert [bool(text) for _, text in said] == [False, True, False, False]
+    assert "--workers 0" in str(said[1][1])
+    source._told = False
+    list(source.epoch(4))
+    assert source.bottleneck(seconds=1.0, behind=0.5) is None, "the device was busy all the time"
+    list(source.epoch(5))
+    assert source.bottleneck(seconds=100.0, behind=0.0) is None, "hardly waited"
 
 
 def test_what_is_held_has_a_limit() -> None:
