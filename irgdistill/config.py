@@ -394,11 +394,26 @@ def presets() -> dict[str, Path]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """Preset by name, or any YAML file by path. Raises UserError with the nearest names."""
+    """Preset by name, or any YAML file by path; `extends: NAME` begins with another preset.
+
+    Raises UserError with the nearest names.
+    """
     path = presets().get(name) or Path(name)
     if not path.is_file():
         raise UserError(f"no preset {name!r}{nearest(name, presets())} (known: {', '.join(presets())}, or a YAML file)")
-    return read_yaml(path)
+    tree = read_yaml(path)
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if str(base) not in presets() or base == name:
+        raise UserError(f"{path} extends {base!r}{nearest(str(base), presets())} (known: {', '.join(presets())})")
+    return _merged(load_preset(base), tree)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Trees of settings, the second one on top."""
+    both = {key for key in above if isinstance(below.get(key), dict) and isinstance(above[key], dict)}
+    return {**below, **above, **{key: _merged(below[key], above[key]) for key in both}}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
