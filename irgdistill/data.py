@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision import transforms
 
+from irgdistill.balance import draw_balanced
 from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
@@ -139,12 +140,15 @@ class _seeded:
 class Order(torch.utils.data.Sampler[int]):
     """Keys of one epoch's whole batches, shuffled by (seed, epoch), from a batch on: this process's part of each.
 
+    With `labels` (length,) every class is drawn equally often.
+
     The batches of all processes together are those of one process. Each takes as many from the front of a batch as
     from its back, in mirror order, so that mixup, which pairs the first image with the last, finds its partners.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, world: World) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int, world: World, labels: Tensor | None = None) -> None:
         self.length = length
+        self.labels = labels
         self.batch_size = batch_size
         self.seed = seed
         share = batch_size // world.size
@@ -160,8 +164,12 @@ class Order(torch.utils.data.Sampler[int]):
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
         )
-        order = torch.randperm(self.length, generator=generator) + self.epoch * self.length
-        whole = order[: self.length // self.batch_size * self.batch_size].view(-1, self.batch_size)
+        count = self.length // self.batch_size * self.batch_size
+        if self.labels is None:
+            order = torch.randperm(self.length, generator=generator) + self.epoch * self.length
+        else:
+            order = draw_balanced(self.labels, count, self.epoch, generator)
+        whole = order[:count].view(-1, self.batch_size)
         return iter(whole[self.start :, self.part].flatten().tolist())
 
     def __len__(self) -> int:
@@ -184,13 +192,14 @@ class Loader:
         training: bool,
         bad: BadImages,
         world: World | None = None,
+        balance: Tensor | None = None,
     ) -> None:
         world = world or World()
         self.batch_size = batch_size
         self.device = device
         self.bad = bad
         self.stream = isinstance(images, IterableDataset)
-        self.order = Order(len(images), batch_size, seed, world) if training and not self.stream else None
+        self.order = Order(len(images), batch_size, seed, world, balance) if training and not self.stream else None
         self.loader = DataLoader(
             images,
             batch_size=batch_size // world.size if training else batch_size,
@@ -217,11 +226,14 @@ class Loader:
             self.order.epoch, self.order.start = epoch, start
         elif self.stream:
             self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+            self.loader.generator.manual_seed(epoch)
             skip = start
         for number, batch in enumerate(self.loader):
             self.bad.collect()
             if batch is not None and number >= skip:
                 images, labels = batch
+                if self.stream:
+                    self.loader.dataset.check(labels)  # type: ignore[attr-defined]
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
@@ -253,7 +265,8 @@ def train_loader(
     if config.batch_size > count:
         raise UserError(f"--batch-size {config.batch_size} is larger than the {count} training images")
     images = Images(splits.train, splits.train_indices, transform, seed, bad, training=True)
-    return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world)
+    balance = torch.tensor(splits.train_labels()) if config.balanced else None
+    return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world, balance)
 
 
 def eval_loader(

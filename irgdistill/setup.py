@@ -10,6 +10,7 @@ import torch
 from timm.layers import use_reentrant_ckpt
 from timm.utils import random_seed
 
+from irgdistill.balance import balanced_weights
 from irgdistill.checkpoint import find_checkpoint, restore
 from irgdistill.config import Config
 from irgdistill.errors import UserError
@@ -19,6 +20,7 @@ from irgdistill.models import Network, build_network
 from irgdistill.sources import Splits, open_splits
 
 LOGIT_TERMS = ("kd", "logits", "dkd")
+LABEL_TERMS = ("ce", "dkd", "rocket")
 RELATION_TERMS = ("edges", "transform")
 STAGE_TERMS = (*RELATION_TERMS, "fitnet", "at", "fsp", "rkd", "sp", "pkt")
 """Terms that compare matched stages."""
@@ -37,6 +39,14 @@ class Setup:
     """Of the crop that both networks see: the larger of their two sizes."""
     booster: Network | None = None
     """The untrained network that `rocket` trains beside the student."""
+    class_weights: list[float] | None = None
+    """Of the cross-entropy, in label order."""
+
+    @property
+    def untaught_logits(self) -> bool:
+        """Whether no term reaches the student's classifier."""
+        weights = self.config.losses.weights()
+        return not self.config.data.labels and not any(weights[name] > 0 for name in LOGIT_TERMS)
 
     @property
     def classes(self) -> list[str]:
@@ -49,8 +59,14 @@ def prepare(config: Config) -> Setup:
     if name is None:
         raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
     config = with_absolute_paths(config)
-    splits = open_splits(config.data)
-    teacher = build_teacher(config) if config.uses_teacher else None
+    if config.data.labels:
+        splits = open_splits(config.data)
+        teacher = build_teacher(config) if config.uses_teacher else None
+    else:
+        check_without_labels(config)
+        teacher = build_teacher(config)
+        splits = open_splits(config.data, classes=teacher.classes or teacher.num_classes)
+    class_weights = weigh_classes(config, splits)
     if teacher is not None:
         check_classes(config, teacher, splits.classes)
     random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
@@ -70,7 +86,38 @@ def prepare(config: Config) -> Setup:
         check_input_sizes(teacher, student, plan)
     booster = build_booster(config, len(splits.classes)) if config.losses.weights()["rocket"] > 0 else None
     size = max(network.size for network in (student, teacher, booster) if network is not None)
-    return Setup(config, splits, student, teacher, plan, size, booster)
+    return Setup(config, splits, student, teacher, plan, size, booster, class_weights)
+
+
+def check_without_labels(config: Config) -> None:
+    """Raises UserError for what needs labels, all of it in one line."""
+    if config.method == "none" or not config.uses_teacher:
+        raise UserError("--no-labels: everything is learnt from a teacher, so --method none has nothing to learn from")
+    used = [f"losses.{name}" for name in LABEL_TERMS if config.losses.weights()[name] > 0]
+    used += ["losses.ce.class_weights"] * (config.losses.ce.class_weights != "none")
+    used += ["--label-smoothing"] * (config.losses.ce.label_smoothing > 0)
+    used += ["--balanced"] * config.data.balanced
+    used += ["data.train_images"] * (config.data.train_images is not None)
+    if used:
+        raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out (--method kd, irg, mtk or irg+kd)")
+
+
+def weigh_classes(config: Config, splits: Splits) -> list[float] | None:
+    """The weights of `losses.ce.class_weights`. Raises UserError, also where `balanced` has no labels to count."""
+    asked = config.losses.ce.class_weights
+    for flag, on in (("--balanced", config.data.balanced), ("losses.ce.class_weights", asked == "balanced")):
+        if on and splits.streaming:
+            raise UserError(f"{flag}: {config.data.source} is a stream, whose classes cannot be counted beforehand")
+    if asked == "balanced":
+        return balanced_weights(splits.train_labels(), splits.classes)
+    if asked == "none":
+        return None
+    if len(asked) != len(splits.classes) or not any(asked):
+        raise UserError(
+            f"losses.ce.class_weights holds {len(asked)} weights, the data {len(splits.classes)} classes: "
+            "give one for each class, not all 0"
+        )
+    return list(asked)
 
 
 def _checkpoint_blocks(student: Network) -> None:
@@ -86,8 +133,11 @@ def with_absolute_paths(config: Config) -> Config:
     """The same run, whatever folder it is continued or evaluated from."""
     config = config.model_copy(deep=True)
     data, teacher = config.data, config.teacher
-    if data.source and Path(data.source).is_dir():
+    if data.source and Path(data.source).exists():
         data.source = str(Path(data.source).resolve())
+    prefix, _, name = (data.source or "").partition("/")
+    if prefix in ("hfds", "hfids", "wds") and name and Path(name).is_dir():
+        data.source = f"{prefix}/{Path(name).resolve()}"
     data.root = data.root.resolve()
     if teacher.checkpoint is not None:
         teacher.checkpoint = teacher.checkpoint.resolve()

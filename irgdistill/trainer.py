@@ -27,7 +27,7 @@ from irgdistill.parts import Parts
 from irgdistill.report import Report
 from irgdistill.setup import Setup
 from irgdistill.signals import Signals, Stopped
-from irgdistill.state import Saver, best_on_disk, other_state, reason
+from irgdistill.state import Saver, best_on_disk, metric, other_state, reason, score
 
 
 class Trainer(Parts):
@@ -49,7 +49,7 @@ class Trainer(Parts):
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Raw images (B, 3, H, W), labels (B,) -> total and raw terms. One backward; an update at a boundary."""
-        images, targets = (images, labels) if self.mix is None else self.mix(images.float(), labels)
+        images, targets = self._mixed(images, labels)
         boundary = (self.batch + 1) % self.accumulate == 0
         with self.world.local_gradients(self.student, wanted=not boundary), self.autocast:
             with torch.no_grad():
@@ -64,6 +64,13 @@ class Trainer(Parts):
         if boundary:
             self._update_weights()
         return {"loss": total.detach(), **{name: value.detach() for name, value in raw.items()}}
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images and their targets, mixed where that is on; None where the labels are not to be used."""
+        known = self.config.data.labels
+        if self.mix is not None:
+            images, labels = self.mix(images.float(), labels if known else torch.zeros_like(labels))
+        return images, labels if known else None
 
     def _update_weights(self) -> None:
         if self.config.optim.clip_grad is not None:
@@ -205,7 +212,9 @@ class Trainer(Parts):
             self.world.average_statistics(model)
         try:
             with self.signals.impatient() if self.world.size == 1 else nullcontext():
-                return evaluate(self.deployed, self.val, self.autocast, world=self.world)
+                labelled = self.setup.splits.labelled
+                teacher = None if labelled else self.teacher
+                return evaluate(self.deployed, self.val, self.autocast, teacher, self.world, labelled)
         except Stopped:
             self._pause()
             raise
@@ -229,34 +238,35 @@ class Trainer(Parts):
         )
         title = f"epoch {self.epoch + 1}/{self.config.schedule.epochs}"
         if self.best and self.last:
-            title += f"  top-1 {self.last['top1']:.2f} (best {self.best['top1']:.2f})"
+            title += f"  {score(self.last)} (best {self.best[metric(self.best)]:.2f})"
         self.report.advance(self._done(), title, means, images / seconds)
 
     def _end_epoch(self, metrics: Metrics) -> None:
         self.epoch, self.batch = self.epoch + 1, 0
         self.last = {"epoch": self.epoch, **{k: v for k, v in asdict(metrics).items() if v is not None}}
         self.report.record({"kind": "eval", **self.last})
-        better = not self.best or metrics.top1 > self.best["top1"]
+        better = not self.best or self.last[metric(self.last)] > self.best[metric(self.last)]
         if better:
             self.best = self.last
             self._save_weights("best")
         self._save_weights("last")
         self._save()
-        self.report.line(
-            f"epoch {self.epoch}/{self.config.schedule.epochs}  top-1 {metrics.top1:.2f}  top-5 {metrics.top5:.2f}  "
-            f"val loss {metrics.loss:.3f}{'  (best)' if better else ''}"
+        more = (
+            f"KL {metrics.kl:.3f}" if metrics.top1 is None else f"top-5 {metrics.top5:.2f}  val loss {metrics.loss:.3f}"
         )
+        epochs, best = self.config.schedule.epochs, "  (best)" if better else ""
+        self.report.line(f"epoch {self.epoch}/{epochs}  {score(self.last)}  {more}{best}")
 
     def _finish(self) -> dict[str, Any]:
         teacher = self.setup.teacher
         if self.saver.error is not None:
             self._save()
-        summary = {
+        summary: dict[str, Any] = {
             "method": self.config.method,
             "student": self.setup.student.name,
             "teacher": None if teacher is None else teacher.name,
-            **{key: self.best[key] for key in ("top1", "top5", "epoch")},
-            "last_top1": self.last["top1"],
+            **{key: self.best[key] for key in ("top1", "top5", "agreement", "epoch") if key in self.best},
+            f"last_{metric(self.last)}": self.last[metric(self.last)],
             "epochs": self.config.schedule.epochs,
             "seconds": self.seconds,
             "images_per_second": self.images_seen / max(self.seconds, 1e-9),
