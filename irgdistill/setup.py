@@ -15,6 +15,7 @@ from irgdistill.checkpoint import find_checkpoint, restore
 from irgdistill.config import Config
 from irgdistill.errors import UserError
 from irgdistill.levels import Level
+from irgdistill.loggers import check_loggers
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
 from irgdistill.sources import Splits, open_splits
@@ -67,6 +68,7 @@ def prepare(config: Config) -> Setup:
         teacher = build_teacher(config)
         splits = open_splits(config.data, classes=teacher.classes or teacher.num_classes)
     class_weights = weigh_classes(config, splits)
+    check_logging(config, splits)
     if teacher is not None:
         check_classes(config, teacher, splits.classes)
     random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
@@ -100,6 +102,20 @@ def check_without_labels(config: Config) -> None:
     used += ["data.train_images"] * (config.data.train_images is not None)
     if used:
         raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out (--method kd, irg, mtk or irg+kd)")
+
+
+def check_logging(config: Config, splits: Splits) -> None:
+    """Raises UserError for a logger that is not installed, and for pictures that could not be made or shown."""
+    check_loggers(config.runtime.loggers)
+    if not config.runtime.graph_images_every:
+        return
+    asked = f"runtime.graph_images_every = {config.runtime.graph_images_every}"
+    if not config.runtime.loggers:
+        raise UserError(f"{asked}: nothing shows the pictures; give --log tensorboard or --log wandb")
+    if not config.uses_teacher:
+        raise UserError(f"{asked}: method {config.method!r} has no teacher whose graphs could be shown")
+    if splits.streaming:
+        raise UserError(f"{asked}: {config.data.source} is a stream, which has no images to draw from")
 
 
 def weigh_classes(config: Config, splits: Splits) -> list[float] | None:

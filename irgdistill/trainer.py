@@ -27,6 +27,7 @@ from irgdistill.parts import Parts
 from irgdistill.report import Report
 from irgdistill.setup import Setup
 from irgdistill.signals import Signals, Stopped
+from irgdistill.snapshots import Show, watched
 from irgdistill.state import Saver, best_on_disk, metric, other_state, reason, score
 
 
@@ -44,6 +45,7 @@ class Trainer(Parts):
         self.seconds, self.images_seen = 0.0, 0
         self.saver = Saver(folder, self.config.runtime, report.warn)
         self.signals = Signals(patient=True)
+        self.show_graphs: Show = lambda teacher, student, epoch: None
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -108,7 +110,13 @@ class Trainer(Parts):
         A first SIGINT or SIGTERM stops it after the update under way, a second one at once, with `Stopped`.
         """
         epochs = self.config.schedule.epochs
-        with self.signals, self.report.progress(epochs * self.batches, self._done()):
+        with (
+            self.signals,
+            self.report.progress(epochs * self.batches, self._done()),
+            watched(self.setup, self.folder.path, self.report, self.update, self.world.main) as self.show_graphs,
+        ):
+            if self.batch == 0:
+                self.show_graphs(self.teacher, self.deployed, self.epoch)
             while self.epoch < epochs:
                 if self.batch < self.batches:
                     self._train_epoch()
@@ -245,6 +253,7 @@ class Trainer(Parts):
         self.epoch, self.batch = self.epoch + 1, 0
         self.last = {"epoch": self.epoch, **{k: v for k, v in asdict(metrics).items() if v is not None}}
         self.report.record({"kind": "eval", **self.last})
+        self.show_graphs(self.teacher, self.deployed, self.epoch)
         better = not self.best or self.last[metric(self.last)] > self.best[metric(self.last)]
         if better:
             self.best = self.last
