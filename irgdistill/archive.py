@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tarfile
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +16,6 @@ class TarSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        logging.getLogger("timm.data.readers.reader_image_in_tar").setLevel(logging.WARNING)
         try:  # archives stay closed between images: processes would share the place in an open one
             dataset = create_dataset("", root=str(path), search_split=False, cache_tarfiles=False, cache_tarinfo=False)
         except (ValueError, IndexError):

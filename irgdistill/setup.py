@@ -93,15 +93,16 @@ def prepare(config: Config) -> Setup:
 
 def check_without_labels(config: Config) -> None:
     """Raises UserError for what needs labels, all of it in one line."""
-    if config.method == "none" or not config.uses_teacher:
-        raise UserError("--no-labels: everything is learnt from a teacher, so --method none has nothing to learn from")
     used = [f"losses.{name}" for name in LABEL_TERMS if config.losses.weights()[name] > 0]
     used += ["losses.ce.class_weights"] * (config.losses.ce.class_weights != "none")
     used += ["--label-smoothing"] * (config.losses.ce.label_smoothing > 0)
     used += ["--balanced"] * config.data.balanced
     used += ["data.train_images"] * (config.data.train_images is not None)
+    methods = "--method kd, irg, mtk or irg+kd learns from the teacher alone"
     if used:
-        raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out (--method kd, irg, mtk or irg+kd)")
+        raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out ({methods})")
+    if not config.uses_teacher:
+        raise UserError(f"--no-labels: method {config.method!r} learns from labels alone; {methods}")
 
 
 def check_logging(config: Config, splits: Splits) -> None:

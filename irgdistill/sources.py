@@ -77,9 +77,12 @@ class TimmSource:
 
     def describe(self, index: int) -> str:
         try:
-            return str(self.reader.filename(index, absolute=True))  # type: ignore[union-attr]
+            name = self.reader.filename(index, absolute=True)  # type: ignore[union-attr]
         except (AttributeError, NotImplementedError, AssertionError):
             return f"image {index}"
+        if hasattr(self.reader, "iter_targets"):  # rows of a table, whose names need not be different
+            return f"image {index} ({name})"
+        return str(name)
 
     def labels(self) -> list[int]:
         """Class of every image, without decoding where the dataset knows them."""
@@ -189,6 +192,8 @@ def _class_names(dataset: Any) -> list[str]:
 def _open_folder(root: Path, config: DataConfig, val_only: bool = False) -> Splits:
     if root.is_file() and root.suffix == ".tar":
         return _open_archive(root, config)
+    if root.is_file():
+        raise UserError(f"--data {root} is a file: expected a folder, or an uncompressed .tar of class folders")
     if not root.is_dir():
         known = [*BUILTIN, *(prefix + "NAME" for prefix in PREFIXES)]
         raise UserError(f"no data folder {str(root)!r}{nearest(str(root), BUILTIN)} (a folder, or {', '.join(known)})")

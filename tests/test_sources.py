@@ -134,6 +134,20 @@ def test_hugging_face_labels_are_those_of_the_images(parquet: Path, tmp_path: Pa
     assert pixels.shape == (16, 16, 3)
 
 
+def test_unreadable_images_of_a_table_are_counted_one_by_one(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Though their names are alike."""
+    for name in ("red", "green"):
+        (folder / "train" / name / "003.png").write_bytes(b"broken")
+    features = huggingface.Features(image=huggingface.Image(), label=huggingface.ClassLabel(names=CLASSES))
+    (tmp_path / "table").mkdir()
+    for split, name in (("train", "train"), ("test", "val")):
+        table = huggingface.Dataset.from_dict(rows(folder / name), features=features)
+        table.to_parquet(tmp_path / "table" / f"{split}.parquet")
+    source = f"hfds/{tmp_path / 'table'}"
+    said = train_and_evaluate(run, tmp_path / "run", source, "--data-root", tmp_path / "cache")["err"]
+    assert "(2 of 10 allowed)" in said and "image 27 (003.png)" in said and "image 51 (003.png)" in said
+
+
 def test_hugging_face_part_of_one_split_is_held_out(parquet: Path, tmp_path: Path) -> None:
     (parquet / "data" / "test-00000-of-00001.parquet").unlink()
     config = DataConfig(source=f"hfds/{parquet}", root=tmp_path / "cache", val_fraction=0.25)
@@ -305,6 +319,8 @@ def test_bad_archives_are_one_line(run: Run, folder: Path, tmp_path: Path) -> No
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as file:
         file.add(folder / "train", "train")
     assert "is not an uncompressed tar archive" in refused(run, "--data", tmp_path / "packed.tar")
+    (tmp_path / "packed.tar").rename(tmp_path / "packed.tgz")
+    assert "is a file: expected a folder, or an uncompressed .tar" in refused(run, "--data", tmp_path / "packed.tgz")
     with tarfile.open(tmp_path / "empty.tar", "w") as file:
         add(file, "a/readme.txt", b"nothing")
     assert "no images in" in refused(run, "--data", tmp_path / "empty.tar")

@@ -160,9 +160,9 @@ def test_terms_on_labels_cannot_be_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--method", "none"), "--method none has nothing to learn from"),
+        (("--method", "none"), "method 'none' learns from labels alone; --method kd, irg"),
         (("--method", "dkd"), "losses.dkd need labels"),
-        (("--method", "rocket"), "nothing to learn from"),
+        (("--method", "rocket"), "losses.rocket need labels"),
         (("--set", "losses.ce.weight=1", "--set", "losses.dkd.weight=1"), "losses.ce, losses.dkd need labels"),
         (("--balanced",), "--balanced need labels"),
         (("--label-smoothing", 0.1), "--label-smoothing need labels"),
