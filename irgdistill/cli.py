@@ -33,6 +33,7 @@ FLAGS = {
     "data_root": "data.root",
     "download": "data.download",
     "val_fraction": "data.val_fraction",
+    "balanced": "data.balanced",
     "max_bad_images": "data.max_bad_images",
     "batch_size": "data.batch_size",
     "workers": "data.workers",
@@ -66,6 +67,7 @@ FLAGS = {
     "compile_": "runtime.compile",
     "sync_bn": "runtime.sync_bn",
     "graph_scope": "runtime.graph_scope",
+    "log": "runtime.loggers",
     "save_every_steps": "runtime.save_every_steps",
     "save_every_minutes": "runtime.save_every_minutes",
 }
@@ -109,10 +111,14 @@ def distill(
     skip_teacher_check: Annotated[
         bool, _option(NETWORKS, "--skip-teacher-check", help="Train even if the teacher is near chance.")
     ] = False,
-    data: Annotated[str | None, _option(DATA, help="Image folder, digits, or torch/…, hfds/…, wds/….")] = None,
+    data: Annotated[str | None, _option(DATA, help="Image folder, .tar, digits, or torch/…, hfds/…, wds/….")] = None,
     data_root: Annotated[Path | None, _option(DATA, help="Where a named data set keeps its files.")] = None,
     download: Annotated[bool | None, _option(DATA, "--download", help="Fetch a named data set.")] = None,
     val_fraction: Annotated[float | None, _option(DATA, help="Hold out this share for validation.")] = None,
+    balanced: Annotated[bool | None, _option(DATA, "--balanced", help="Draw every class equally often.")] = None,
+    no_labels: Annotated[
+        bool, _option(DATA, "--no-labels", help="Any images; all is learnt from the teacher.")
+    ] = False,
     max_bad_images: Annotated[int | None, _option(DATA, help="Unreadable images to skip (10).")] = None,
     batch_size: Annotated[int | None, _option(DATA, help="Images per step, the graph's size (128).")] = None,
     workers: Annotated[int | None, _option(DATA, help="Loader processes (1); the result is the same.")] = None,
@@ -150,6 +156,7 @@ def distill(
     backend: Annotated[str | None, _option(RUNTIME, help="nccl, or gloo to run them on the CPU.")] = None,
     sync_bn: Annotated[bool | None, _option(RUNTIME, "--sync-bn", help="Batch-norm over all processes.")] = None,
     graph_scope: Annotated[str | None, _option(RUNTIME, help="global (default), or local to a process.")] = None,
+    log: Annotated[list[str] | None, _option(RUNTIME, help="tensorboard or wandb; may be repeated.")] = None,
     save_every_steps: Annotated[int | None, _option(RUNTIME, help="Save after so many updates too.")] = None,
     save_every_minutes: Annotated[float | None, _option(RUNTIME, help="Save after so many minutes too.")] = None,
     preset: Annotated[str | None, _option(RUNTIME, help="Name of a preset, or a YAML file.")] = None,
@@ -173,6 +180,8 @@ def distill(
     given = {FLAGS[name]: value for name, value in locals().items() if name in FLAGS and value is not None}
     if skip_teacher_check:
         given["teacher.check"] = False
+    if no_labels:
+        given["data.labels"] = False
     if resume is not None:
         if preset or settings or output or overwrite or dry_run:
             raise UserError(
@@ -223,10 +232,12 @@ def compare(
     from irgdistill.compare import compare as run
     from irgdistill.config import MOVABLE
 
-    refused = ("method", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
+    refused = ("method", "no_labels", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
     options, flags = _as_distill(context, refused)
     options_of = {key: f"--{name.replace('_', '-')}" for name, key in FLAGS.items()}
-    movable = {options_of[key]: str(value) for key, value in flags.items() if key in MOVABLE and key in options_of}
+    movable = {
+        options_of[key]: str(value) for key, value in flags.items() if key in MOVABLE and key != "runtime.loggers"
+    }
     run(
         Request(
             methods=[name for name in methods.replace(" ", "").split(",") if name],

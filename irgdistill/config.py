@@ -38,16 +38,9 @@ what soft targets of weight 1 tend to as their temperature grows (Hinton et al. 
 """
 
 MOVABLE = {
-    *(
-        "data.source",
-        "data.root",
-        "data.workers",
-        "data.hold_gib",
-        "teacher.checkpoint",
-        "teacher.cache",
-        "runtime.device",
-    ),
-    *("runtime.save_every_steps", "runtime.save_every_minutes"),
+    *("data.source", "data.root", "data.workers", "data.hold_gib", "teacher.checkpoint", "teacher.cache"),
+    *("runtime.device", "runtime.save_every_steps", "runtime.save_every_minutes"),
+    *("runtime.loggers", "runtime.graph_images_every"),
 }
 """What may change when a run goes on: where things are and when it is saved, never what is computed."""
 
@@ -108,7 +101,7 @@ class StudentConfig(Section):
 
 class DataConfig(Section):
     source: str | None = None
-    """ImageFolder root, `digits`, or a timm dataset string (`torch/cifar10`, `hfds/…`, `wds/…`)."""
+    """Image folder, .tar of class folders, `digits`, or a timm dataset string (`torch/cifar10`, `hfds/…`, `wds/…`)."""
     root: Path = Path("data")
     """Where a timm dataset string keeps its files."""
     download: bool = False
@@ -119,6 +112,14 @@ class DataConfig(Section):
     """Name of the training split; default `train`."""
     val_split: str | None = None
     """Name of the validation split; default: the first of `val`, `validation`, `test` that is there."""
+    image_key: str | None = None
+    """Column of the images in `hfds/…` (default `image`), or their endings in `wds/…` shards."""
+    label_key: str | None = None
+    """Column of the classes in `hfds/…` (default `label`), or a field of the .json in `wds/…` shards."""
+    labels: bool = True
+    """Train on the labels. False: any images, no class folders; classes and targets come from the teacher."""
+    balanced: bool = False
+    """Draw every class equally often; an epoch keeps its number of images."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Class-balanced share of the training images held out for validation, where there is no validation split."""
     train_images: Annotated[int, Field(ge=1)] | None = None
@@ -217,6 +218,8 @@ class TermConfig(Section):
 class CrossEntropyConfig(Section):
     weight: Weight = 1.0
     label_smoothing: Probability = 0.0
+    class_weights: Literal["balanced", "none"] | list[Weight] = "none"
+    """Of this term's classes: `balanced` (inverse frequency, mean 1 over the training images), or one each."""
 
 
 class KDConfig(TermConfig):
@@ -294,6 +297,10 @@ class RuntimeConfig(Section):
     """Updates between two records in metrics.jsonl."""
     share_every: Annotated[int, Field(ge=0)] = 200
     """Updates between two samples of each term's share of the student's gradient norm; 0 is off."""
+    loggers: list[Literal["tensorboard", "wandb"]] = []
+    """Where the records of metrics.jsonl go as well."""
+    graph_images_every: Annotated[int, Field(ge=0)] = 0
+    """Epochs between two pictures of both networks' graphs for the loggers; 0 is off."""
     save_every_steps: Annotated[int, Field(ge=0)] = 0
     """Updates between two saves of the state, beside that at the end of every epoch; 0 is off."""
     save_every_minutes: Annotated[float, Field(ge=0)] = 0
@@ -320,6 +327,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _fill_weights(self) -> Config:
         given = METHODS[self.method]
+        if not self.data.labels and "weight" not in self.losses.ce.model_fields_set:
+            ce = self.losses.ce.model_copy(update={"weight": 0.0})
+            self.losses = self.losses.model_copy(update={"ce": ce})
         for name in type(self.losses).model_fields:
             term = getattr(self.losses, name)
             if term.weight is None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision import transforms
 
+from irgdistill.balance import draw_balanced
 from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
@@ -147,13 +148,13 @@ class Images(Dataset[Any]):
     def __getitems__(self, keys: Sequence[int]) -> tuple[Any, ...] | None:
         """A batch at once: images (B, 3, H, W) and labels (B,), the unreadable ones left out; None: all are."""
         if self.held is None:
-            samples = {key: sample for key in keys if (sample := self[key]) is not None}
-            batch, kept = _collate(list(samples.values())), list(samples)
+            samples = [(key, sample) for key in keys if (sample := self[key]) is not None]
+            batch, kept = _collate([sample for _, sample in samples]), [key for key, _ in samples]
         else:
             held = self.held
-            places = {key: next(filter(held.has, self._candidates(key)), None) for key in keys}
-            kept = [key for key, position in places.items() if position is not None]
-            chosen = torch.tensor([position for position in places.values() if position is not None], dtype=torch.long)
+            places = [(key, next(filter(held.has, self._candidates(key)), None)) for key in keys]
+            kept = [key for key, position in places if position is not None]
+            chosen = torch.tensor([position for _, position in places if position is not None], dtype=torch.long)
             batch = (self.whole(held.pixels[chosen], kept), held.labels[chosen]) if kept else None
         return batch if batch is None or self.answers is None else (*batch, self.answers(kept))
 
@@ -205,13 +206,24 @@ class _seeded:
 class Order(torch.utils.data.Sampler[int]):
     """Keys of one epoch's whole batches, shuffled by (seed, epoch), from a batch on: this process's part of each.
 
+    With `labels` (length,) every class is drawn equally often.
+
     The batches of all processes together are those of one process. Each takes as many from the front of a batch as
     from its back, in mirror order, so that mixup, which pairs the first image with the last, finds its partners.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, world: World, views: int | None = None) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        world: World,
+        views: int | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
         self.length = length
         self.views = views
+        self.labels = labels
         self.batch_size = batch_size
         self.seed = seed
         share = batch_size // world.size
@@ -227,9 +239,14 @@ class Order(torch.utils.data.Sampler[int]):
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
         )
-        view = self.epoch if self.views is None else self.epoch % self.views
-        order = torch.randperm(self.length, generator=generator) + view * self.length
-        whole = order[: self.length // self.batch_size * self.batch_size].view(-1, self.batch_size)
+        count = self.length // self.batch_size * self.batch_size
+        if self.labels is None:
+            order = torch.randperm(self.length, generator=generator) + self.epoch * self.length
+        else:
+            order = draw_balanced(self.labels, count, self.epoch, generator)
+        if self.views is not None:
+            order %= self.views * self.length
+        whole = order[:count].view(-1, self.batch_size)
         return iter(whole[self.start :, self.part].flatten().tolist())
 
     def __len__(self) -> int:
@@ -253,13 +270,15 @@ class Loader:
         bad: BadImages,
         world: World | None = None,
         views: int | None = None,
+        balance: Tensor | None = None,
     ) -> None:
         world = world or World()
         self.batch_size = batch_size
         self.device = device
         self.bad = bad
         self.stream = isinstance(images, IterableDataset)
-        self.order = Order(len(images), batch_size, seed, world, views) if training and not self.stream else None
+        own_order = training and not self.stream
+        self.order = Order(len(images), batch_size, seed, world, views, balance) if own_order else None
         forks = workers > 0 and getattr(images, "held", None) is not None and "fork" in mp.get_all_start_methods()
         self.loader = DataLoader(
             images,
@@ -294,10 +313,13 @@ class Loader:
             self.order.epoch, self.order.start = epoch, start
         elif self.stream:
             self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+            self.loader.generator.manual_seed(epoch)
             skip = start
         for number, batch in enumerate(self._timed(self.loader)):
             self.bad.collect()
             if batch is not None and number >= skip:
+                if self.stream:
+                    self.loader.dataset.check(batch[1])  # type: ignore[attr-defined]
                 yield tuple(_to(part, self.device) for part in batch)
 
     def _timed(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -400,7 +422,8 @@ def train_loader(
     view_seed = seed if config.view_seed is None else config.view_seed
     images = train_images(splits, config, augment, size, interpolation, mean, view_seed, bad)
     images.answers = answers
-    return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world, config.views)
+    balance = torch.tensor(splits.train_labels()) if config.balanced else None
+    return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world, config.views, balance)
 
 
 def _then_pixels(fit: Any) -> Any:

@@ -43,9 +43,13 @@ class Parts:
             setup.plan,
             self.world if config.runtime.graph_scope == "global" else None,
             self._booster(),
+            config.data.labels,
+            None if setup.class_weights is None else torch.tensor(setup.class_weights, device=self.device),
         )
         if config.losses.weights()["transform"] > 0 and "transform" not in self.loss.terms:
             report.warn("no transformation term: no matched stage has two taps of equal width in both networks")
+        if setup.untaught_logits:
+            report.warn("no term on logits: the student's classifier stays as it began, only relations are learnt")
         self._build_networks()
         self._build_loaders()
         self._build_optimizer()
@@ -67,7 +71,8 @@ class Parts:
         if config.runtime.sync_bn and list(self.adapters.parameters()):
             synchronised(self.adapters, self.world)
         learner = Learner(network, self.adapters) if len(self.adapters) else network
-        self.student = self.world.wrap(learner, self.world.size > 1 and has_unused_parameters(self.tapped))
+        unused = self.world.size > 1 and (setup.untaught_logits or has_unused_parameters(self.tapped))
+        self.student = self.world.wrap(learner, unused)
         self.deployed = network if self.ema is None else Tapped(self.ema.module, view, (), last)
         self.teacher = None
         if setup.teacher is not None and setup.cache is None:
@@ -120,7 +125,7 @@ class Parts:
         self.val = eval_loader(
             setup.splits,
             config.data,
-            student.size,
+            student.size if setup.splits.labelled else setup.size,
             student.interpolation,
             student.crop_pct,
             self.device,
@@ -150,6 +155,9 @@ class Parts:
         """Evaluate the teacher with its own preprocessing. Raises UserError near chance."""
         teacher, setup = self.setup.teacher, self.setup
         assert teacher is not None and self.teacher is not None
+        if not setup.splits.labelled:
+            self.report.warn("the validation images have no labels: the teacher's accuracy is not checked")
+            return
         if teacher.num_classes != len(setup.classes):
             self.report.warn(
                 f"the teacher has {teacher.num_classes} classes, the data {len(setup.classes)}: accuracy not checked"
@@ -167,7 +175,7 @@ class Parts:
             world=self.world,
         )
         tried = evaluate(self.teacher, loader, self.autocast, world=self.world)
-        top1, chance = tried.top1, 100 / len(setup.classes)
+        top1, chance = tried.top1 or 0.0, 100 / len(setup.classes)
         self.report.line(f"teacher {teacher.name}: top-1 {top1:.2f} on {tried.images} validation images")
         if top1 < chance + 0.1 * (100 - chance):
             raise UserError(

@@ -27,7 +27,8 @@ from irgdistill.parts import Parts
 from irgdistill.report import Report
 from irgdistill.setup import Setup
 from irgdistill.signals import Signals, Stopped
-from irgdistill.state import Saver, best_on_disk, other_state, reason
+from irgdistill.snapshots import Show, watched
+from irgdistill.state import Saver, best_on_disk, metric, other_state, reason, score
 
 
 class Trainer(Parts):
@@ -44,6 +45,7 @@ class Trainer(Parts):
         self.seconds, self.images_seen = 0.0, 0
         self.saver = Saver(folder, self.config.runtime, report.warn)
         self.signals = Signals(patient=True)
+        self.show_graphs: Show = lambda teacher, student, epoch: None
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -53,7 +55,7 @@ class Trainer(Parts):
         `cached`: rows of the teacher cache, where there is one.
         """
         torch.compiler.cudagraph_mark_step_begin()  # what recorded graphs gave may be overwritten from here on
-        images, targets = (images, labels) if self.mix is None else self.mix(images.float(), labels)
+        images, targets = self._mixed(images, labels)
         boundary = (self.batch + 1) % self.accumulate == 0
         with self.world.local_gradients(self.student, wanted=not boundary), self.autocast:
             with torch.no_grad():
@@ -70,6 +72,13 @@ class Trainer(Parts):
         if boundary:
             self._update_weights()
         return {"loss": total.detach(), **{name: value.detach() for name, value in raw.items()}}
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images and their targets, mixed where that is on; None where the labels are not to be used."""
+        known = self.config.data.labels
+        if self.mix is not None:
+            images, labels = self.mix(images.float(), labels if known else torch.zeros_like(labels))
+        return images, labels if known else None
 
     def _update_weights(self) -> None:
         if self.config.optim.clip_grad is not None:
@@ -107,7 +116,13 @@ class Trainer(Parts):
         A first SIGINT or SIGTERM stops it after the update under way, a second one at once, with `Stopped`.
         """
         epochs = self.config.schedule.epochs
-        with self.signals, self.report.progress(epochs * self.batches, self._done()):
+        with (
+            self.signals,
+            self.report.progress(epochs * self.batches, self._done()),
+            watched(self.setup, self.folder.path, self.report, self.update, self.world.main) as self.show_graphs,
+        ):
+            if self.batch == 0:
+                self.show_graphs(self.teacher, self.deployed, self.epoch)
             while self.epoch < epochs:
                 if self.batch < self.batches:
                     self._train_epoch()
@@ -211,7 +226,9 @@ class Trainer(Parts):
             self.world.average_statistics(model)
         try:
             with self.signals.impatient() if self.world.size == 1 else nullcontext():
-                return evaluate(self.deployed, self.val, self.autocast, world=self.world)
+                labelled = self.setup.splits.labelled
+                teacher = None if labelled else self.teacher
+                return evaluate(self.deployed, self.val, self.autocast, teacher, self.world, labelled)
         except Stopped:
             self._pause()
             raise
@@ -239,34 +256,36 @@ class Trainer(Parts):
             self.report.warn(slow)
         title = f"epoch {self.epoch + 1}/{self.config.schedule.epochs}"
         if self.best and self.last:
-            title += f"  top-1 {self.last['top1']:.2f} (best {self.best['top1']:.2f})"
+            title += f"  {score(self.last)} (best {self.best[metric(self.best)]:.2f})"
         self.report.advance(self._done(), title, means, images / seconds)
 
     def _end_epoch(self, metrics: Metrics) -> None:
         self.epoch, self.batch = self.epoch + 1, 0
         self.last = {"epoch": self.epoch, **{k: v for k, v in asdict(metrics).items() if v is not None}}
         self.report.record({"kind": "eval", **self.last})
-        better = not self.best or metrics.top1 > self.best["top1"]
+        self.show_graphs(self.teacher, self.deployed, self.epoch)
+        better = not self.best or self.last[metric(self.last)] > self.best[metric(self.last)]
         if better:
             self.best = self.last
             self._save_weights("best")
         self._save_weights("last")
         self._save()
-        self.report.line(
-            f"epoch {self.epoch}/{self.config.schedule.epochs}  top-1 {metrics.top1:.2f}  top-5 {metrics.top5:.2f}  "
-            f"val loss {metrics.loss:.3f}{'  (best)' if better else ''}"
+        more = (
+            f"KL {metrics.kl:.3f}" if metrics.top1 is None else f"top-5 {metrics.top5:.2f}  val loss {metrics.loss:.3f}"
         )
+        epochs, best = self.config.schedule.epochs, "  (best)" if better else ""
+        self.report.line(f"epoch {self.epoch}/{epochs}  {score(self.last)}  {more}{best}")
 
     def _finish(self) -> dict[str, Any]:
         teacher = self.setup.teacher
         if self.saver.error is not None:
             self._save()
-        summary = {
+        summary: dict[str, Any] = {
             "method": self.config.method,
             "student": self.setup.student.name,
             "teacher": None if teacher is None else teacher.name,
-            **{key: self.best[key] for key in ("top1", "top5", "epoch")},
-            "last_top1": self.last["top1"],
+            **{key: self.best[key] for key in ("top1", "top5", "agreement", "epoch") if key in self.best},
+            f"last_{metric(self.last)}": self.last[metric(self.last)],
             "epochs": self.config.schedule.epochs,
             "seconds": self.seconds,
             "images_per_second": self.images_seen / max(self.seconds, 1e-9),
