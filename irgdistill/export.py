@@ -6,23 +6,15 @@ set is still there; only then does it take its name.
 
 from __future__ import annotations
 
-import json
-import logging
-import textwrap
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from irgdistill import __version__
 from irgdistill.checkpoint import find_checkpoint
 from irgdistill.config import DataConfig
 from irgdistill.data import BadImages, eval_loader
@@ -31,6 +23,7 @@ from irgdistill.files import read_metadata, write_atomically, write_folder
 from irgdistill.hub import OWN_FILES, WEIGHTS, check_login, save_for_timm, upload
 from irgdistill.model_card import write_card
 from irgdistill.models import Network
+from irgdistill.programs import Logits, export_program, facts, plain, write_onnx, write_program
 from irgdistill.report import Report
 from irgdistill.run import data_of, open_network
 from irgdistill.sources import open_splits
@@ -39,12 +32,7 @@ FORMATS = ("hub", "onnx", "program", "timm")
 TOLERANCE = 1e-4
 """Largest difference between a logit of what was written and of the student."""
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-ONNX_BYTES = 2**31
-"""What one ONNX file can hold."""
 CHECK_BATCH = 16
-
-Logits = Callable[[Tensor], Tensor]
-"""Images as the export takes them (N, 3, H, W) -> logits (N, K)."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +63,15 @@ def export(request: Request) -> Path:
     network, metadata = open_network(request.target, None, None)
     network.model.eval()
     path = _free_path(request, network, checkpoint)
-    images, about = _check_images(request, network, metadata)
-    check = _Check(network, images, about, request.raw_input)
+    check = _Check(network, *_check_images(request, network, metadata), request.raw_input)
     path.parent.mkdir(parents=True, exist_ok=True)
     if request.format in ("onnx", "program"):
-        exported = _export_program(network, request)
-        write = _write_onnx if request.format == "onnx" else _write_program
-        write_atomically(path, lambda temporary: check(write(temporary, exported, request, network, metadata)))
+        program = export_program(network, request.raw_input)
+        about = facts(network, metadata["classes"], request.raw_input)
+        if request.format == "onnx":
+            write_atomically(path, lambda temporary: check(write_onnx(temporary, program, about, request.opset)))
+        else:
+            write_atomically(path, lambda temporary: check(write_program(temporary, program, about)))
     elif request.format == "timm":
         write_folder(path, lambda temporary: check(_write_timm(temporary, network, metadata)))
     else:
@@ -183,7 +173,7 @@ class _Check:
     def __init__(self, network: Network, images: Tensor, about: str, raw_input: bool) -> None:
         normalised = network.view()(images)
         self.given = images.float() / 255 if raw_input else normalised
-        self.expected = _in_batches(_plain(network.model), normalised)
+        self.expected = _in_batches(plain(network.model), normalised)
         self.about = about
         self.result = ""
 
@@ -203,120 +193,6 @@ def _in_batches(logits: Logits, images: Tensor) -> Tensor:
     return torch.cat([logits(part) for part in (images[:1], *images[1:].split(CHECK_BATCH)) if len(part)])
 
 
-def _plain(model: nn.Module) -> Logits:
-    def first(images: Tensor) -> Tensor:
-        output: Any = model(images)
-        logits: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-        return logits
-
-    return first
-
-
-# --- graphs -----------------------------------------------------------------------------------------------------------
-
-
-class Student(nn.Module):
-    """What is exported as a graph: images (N, 3, H, W) -> logits (N, K), behind the normalisation if asked for."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: Network, raw_input: bool) -> None:
-        super().__init__()
-        self.model = network.model
-        self.raw_input = raw_input
-        self.register_buffer("mean", torch.tensor(network.mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(network.std).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.raw_input:
-            images = (images - self.mean) / self.std
-        return _plain(self.model)(images)
-
-
-DYNAMIC = {"images": {0: torch.export.Dim("batch", min=1)}}
-
-
-def _export_program(network: Network, request: Request) -> torch.export.ExportedProgram:
-    example = torch.zeros(2, len(network.mean), *network.size)
-    with _refused(network, request.format), torch.no_grad():
-        return torch.export.export(Student(network, request.raw_input).eval(), (example,), dynamic_shapes=DYNAMIC)
-
-
-def _write_program(
-    path: Path, program: torch.export.ExportedProgram, request: Request, network: Network, metadata: dict[str, Any]
-) -> Logits:
-    about = json.dumps(describe_input(network, metadata, request.raw_input), indent=1)
-    with _refused(network, request.format):
-        torch.export.save(program, path, extra_files={"irgdistill.json": about})
-        loaded: Logits = torch.export.load(path).module()
-    return loaded
-
-
-def _write_onnx(
-    path: Path, program: torch.export.ExportedProgram, request: Request, network: Network, metadata: dict[str, Any]
-) -> Logits:
-    import onnxruntime
-
-    if sum(value.numel() * value.element_size() for value in network.model.state_dict().values()) >= ONNX_BYTES:
-        raise UserError(f"{network.name} is too large for one ONNX file of 2 GB")
-    with _refused(network, request.format):
-        exported = torch.onnx.export(
-            program,
-            input_names=["images"],
-            output_names=["logits"],
-            opset_version=request.opset,
-            dynamic_shapes=DYNAMIC,
-            dynamo=True,
-            verbose=False,
-        )
-    assert exported is not None
-    opset = exported.model.opset_imports[""]
-    if request.opset not in (None, opset):
-        raise UserError(f"--opset {request.opset}: {network.name} comes out in opset {opset}; leave --opset out")
-    for name, value in describe_input(network, metadata, request.raw_input).items():
-        exported.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
-    with _refused(network, request.format):
-        exported.save(path)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
-def describe_input(network: Network, metadata: dict[str, Any], raw_input: bool) -> dict[str, Any]:
-    """How to feed and read an exported graph: `metadata_props` of the ONNX file, `irgdistill.json` in the program."""
-    scale = "RGB in [0, 1]; normalised inside" if raw_input else "RGB, (value / 255 - mean) / std"
-    return {
-        "architecture": network.architecture,
-        "input": f"images, float32 (N, {len(network.mean)}, {network.size[0]}, {network.size[1]}), {scale}",
-        "output": f"logits, float32 (N, {network.num_classes}), in the order of classes",
-        "classes": metadata["classes"],
-        "input_size": [len(network.mean), *network.size],
-        "mean": list(network.mean),
-        "std": list(network.std),
-        "interpolation": network.interpolation,
-        "crop_pct": network.crop_pct,
-        "normalised_inside": raw_input,
-        "irgdistill": __version__,
-    }
-
-
-@contextmanager
-def _refused(network: Network, form: str) -> Iterator[None]:
-    """What the exporters have to say becomes one line. Raises UserError."""
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    except OSError:
-        raise
-    except Exception as error:
-        why = textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
-        raise UserError(f"{network.name} cannot be exported with --format {form}: {why}") from None
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -324,11 +200,11 @@ def _write_timm(folder: Path, network: Network, metadata: dict[str, Any]) -> Log
     weights = folder / f"{network.architecture}.safetensors"
     save_for_timm(network, metadata, weights, None)
     name, classes = network.architecture, network.num_classes
-    return _plain(timm.create_model(name, num_classes=classes, checkpoint_path=str(weights), **network.args).eval())
+    return plain(timm.create_model(name, num_classes=classes, checkpoint_path=str(weights), **network.args).eval())
 
 
 def _write_hub(folder: Path, network: Network, metadata: dict[str, Any], request: Request, checkpoint: Path) -> Logits:
     license = request.license or "apache-2.0"
     save_for_timm(network, metadata, folder / WEIGHTS, license)
     write_card(folder, network, metadata, checkpoint, license, request.push)
-    return _plain(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+    return plain(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from irgdistill import export
+from irgdistill import export, programs
 from irgdistill.checkpoint import restore
 from irgdistill.config import load_config
 from irgdistill.files import read_tensors, save_tensors
@@ -230,14 +230,14 @@ def test_a_difference_leaves_everything_as_it_was(
 ) -> None:
     path = tmp_path / "student.pt2"
     command = ("export", runs / "known", "--format", "program", "--output", path)
-    forward = export.Student.forward
-    monkeypatch.setattr(export.Student, "forward", lambda self, images: forward(self, images) + 2e-4)
+    forward = programs.Student.forward
+    monkeypatch.setattr(programs.Student, "forward", lambda self, images: forward(self, images) + 2e-4)
     wrong = run(*command)
     assert wrong.code == 2 and "by up to 2.0e-04, 1e-04 is allowed; nothing was written" in wrong.err
     assert wrong.err.count("\n") == 1 and not [*tmp_path.iterdir()]
     path.write_text("mine")
     assert run(*command, "--overwrite").code == 2 and path.read_text() == "mine" and [*tmp_path.iterdir()] == [path]
-    monkeypatch.setattr(export.Student, "forward", lambda self, images: forward(self, images) * float("nan"))
+    monkeypatch.setattr(programs.Student, "forward", lambda self, images: forward(self, images) * float("nan"))
     assert "differ from the student's by up to nan" in run(*command, "--overwrite").err
 
 
@@ -247,9 +247,9 @@ def test_a_network_that_cannot_be_exported_is_one_line(
     def forward(self: Any, images: Tensor) -> Tensor:
         return images.flatten(1) if images.sum() > 0 else images
 
-    monkeypatch.setattr(export.Student, "forward", forward)
+    monkeypatch.setattr(programs.Student, "forward", forward)
     refused = run("export", runs / "known", "--format", "program", "--output", tmp_path / "a.pt2")
-    assert refused.code == 2 and f"{KNOWN} cannot be exported with --format program: " in refused.err
+    assert refused.code == 2 and f"{KNOWN} cannot be exported as a graph: " in refused.err
     assert refused.err.count("\n") == 1 and not [*tmp_path.iterdir()]
 
 
