@@ -365,6 +365,64 @@ def inspect_graph(
 
 
 @app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A student's run or checkpoint.")],
+    form: Annotated[
+        str,
+        _option(
+            RESULT, "--format", help="hub (default): folder for timm and the Hub; onnx; program: torch.export; timm."
+        ),
+    ] = "hub",
+    output: Annotated[
+        Path | None, _option(RESULT, help="Default, beside the checkpoint: hub, timm, NAME.onnx or NAME.pt2.")
+    ] = None,
+    overwrite: Annotated[bool, _option(RESULT, "--overwrite", help="Replace what is there.")] = False,
+    raw_input: Annotated[
+        bool,
+        _option(
+            RESULT, "--raw-input", help="onnx, program: take RGB in [0, 1]; default: images normalised as by timm."
+        ),
+    ] = False,
+    opset: Annotated[int | None, _option(RESULT, help="Of the ONNX file, 18 or higher (torch's choice).")] = None,
+    push: Annotated[str | None, _option(RESULT, help="Upload the folder to this repository on the Hub.")] = None,
+    license_: Annotated[str | None, _option(RESULT, "--license", help="In the model card (apache-2.0).")] = None,
+    check_images: Annotated[
+        int,
+        typer.Option(min=1, help="Validation images on which it must agree with the student.", rich_help_panel=DATA),
+    ] = 64,
+    data: Annotated[str | None, _option(DATA, help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, _option(DATA, help="Where a named data set keeps its files.")] = None,
+) -> None:
+    """Hand the student on: a folder for timm and the Hub, ONNX, torch.export, or plain timm weights.
+
+    Example: irgdistill export runs/mobilenetv2_100-irg-kd-1 --format onnx
+    """
+    from irgdistill.config import load_config
+
+    given = {key: value for key, value in {"data.source": data, "data.root": data_root}.items() if value is not None}
+    config = load_config(flags={**given, "data.workers": 0, "data.eval_batch_size": 64})
+
+    from irgdistill.export import Request
+    from irgdistill.export import export as run
+
+    run(
+        Request(
+            target=target,
+            format=form,
+            output=output,
+            overwrite=overwrite,
+            push=push,
+            license=license_,
+            opset=opset,
+            raw_input=raw_input,
+            check_images=check_images,
+            data=config.data,
+            given=frozenset(given),
+        )
+    )
+
+
+@app.command()
 def models(
     pattern: Annotated[str, typer.Argument(metavar="[FILTER]", help="Such as resnet or mobilenet*_100.")] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,

@@ -151,8 +151,8 @@ class Parts:
         self.scheduler = build_scheduler(self.optimizer, config.schedule, self.batches // self.accumulate)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.runtime.amp == "fp16")
 
-    def _check_teacher(self) -> None:
-        """Evaluate the teacher with its own preprocessing. Raises UserError near chance."""
+    def _check_teacher(self) -> dict[str, Any] | None:
+        """Evaluate the teacher with its own preprocessing -> what to record. Raises UserError near chance."""
         teacher, setup = self.setup.teacher, self.setup
         assert teacher is not None and self.teacher is not None
         if not setup.splits.labelled:
@@ -162,7 +162,7 @@ class Parts:
             self.report.warn(
                 f"the teacher has {teacher.num_classes} classes, the data {len(setup.classes)}: accuracy not checked"
             )
-            return
+            return None
         loader = eval_loader(
             setup.splits,
             self.config.data,
@@ -182,6 +182,7 @@ class Parts:
                 f"the teacher reaches top-1 {top1:.1f} on this data, chance is {chance:.1f}: its classes may be in "
                 "another order, its mean/std or weights wrong; --skip-teacher-check trains all the same"
             )
+        return {"kind": "teacher", "top1": top1, "images": tried.images}
 
     # --- what each process has of its own -----------------------------------------------------------------------------
 

@@ -60,8 +60,13 @@ def list_models(pattern: str, as_json: bool) -> None:
             print(f"{name:44} {count:14,} {macs:16,} {size:>9}  {text}", flush=True)  # noqa: T201
 
 
-def start(config: Config, output: Path | None, overwrite: bool, gpus: str | None, backend: str | None) -> None:
-    """Train from the beginning, in a new folder; in `gpus` processes of this machine, or among those of torchrun."""
+def start(
+    config: Config, output: Path | None, overwrite: bool, gpus: str | None = None, backend: str | None = None
+) -> dict[str, Any] | None:
+    """Train from the beginning, in a new folder; in `gpus` processes of this machine, or among those of torchrun.
+
+    -> the run's summary and its `folder`; None where workers were started.
+    """
     restarted = restarts() > 0
     folder = RunFolder(output or _next_folder(config, last=restarted))
     if not restarted:
@@ -69,19 +74,18 @@ def start(config: Config, output: Path | None, overwrite: bool, gpus: str | None
     with _says_where_it_stands(folder):
         setup = _ready(config, gpus, backend)
         if setup is None:
-            return
+            return None
         with joined(config.runtime.device, backend) as world:
             folder = RunFolder(world.share(folder.path))
             if world.share(restarted and folder.state.exists()):
-                _go_on(folder, setup, world, open_state(folder)[0])
-                return
+                return _go_on(folder, setup, world, open_state(folder)[0])
             trainer = Trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
             if world.main:
                 print_plan(setup.plan)
             trainer.report.line(f"run folder {folder.path}")
             _tell(trainer)
             trainer.start(overwrite or restarted)
-            _finish(trainer)
+            return _finish(trainer)
 
 
 def _ready(config: Config, gpus: str | None, backend: str | None) -> Setup | None:
@@ -152,14 +156,16 @@ def resume(
                 _go_on(folder, setup, world, state, previous)
 
 
-def _go_on(folder: RunFolder, setup: Setup, world: World, state: dict[str, Any], previous: bool = False) -> None:
+def _go_on(
+    folder: RunFolder, setup: Setup, world: World, state: dict[str, Any], previous: bool = False
+) -> dict[str, Any]:
     if world.main:
         folder.lock()
     trainer = Trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
     trainer.resume(state, previous)
     trainer.report.line(f"resuming {folder.path} at {position(state)} of {trainer.batches}")
     _tell(trainer)
-    _finish(trainer)
+    return _finish(trainer)
 
 
 @contextmanager
@@ -174,12 +180,13 @@ def _says_where_it_stands(folder: RunFolder) -> Iterator[None]:
         raise Interrupted(128 + stop.number, f"{stop}; {left}") from None
 
 
-def _finish(trainer: Trainer) -> None:
+def _finish(trainer: Trainer) -> dict[str, Any]:
     summary = trainer.fit()
     trainer.report.line(
         f"best {score(summary)} at epoch {summary['epoch']} of {summary['epochs']}, "
         f"{summary['seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s: {trainer.folder.best}"
     )
+    return {**summary, "folder": str(trainer.folder.path)}
 
 
 def _next_folder(config: Config, last: bool = False) -> Path:

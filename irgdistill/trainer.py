@@ -136,10 +136,11 @@ class Trainer(Parts):
 
         Raises UserError where the folder is taken, OSError when it cannot be written.
         """
-        if self.teacher is not None and self.config.teacher.check:
-            self._check_teacher()
+        tried = self._check_teacher() if self.teacher is not None and self.config.teacher.check else None
         if self.world.main:
             self.folder.create(overwrite)
+        if tried is not None:
+            self.report.record(tried)
         self._seed()
         self._save()
         if self.saver.error is not None:
