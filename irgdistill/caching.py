@@ -141,7 +141,7 @@ def _write(
     count = math.ceil(rows / SHARD)
     left = [number for number in range(count) if not _whole(shard_path(folder, number), mark)]
     report.line(f"{rows:,} views of {about['data']['images']:,} images: {len(left)} of {count} files to write")
-    precision = autocast(config.runtime.amp, network.view.mean.device)
+    precision = autocast(config.runtime.amp, next(network.parameters()).device)
     with report.progress(rows, rows - len(left) * SHARD):
         for done, number in enumerate(left):
             keys = range(number * SHARD, min((number + 1) * SHARD, rows))
@@ -170,7 +170,7 @@ def _shard(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Rows of these keys, in their order."""
-    device, parts = network.view.mean.device, []
+    device, parts = next(network.parameters()).device, []
     loader = DataLoader(
         images,
         batch_size=config.data.eval_batch_size,

@@ -157,7 +157,7 @@ class Parts:
         assert teacher is not None and self.teacher is not None
         if not setup.splits.labelled:
             self.report.warn("the validation images have no labels: the teacher's accuracy is not checked")
-            return
+            return None
         if teacher.num_classes != len(setup.classes):
             self.report.warn(
                 f"the teacher has {teacher.num_classes} classes, the data {len(setup.classes)}: accuracy not checked"

@@ -159,6 +159,8 @@ def check_logging(config: Config, splits: Splits) -> None:
         raise UserError(f"{asked}: nothing shows the pictures; give --log tensorboard or --log wandb")
     if not config.uses_teacher:
         raise UserError(f"{asked}: method {config.method!r} has no teacher whose graphs could be shown")
+    if config.teacher.cache is not None:
+        raise UserError(f"{asked}: --teacher-cache trains without the teacher that draws its graphs; leave one out")
     if splits.streaming:
         raise UserError(f"{asked}: {config.data.source} is a stream, which has no images to draw from")
 

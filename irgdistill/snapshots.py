@@ -79,7 +79,7 @@ class Snapshots:
         """Name of a stage -> picture (H, W, 3): edges of the teacher, of the student, and their difference."""
         setup, plan, network = self.setup, self.setup.plan, self.setup.student
         data = setup.config.data.model_copy(update={"workers": 0, "eval_batch_size": IMAGES})
-        device, bad = student.view.mean.device, BadImages(data.max_bad_images)
+        device, bad = next(student.parameters()).device, BadImages(data.max_bad_images)
         loader = eval_loader(self.splits, data, setup.size, network.interpolation, network.crop_pct, device, bad)
         training = student.model.training
         tapped = [
