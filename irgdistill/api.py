@@ -21,7 +21,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from irgdistill.cli import FLAGS
+from irgdistill.cli_options import FLAGS
 from irgdistill.config import Config, load_config
 from irgdistill.errors import UserError, nearest
 from irgdistill.levels import Tap

@@ -31,7 +31,7 @@ from irgdistill.levels import Tap
 from irgdistill.matching import ends, match
 from irgdistill.models import Network, build_network, fold_batch_norm
 from irgdistill.report import Report
-from irgdistill.setup import autocast, build_teacher, check_classes, choose_device, with_absolute_paths
+from irgdistill.setup import autocast, build_teacher, check_classes, choose_device, resolved
 from irgdistill.signals import Stopped, leave_to_parent
 from irgdistill.sources import open_splits
 from irgdistill.taps import Output, Tapped, tap_name
@@ -52,7 +52,7 @@ def cache_teacher(request: Request, config: Config) -> None:
 
     Raises UserError before the teacher runs for whatever can be known by then.
     """
-    config = with_absolute_paths(config)
+    config = resolved(config)
     splits, teacher = open_splits(config.data), build_teacher(config)
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream: its images have no numbers under which to find them again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -11,70 +12,43 @@ from typing import Annotated, Any
 import typer
 
 from irgdistill import __version__
+from irgdistill.cli_look import doctor, presets
+from irgdistill.cli_options import (
+    DATA,
+    FLAGS,
+    MATCHING,
+    METHOD,
+    NETWORKS,
+    RESULT,
+    RUNTIME,
+    TRAINING,
+    Command,
+    Commands,
+    complete_method,
+    complete_network,
+    complete_preset,
+    examples,
+    option,
+    options_of_distill,
+    remember_names,
+    settings_of,
+    usage,
+)
 from irgdistill.errors import Interrupted, UserError, leave_word
 from irgdistill.signals import Signals, Stopped
 
 app = typer.Typer(
     name="irgdistill",
+    cls=Commands,
     help="Distil any timm teacher into any timm student with Instance Relationship Graphs.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog=examples("irgdistill distill --preset quickstart --method none --student cifar_resnet20"),
 )
-
-FLAGS = {
-    "teacher": "teacher.name",
-    "teacher_checkpoint": "teacher.checkpoint",
-    "teacher_input_size": "teacher.input_size",
-    "teacher_cache": "teacher.cache",
-    "student": "student.name",
-    "input_size": "student.input_size",
-    "data": "data.source",
-    "data_root": "data.root",
-    "download": "data.download",
-    "val_fraction": "data.val_fraction",
-    "balanced": "data.balanced",
-    "max_bad_images": "data.max_bad_images",
-    "batch_size": "data.batch_size",
-    "workers": "data.workers",
-    "levels": "matching.levels",
-    "skip_level": "matching.skip",
-    "taps_teacher": "matching.taps_teacher",
-    "taps_student": "matching.taps_student",
-    "method": "method",
-    "kd_weight": "losses.kd.weight",
-    "logits_weight": "losses.logits.weight",
-    "edges_weight": "losses.edges.weight",
-    "transform_weight": "losses.transform.weight",
-    "temperature": "losses.kd.temperature",
-    "edge_blocks": "losses.edges.blocks",
-    "label_smoothing": "losses.ce.label_smoothing",
-    "epochs": "schedule.epochs",
-    "warmup_epochs": "schedule.warmup_epochs",
-    "opt": "optim.name",
-    "lr": "optim.lr",
-    "weight_decay": "optim.weight_decay",
-    "clip_grad": "optim.clip_grad",
-    "accumulate": "optim.accumulate",
-    "ema": "optim.ema",
-    "mixup": "augment.mixup",
-    "cutmix": "augment.cutmix",
-    "auto_augment": "augment.auto_augment",
-    "seed": "seed",
-    "device": "runtime.device",
-    "amp": "runtime.amp",
-    "channels_last": "runtime.channels_last",
-    "compile_": "runtime.compile",
-    "sync_bn": "runtime.sync_bn",
-    "graph_scope": "runtime.graph_scope",
-    "log": "runtime.loggers",
-    "save_every_steps": "runtime.save_every_steps",
-    "save_every_minutes": "runtime.save_every_minutes",
-}
-"""Parameter of `distill` -> configuration key. Everything else is set with --set."""
-
-NETWORKS, DATA, MATCHING, METHOD, TRAINING, RUNTIME = "Networks", "Data", "Matching", "Method", "Training", "Run"
-RESULT = "Result"
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For a command that takes the options of `distill` too."""
 
 
 def _version(wanted: bool) -> None:
@@ -85,257 +59,290 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
-def _option(group: str, *names: str, help: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=group, show_default=False)
-
-
-@app.command()
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "irgdistill distill --teacher resnet50 --student mobilenetv2_100 --data ./imagenet",
+        "irgdistill distill --preset quickstart --method none --student cifar_resnet20 --output runs/teacher",
+        "irgdistill distill --preset quickstart --student cifar_resnet14_x0_5 --teacher-checkpoint runs/teacher "
+        "--output runs/student",
+    ),
+)
 def distill(
-    teacher: Annotated[str | None, _option(NETWORKS, help="timm name, hf-hub:… or local-dir:…")] = None,
+    teacher: Annotated[
+        str | None, option(NETWORKS, help="timm name, hf-hub:… or local-dir:…", complete=complete_network)
+    ] = None,
     teacher_checkpoint: Annotated[
-        Path | None, _option(NETWORKS, help="Weights (.safetensors, .pth); one of ours names its network.")
+        Path | None, option(NETWORKS, help="Weights (.safetensors, .pth); one of ours names its network.")
     ] = None,
     teacher_input_size: Annotated[
-        str | None, _option(NETWORKS, help="224 or 256x192; default: the teacher's own.")
+        str | None, option(NETWORKS, help="224 or 256x192; default: the teacher's own.")
     ] = None,
-    teacher_cache: Annotated[Path | None, _option(NETWORKS, help="What `cache-teacher` wrote, in its place.")] = None,
-    student: Annotated[str | None, _option(NETWORKS, help="timm name of the network to train.")] = None,
-    input_size: Annotated[str | None, _option(NETWORKS, help="Student's; default: its own.")] = None,
+    teacher_cache: Annotated[Path | None, option(NETWORKS, help="What `cache-teacher` wrote, in its place.")] = None,
+    student: Annotated[
+        str | None, option(NETWORKS, help="timm name of the network to train.", complete=complete_network)
+    ] = None,
+    student_pretrained: Annotated[
+        bool | None, option(NETWORKS, "--student-pretrained", help="Start from its pretrained weights.")
+    ] = None,
+    student_checkpoint: Annotated[
+        Path | None, option(NETWORKS, help="Start from these weights: a run, .safetensors or .pth.")
+    ] = None,
+    input_size: Annotated[str | None, option(NETWORKS, help="Student's; default: its own.")] = None,
     skip_teacher_check: Annotated[
-        bool, _option(NETWORKS, "--skip-teacher-check", help="Train even if the teacher is near chance.")
+        bool, option(NETWORKS, "--skip-teacher-check", help="Train even if the teacher is near chance.")
     ] = False,
-    data: Annotated[str | None, _option(DATA, help="Image folder, .tar, digits, or torch/…, hfds/…, wds/….")] = None,
-    data_root: Annotated[Path | None, _option(DATA, help="Where a named data set keeps its files.")] = None,
-    download: Annotated[bool | None, _option(DATA, "--download", help="Fetch a named data set.")] = None,
-    val_fraction: Annotated[float | None, _option(DATA, help="Hold out this share for validation.")] = None,
-    balanced: Annotated[bool | None, _option(DATA, "--balanced", help="Draw every class equally often.")] = None,
-    no_labels: Annotated[
-        bool, _option(DATA, "--no-labels", help="Any images; all is learnt from the teacher.")
-    ] = False,
-    max_bad_images: Annotated[int | None, _option(DATA, help="Unreadable images to skip (10).")] = None,
-    batch_size: Annotated[int | None, _option(DATA, help="Images per step, the graph's size (128).")] = None,
-    workers: Annotated[int | None, _option(DATA, help="Loader processes (1); the result is the same.")] = None,
-    levels: Annotated[int | None, _option(MATCHING, help="Match by depth, in at most so many stages.")] = None,
-    skip_level: Annotated[list[int] | None, _option(MATCHING, help="Leave out /N; may be repeated.")] = None,
-    taps_teacher: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
-    taps_student: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    data: Annotated[str | None, option(DATA, help="Image folder, .tar, digits, or torch/…, hfds/…, wds/….")] = None,
+    data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
+    download: Annotated[bool | None, option(DATA, "--download", help="Fetch a named data set.")] = None,
+    val_fraction: Annotated[float | None, option(DATA, help="Hold out this share for validation.")] = None,
+    balanced: Annotated[bool | None, option(DATA, "--balanced", help="Draw every class equally often.")] = None,
+    no_labels: Annotated[bool, option(DATA, "--no-labels", help="Any images; all is learnt from the teacher.")] = False,
+    max_bad_images: Annotated[int | None, option(DATA, help="Unreadable images to skip (10).")] = None,
+    batch_size: Annotated[int | None, option(DATA, help="Images per step, the graph's size (128).")] = None,
+    workers: Annotated[int | None, option(DATA, help="Loader processes (1); the result is the same.")] = None,
+    levels: Annotated[int | None, option(MATCHING, help="Match by depth, in at most so many stages.")] = None,
+    skip_level: Annotated[list[int] | None, option(MATCHING, help="Leave out /N; may be repeated.")] = None,
+    taps_teacher: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    taps_student: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
     method: Annotated[
-        str | None, _option(METHOD, help="irg+kd (default), mtk, irg, none, or a rival: kd, at, …")
+        str | None,
+        option(METHOD, help="irg+kd (default), mtk, irg, none, or a rival: kd, at, …", complete=complete_method),
     ] = None,
-    kd_weight: Annotated[float | None, _option(METHOD, help="Soft targets.")] = None,
-    logits_weight: Annotated[float | None, _option(METHOD, help="Logit regression.")] = None,
-    edges_weight: Annotated[float | None, _option(METHOD, help="Edge matrices of the last stage.")] = None,
-    transform_weight: Annotated[float | None, _option(METHOD, help="Transformations of all stages.")] = None,
-    temperature: Annotated[float | None, _option(METHOD, help="Of the soft targets (4).")] = None,
-    edge_blocks: Annotated[int | None, _option(METHOD, help="1: one-to-one; K: one-to-many.")] = None,
-    label_smoothing: Annotated[float | None, _option(METHOD, help="Of the labels (0).")] = None,
-    epochs: Annotated[int | None, _option(TRAINING, help="Passes over the training images (100).")] = None,
-    warmup_epochs: Annotated[float | None, _option(TRAINING, help="Linear warm-up (0).")] = None,
-    opt: Annotated[str | None, _option(TRAINING, help="timm optimizer (sgd).")] = None,
-    lr: Annotated[float | None, _option(TRAINING, help="Peak learning rate (0.1).")] = None,
-    weight_decay: Annotated[float | None, _option(TRAINING, help="(5e-4)")] = None,
-    clip_grad: Annotated[float | None, _option(TRAINING, help="Maximum gradient norm.")] = None,
-    accumulate: Annotated[int | None, _option(TRAINING, help="Batches per update (1).")] = None,
-    ema: Annotated[float | None, _option(TRAINING, help="Decay of averaged weights, such as 0.999.")] = None,
-    mixup: Annotated[float | None, _option(TRAINING, help="Alpha.")] = None,
-    cutmix: Annotated[float | None, _option(TRAINING, help="Alpha.")] = None,
-    auto_augment: Annotated[str | None, _option(TRAINING, help="timm policy, such as rand-m9-mstd0.5.")] = None,
-    seed: Annotated[int | None, _option(TRAINING, help="Weights, order and augmentation (0).")] = None,
-    device: Annotated[str | None, _option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
-    amp: Annotated[str | None, _option(RUNTIME, help="auto, none, bf16 or fp16.")] = None,
-    channels_last: Annotated[bool | None, _option(RUNTIME, "--channels-last", help="Memory layout.")] = None,
-    compile_: Annotated[bool | None, _option(RUNTIME, "--compile", help="Use torch.compile.")] = None,
-    gpus: Annotated[str | None, _option(RUNTIME, help="Processes on this machine: a number, or all.")] = None,
-    backend: Annotated[str | None, _option(RUNTIME, help="nccl, or gloo to run them on the CPU.")] = None,
-    sync_bn: Annotated[bool | None, _option(RUNTIME, "--sync-bn", help="Batch-norm over all processes.")] = None,
-    graph_scope: Annotated[str | None, _option(RUNTIME, help="global (default), or local to a process.")] = None,
-    log: Annotated[list[str] | None, _option(RUNTIME, help="tensorboard or wandb; may be repeated.")] = None,
-    save_every_steps: Annotated[int | None, _option(RUNTIME, help="Save after so many updates too.")] = None,
-    save_every_minutes: Annotated[float | None, _option(RUNTIME, help="Save after so many minutes too.")] = None,
-    preset: Annotated[str | None, _option(RUNTIME, help="Name of a preset, or a YAML file.")] = None,
-    settings: Annotated[list[str] | None, _option(RUNTIME, "--set", help="Any key.path=value.")] = None,
-    output: Annotated[Path | None, _option(RUNTIME, help="Run folder (runs/STUDENT-METHOD-N).")] = None,
-    overwrite: Annotated[bool, _option(RUNTIME, "--overwrite", help="Replace the run that is there.")] = False,
-    resume: Annotated[Path | None, _option(RUNTIME, help="Go on with this run folder.")] = None,
+    kd_weight: Annotated[float | None, option(METHOD, help="Soft targets.")] = None,
+    logits_weight: Annotated[float | None, option(METHOD, help="Logit regression.")] = None,
+    edges_weight: Annotated[float | None, option(METHOD, help="Edge matrices of the last stage.")] = None,
+    transform_weight: Annotated[float | None, option(METHOD, help="Transformations of all stages.")] = None,
+    temperature: Annotated[float | None, option(METHOD, help="Of the soft targets (4).")] = None,
+    edge_blocks: Annotated[int | None, option(METHOD, help="1: one-to-one; K: one-to-many.")] = None,
+    label_smoothing: Annotated[float | None, option(METHOD, help="Of the labels (0).")] = None,
+    epochs: Annotated[int | None, option(TRAINING, help="Passes over the training images (100).")] = None,
+    warmup_epochs: Annotated[float | None, option(TRAINING, help="Linear warm-up (0).")] = None,
+    opt: Annotated[str | None, option(TRAINING, help="timm optimizer (sgd).")] = None,
+    lr: Annotated[float | None, option(TRAINING, help="Peak learning rate (0.1).")] = None,
+    weight_decay: Annotated[float | None, option(TRAINING, help="Not of biases and norms (5e-4).")] = None,
+    clip_grad: Annotated[float | None, option(TRAINING, help="Maximum gradient norm.")] = None,
+    accumulate: Annotated[int | None, option(TRAINING, help="Batches per update (1).")] = None,
+    ema: Annotated[float | None, option(TRAINING, help="Decay of averaged weights, such as 0.999.")] = None,
+    mixup: Annotated[float | None, option(TRAINING, help="Alpha of mixup (0).")] = None,
+    cutmix: Annotated[float | None, option(TRAINING, help="Alpha of cutmix (0).")] = None,
+    auto_augment: Annotated[str | None, option(TRAINING, help="timm policy, such as rand-m9-mstd0.5.")] = None,
+    seed: Annotated[int | None, option(TRAINING, help="Weights, order and augmentation (0).")] = None,
+    device: Annotated[str | None, option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
+    amp: Annotated[str | None, option(RUNTIME, help="auto, none, bf16 or fp16.")] = None,
+    channels_last: Annotated[bool | None, option(RUNTIME, "--channels-last", help="Memory layout.")] = None,
+    compile_: Annotated[bool | None, option(RUNTIME, "--compile", help="Use torch.compile.")] = None,
+    gpus: Annotated[str | None, option(RUNTIME, help="Processes on this machine: a number, or all.")] = None,
+    backend: Annotated[str | None, option(RUNTIME, help="nccl, or gloo to run them on the CPU.")] = None,
+    sync_bn: Annotated[bool | None, option(RUNTIME, "--sync-bn", help="Batch-norm over all processes.")] = None,
+    graph_scope: Annotated[str | None, option(RUNTIME, help="global (default), or local to a process.")] = None,
+    log: Annotated[list[str] | None, option(RUNTIME, help="tensorboard or wandb; may be repeated.")] = None,
+    save_every_steps: Annotated[int | None, option(RUNTIME, help="Save after so many updates too.")] = None,
+    save_every_minutes: Annotated[float | None, option(RUNTIME, help="Save after so many minutes too.")] = None,
+    preset: Annotated[
+        str | None, option(RUNTIME, help="Name of a preset, or a YAML file.", complete=complete_preset)
+    ] = None,
+    settings: Annotated[list[str] | None, option(RUNTIME, "--set", help="Any key.path=value.")] = None,
+    output: Annotated[Path | None, option(RUNTIME, help="Run folder (a new one in runs/).")] = None,
+    overwrite: Annotated[bool, option(RUNTIME, "--overwrite", help="Replace the run that is there.")] = False,
+    resume: Annotated[Path | None, option(RUNTIME, help="Go on with this run folder.")] = None,
     previous_state: Annotated[
-        bool, _option(RUNTIME, "--previous-state", help="Resume from the state before the last one.")
+        bool, option(RUNTIME, "--previous-state", help="Resume from the state before the last one.")
     ] = False,
-    dry_run: Annotated[bool, _option(RUNTIME, "--dry-run", help="Show configuration and plan; stop.")] = False,
+    dry_run: Annotated[bool, option(RUNTIME, "--dry-run", help="Show configuration and plan; stop.")] = False,
+    quiet: Annotated[bool, option(RESULT, "--quiet", help="Say results, warnings and errors only.")] = False,
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Train a student under a teacher (or alone: --method none).
 
     Stages are matched by spatial resolution; no layer names are needed.
-
-    Example: irgdistill distill --teacher resnet50 --student mobilenetv2_100 --data ./imagenet
     """
-    from irgdistill.config import load_config
-
-    given = {FLAGS[name]: value for name, value in locals().items() if name in FLAGS and value is not None}
-    if skip_teacher_check:
-        given["teacher.check"] = False
-    if no_labels:
-        given["data.labels"] = False
+    given = settings_of(locals())
     if resume is not None:
         if preset or settings or output or overwrite or dry_run:
             raise UserError(
                 "--resume goes on with the run's own configuration; "
                 "leave out --preset, --set, --output, --overwrite and --dry-run"
             )
-        _resume(resume, given, previous_state, gpus, backend)
-        return
-    if previous_state:
+        _refuse_fixed(given)
+    elif previous_state:
         raise UserError("--previous-state says where --resume RUN goes on from; there is no --resume")
+    from irgdistill.config import load_config
+
     config = load_config(preset, settings, given)
 
-    from irgdistill.run import dry_run as show
-    from irgdistill.run import start
+    from irgdistill import run
+    from irgdistill.report import hushed
 
-    if dry_run:
-        show(config)
-    else:
-        start(config, output, overwrite, gpus, backend)
+    remember_names()
+    summary = None
+    with hushed(quiet):
+        if resume is not None:
+            summary = run.resume(resume, given, previous_state, gpus, backend)
+        elif dry_run:
+            run.dry_run(config, as_json)
+        else:
+            summary = run.start(config, output, overwrite, gpus, backend)
+    if as_json and summary is not None:
+        typer.echo(json.dumps(summary))
 
 
-def _resume(folder: Path, given: dict[str, Any], previous_state: bool, gpus: str | None, backend: str | None) -> None:
+def _refuse_fixed(given: dict[str, Any]) -> None:
+    """Of a run that goes on, only what does not change its result may be given anew. Raises UserError."""
     from irgdistill.config import MOVABLE
 
     fixed = sorted(set(given) - MOVABLE)
     if fixed:
         raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(MOVABLE))}")
-    from irgdistill.run import resume
-
-    resume(folder, given, previous_state, gpus, backend)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    cls=Command,
+    context_settings=PASSED_ON,
+    epilog=examples(
+        "irgdistill compare --teacher resnet50 --student resnet18 --data ./imagenet --batch-size 256",
+        "irgdistill compare --preset quickstart --methods none,irg+kd --seeds 2 --student cifar_resnet14_x0_5 "
+        "--teacher-checkpoint runs/teacher",
+    ),
+)
 def compare(
     context: typer.Context,
-    methods: Annotated[str, _option(METHOD, help="Of `distill`, with commas (none,kd,irg+kd).")] = "none,kd,irg+kd",
-    seeds: Annotated[int, _option(TRAINING, help="Runs of each method, from --seed on (3).")] = 3,
-    jobs: Annotated[int, _option(RUNTIME, help="Runs at once on one device (1).")] = 1,
-    output: Annotated[Path, _option(RUNTIME, help="Its run folders and tables (runs/compare).")] = Path("runs/compare"),
+    methods: Annotated[
+        str, option(METHOD, help="Of `distill`, with commas (none,kd,irg+kd).", complete=complete_method)
+    ] = "none,kd,irg+kd",
+    seeds: Annotated[int, option(TRAINING, help="Runs of each method, from --seed on (3).")] = 3,
+    jobs: Annotated[int, option(RUNTIME, help="Runs at once on one device (1).")] = 1,
+    output: Annotated[Path, option(RUNTIME, help="Its run folders and tables (runs/compare).")] = Path("runs/compare"),
+    quiet: Annotated[bool, option(RESULT, "--quiet", help="Say results, warnings and errors only.")] = False,
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print the table as one JSON object.")] = False,
 ) -> None:
     """Train one student by several methods and seeds, and make one table. Takes the options of `distill` too.
 
     What is finished is skipped, what is not goes on.
-
-    Example: irgdistill compare --methods none,kd,irg+kd --teacher resnet50 --student resnet18 --data ./imagenet
     """
-    from irgdistill.compare import Request
-    from irgdistill.compare import compare as run
     from irgdistill.config import MOVABLE
 
     refused = ("method", "no_labels", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
-    options, flags = _as_distill(context, refused)
-    options_of = {key: f"--{name.replace('_', '-')}" for name, key in FLAGS.items()}
+    options = options_of_distill(context, "compare", refused)
     movable = {
-        options_of[key]: str(value) for key, value in flags.items() if key in MOVABLE and key != "runtime.loggers"
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in options.items()
+        if FLAGS.get(name) in MOVABLE - {"runtime.loggers"} and value is not None
     }
-    run(
-        Request(
-            methods=[name for name in methods.replace(" ", "").split(",") if name],
-            seeds=seeds,
-            output=output,
-            jobs=jobs,
-            preset=options["preset"],
-            settings=list(options["settings"] or ()),
-            flags=flags,
-            moved=[word for option in movable.items() for word in option],
-        )
+
+    from irgdistill.compare import Request
+    from irgdistill.compare import compare as run
+    from irgdistill.report import hushed
+
+    request = Request(
+        methods=[name for name in methods.replace(" ", "").split(",") if name],
+        seeds=seeds,
+        output=output,
+        jobs=jobs,
+        preset=options["preset"],
+        settings=list(options["settings"] or ()),
+        flags=settings_of(options),
+        moved=[word for pair in movable.items() for word in pair],
+        as_json=as_json,
     )
+    with hushed(quiet):
+        run(request)
 
 
-def _as_distill(context: typer.Context, refused: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that a command takes as `distill` does -> all of them, and configuration keys with their values."""
-    assert context.parent is not None
-    parser = typer.main.get_command(app).commands["distill"]  # type: ignore[attr-defined]
-    options = parser.make_context(context.info_name, list(context.args), parent=context.parent).params
-    for name in refused:
-        if options[name]:
-            raise UserError(f"{context.info_name} does not take --{name.replace('_', '-')}")
-    given = {name: value for name, value in options.items() if name in FLAGS and value not in (None, (), [])}
-    flags = {FLAGS[name]: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    if options["skip_teacher_check"]:
-        flags["teacher.check"] = False
-    return options, flags
-
-
-@app.command(name="cache-teacher", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    cls=Command,
+    name="cache-teacher",
+    context_settings=PASSED_ON,
+    epilog=examples(
+        "irgdistill cache-teacher --teacher resnet50 --data ./imagenet --views 20 --output cache/resnet50",
+        "irgdistill distill --teacher-cache cache/resnet50 --student mobilenetv2_100 --data ./imagenet",
+    ),
+)
 def cache_teacher(
     context: typer.Context,
-    views: Annotated[int, _option(DATA, help="Augmented views of each image (1).")] = 1,
-    store: Annotated[str, _option(RESULT, help="Numbers as fp16 (default) or fp32.")] = "fp16",
-    logits: Annotated[str, _option(RESULT, help="all (default), or how many of the largest.")] = "all",
-    output: Annotated[Path, _option(RESULT, help="Its folder (runs/teacher-cache).")] = Path("runs/teacher-cache"),
+    views: Annotated[int, option(DATA, help="Augmented views of each image (1).")] = 1,
+    store: Annotated[str, option(RESULT, help="Numbers as fp16 (default) or fp32.")] = "fp16",
+    logits: Annotated[str, option(RESULT, help="all (default), or how many of the largest.")] = "all",
+    output: Annotated[Path, option(RESULT, help="Its folder (runs/teacher-cache).")] = Path("runs/teacher-cache"),
+    quiet: Annotated[bool, option(RESULT, "--quiet", help="Say results, warnings and errors only.")] = False,
 ) -> None:
     """Run the teacher once over every view of every training image. Takes the options of `distill` too.
 
     Students then train with `distill --teacher-cache FOLDER`, with no teacher in memory.
-
-    Example: irgdistill cache-teacher --teacher resnet50 --data ./imagenet --views 20
     """
     from irgdistill.config import load_config
 
-    refused = ("resume", "previous_state", "overwrite", "dry_run", "gpus", "backend", "teacher_cache")
-    options, flags = _as_distill(context, refused)
-    config = load_config(options["preset"], list(options["settings"] or ()), flags)
+    refused = ("no_labels", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend", "teacher_cache")
+    options = options_of_distill(context, "cache-teacher", refused)
+    config = load_config(options["preset"], list(options["settings"] or ()), settings_of(options))
 
     from irgdistill.caching import Request
     from irgdistill.caching import cache_teacher as run
+    from irgdistill.report import hushed
 
-    run(Request(output, views, store, logits), config)
+    with hushed(quiet):
+        run(Request(output, views, store, logits), config)
 
 
-@app.command(name="inspect-graph")
+@app.command(
+    cls=Command,
+    name="inspect-graph",
+    epilog=examples(
+        "irgdistill inspect-graph runs/student --images 30 --terminal",
+        "irgdistill inspect-graph --plan-only --teacher resnet50 --student mobilenetv2_100",
+    ),
+)
 def inspect_graph(
     target: Annotated[
         str | None,
         typer.Argument(metavar="[RUN|CKPT]", help="A student's run or checkpoint.", show_default=False),
     ] = None,
-    teacher: Annotated[str | None, _option(NETWORKS, help="timm name.")] = None,
-    teacher_checkpoint: Annotated[Path | None, _option(NETWORKS, help="Its weights; default: pretrained.")] = None,
-    teacher_input_size: Annotated[str | None, _option(NETWORKS, help="224 or 256x192.")] = None,
-    student: Annotated[str | None, _option(NETWORKS, help="timm name; untrained without weights.")] = None,
-    student_checkpoint: Annotated[Path | None, _option(NETWORKS, help="Its weights.")] = None,
+    teacher: Annotated[str | None, option(NETWORKS, help="timm name.", complete=complete_network)] = None,
+    teacher_checkpoint: Annotated[Path | None, option(NETWORKS, help="Its weights; default: pretrained.")] = None,
+    teacher_input_size: Annotated[str | None, option(NETWORKS, help="224 or 256x192.")] = None,
+    student: Annotated[
+        str | None, option(NETWORKS, help="timm name; untrained without weights.", complete=complete_network)
+    ] = None,
+    student_checkpoint: Annotated[Path | None, option(NETWORKS, help="Its weights.")] = None,
     student_pretrained: Annotated[
-        bool, _option(NETWORKS, "--student-pretrained", help="Take its pretrained weights.")
+        bool, option(NETWORKS, "--student-pretrained", help="Take its pretrained weights.")
     ] = False,
-    input_size: Annotated[str | None, _option(NETWORKS, help="The student's.")] = None,
-    compare: Annotated[str | None, _option(NETWORKS, help="Another run or checkpoint of the same student.")] = None,
-    data: Annotated[str | None, _option(DATA, help="Default: what the checkpoint remembers.")] = None,
-    data_root: Annotated[Path | None, _option(DATA, help="Where a named data set keeps its files.")] = None,
-    val_fraction: Annotated[float | None, _option(DATA, help="Hold out this share.")] = None,
-    max_bad_images: Annotated[int | None, _option(DATA, help="Unreadable images to skip (10).")] = None,
-    split: Annotated[str, _option(DATA, help="val (default) or train.")] = "val",
-    images: Annotated[int, _option(DATA, help="Drawn evenly over the classes (64).")] = 64,
-    seed: Annotated[int | None, _option(DATA, help="Of the draw and of untrained weights (0).")] = None,
-    levels: Annotated[int | None, _option(MATCHING, help="Match by depth, in at most so many stages.")] = None,
-    skip_level: Annotated[list[int] | None, _option(MATCHING, help="Leave out /N; may be repeated.")] = None,
-    taps_teacher: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
-    taps_student: Annotated[str | None, _option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
-    neighbours: Annotated[int, _option(RESULT, help="Of each image that are compared (5).")] = 5,
-    form: Annotated[str, _option(RESULT, "--format", help="Of the figures: png (default), svg or pdf.")] = "png",
-    terminal: Annotated[bool, _option(RESULT, "--terminal", help="Draw the heatmaps here, too.")] = False,
-    output: Annotated[Path | None, _option(RESULT, help="Default: RUN/graphs or graphs/TEACHER-STUDENT.")] = None,
+    input_size: Annotated[str | None, option(NETWORKS, help="The student's.")] = None,
+    compare: Annotated[str | None, option(NETWORKS, help="Another run or checkpoint of the same student.")] = None,
+    data: Annotated[str | None, option(DATA, help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
+    val_fraction: Annotated[float | None, option(DATA, help="Hold out this share.")] = None,
+    max_bad_images: Annotated[int | None, option(DATA, help="Unreadable images to skip (10).")] = None,
+    split: Annotated[str, option(DATA, help="val (default) or train.")] = "val",
+    images: Annotated[int, option(DATA, help="Drawn evenly over the classes (64).")] = 64,
+    seed: Annotated[int | None, option(DATA, help="Of the draw and of untrained weights (0).")] = None,
+    levels: Annotated[int | None, option(MATCHING, help="Match by depth, in at most so many stages.")] = None,
+    skip_level: Annotated[list[int] | None, option(MATCHING, help="Leave out /N; may be repeated.")] = None,
+    taps_teacher: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    taps_student: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    neighbours: Annotated[int, option(RESULT, help="Of each image that are compared (5).")] = 5,
+    form: Annotated[str, option(RESULT, "--format", help="Of the figures: png (default), svg or pdf.")] = "png",
+    terminal: Annotated[bool, option(RESULT, "--terminal", help="Draw the heatmaps here, too.")] = False,
+    output: Annotated[Path | None, option(RESULT, help="Default: RUN/graphs or graphs/TEACHER-STUDENT.")] = None,
     plan_only: Annotated[
-        bool, _option(RESULT, "--plan-only", help="Show which stages meet; no data, no weights.")
+        bool, option(RESULT, "--plan-only", help="Show which stages meet; no data, no weights.")
     ] = False,
-    as_json: Annotated[bool, _option(RESULT, "--json", help="Print one JSON object.")] = False,
-    step: Annotated[int | None, _option(RUNTIME, "--batch-size", help="Images per step (64).")] = None,
-    workers: Annotated[int | None, _option(RUNTIME, help="Loader processes (1).")] = None,
-    device: Annotated[str | None, _option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")] = False,
+    step: Annotated[int | None, option(RUNTIME, "--batch-size", help="Images per step (64).")] = None,
+    workers: Annotated[int | None, option(RUNTIME, help="Loader processes (1).")] = None,
+    device: Annotated[str | None, option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
 ) -> None:
-    """Show which stages of two networks meet, and how each relates the same images to one another.
-
-    Example: irgdistill inspect-graph runs/mobilenetv2_100-irg-kd-1 --images 256
-    """
+    """Show which stages of two networks meet, and how each relates the same images to one another."""
     from irgdistill.config import load_config
 
     given = {FLAGS[name]: value for name, value in locals().items() if name in FLAGS and value is not None}
@@ -364,39 +371,37 @@ def inspect_graph(
     inspect(request, config, set(given))
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog=examples("irgdistill export runs/student --format onnx", "irgdistill export runs/student --format hub"),
+)
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A student's run or checkpoint.")],
     form: Annotated[
         str,
-        _option(
+        option(
             RESULT, "--format", help="hub (default): folder for timm and the Hub; onnx; program: torch.export; timm."
         ),
     ] = "hub",
     output: Annotated[
-        Path | None, _option(RESULT, help="Default, beside the checkpoint: hub, timm, NAME.onnx or NAME.pt2.")
+        Path | None, option(RESULT, help="Default, beside the checkpoint: hub, timm, NAME.onnx or NAME.pt2.")
     ] = None,
-    overwrite: Annotated[bool, _option(RESULT, "--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, option(RESULT, "--overwrite", help="Replace what is there.")] = False,
     raw_input: Annotated[
         bool,
-        _option(
-            RESULT, "--raw-input", help="onnx, program: take RGB in [0, 1]; default: images normalised as by timm."
-        ),
+        option(RESULT, "--raw-input", help="onnx, program: take RGB in [0, 1]; default: images normalised as by timm."),
     ] = False,
-    opset: Annotated[int | None, _option(RESULT, help="Of the ONNX file, 18 or higher (torch's choice).")] = None,
-    push: Annotated[str | None, _option(RESULT, help="Upload the folder to this repository on the Hub.")] = None,
-    license_: Annotated[str | None, _option(RESULT, "--license", help="In the model card (apache-2.0).")] = None,
+    opset: Annotated[int | None, option(RESULT, help="Of the ONNX file, 18 or higher (torch's choice).")] = None,
+    push: Annotated[str | None, option(RESULT, help="Upload the folder to this repository on the Hub.")] = None,
+    license_: Annotated[str | None, option(RESULT, "--license", help="In the model card (apache-2.0).")] = None,
     check_images: Annotated[
         int,
         typer.Option(min=1, help="Validation images on which it must agree with the student.", rich_help_panel=DATA),
     ] = 64,
-    data: Annotated[str | None, _option(DATA, help="Default: what the checkpoint remembers.")] = None,
-    data_root: Annotated[Path | None, _option(DATA, help="Where a named data set keeps its files.")] = None,
+    data: Annotated[str | None, option(DATA, help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
 ) -> None:
-    """Hand the student on: a folder for timm and the Hub, ONNX, torch.export, or plain timm weights.
-
-    Example: irgdistill export runs/mobilenetv2_100-irg-kd-1 --format onnx
-    """
+    """Hand the student on: a folder for timm and the Hub, ONNX, torch.export, or plain timm weights."""
     from irgdistill.config import load_config
 
     given = {key: value for key, value in {"data.source": data, "data.root": data_root}.items() if value is not None}
@@ -422,40 +427,39 @@ def export(
     )
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("irgdistill models 'cifar_resnet*'"))
 def models(
     pattern: Annotated[str, typer.Argument(metavar="[FILTER]", help="Such as resnet or mobilenet*_100.")] = "*",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """List networks with parameters, multiply-adds, input size and the resolutions of their stages.
-
-    Example: irgdistill models 'mobilenet*'
-    """
+    """List networks with parameters, multiply-adds, input size and the resolutions of their stages."""
     from irgdistill.run import list_models
 
+    remember_names()
     list_models(pattern, as_json)
 
 
-@app.command(name="eval")
+@app.command(
+    cls=Command,
+    name="eval",
+    epilog=examples("irgdistill eval runs/student", "irgdistill eval runs/student --against runs/teacher --json"),
+)
 def evaluate(
     targets: Annotated[list[str], typer.Argument(help="Checkpoint, run folder or timm name; several make a table.")],
-    data: Annotated[str | None, typer.Option(help="Default: what the checkpoint remembers.")] = None,
-    data_root: Annotated[Path | None, typer.Option(help="Where a named data set keeps its files.")] = None,
-    against: Annotated[str | None, typer.Option(help="Teacher: checkpoint, run folder or timm name.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights for a timm name.")] = None,
-    against_checkpoint: Annotated[Path | None, typer.Option(help="Weights for the teacher's timm name.")] = None,
-    input_size: Annotated[str | None, typer.Option(help="224 or 256x192.")] = None,
-    val_fraction: Annotated[float | None, typer.Option(help="Hold out this share.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 256,
-    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ….")] = "auto",
-    amp: Annotated[str, typer.Option(help="auto, none, bf16 or fp16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.")] = None,
+    against: Annotated[str | None, option(NETWORKS, help="Teacher: checkpoint, run folder or timm name.")] = None,
+    against_checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for the teacher's timm name.")] = None,
+    input_size: Annotated[str | None, option(NETWORKS, help="224 or 256x192.")] = None,
+    data: Annotated[str | None, option(DATA, help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
+    val_fraction: Annotated[float | None, option(DATA, help="Hold out this share.")] = None,
+    batch_size: Annotated[int, option(RUNTIME, help="Images per step (256).")] = 256,
+    workers: Annotated[int, option(RUNTIME, help="Loader processes (1).")] = 1,
+    device: Annotated[str, option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = "auto",
+    amp: Annotated[str, option(RUNTIME, help="auto, none, bf16 or fp16.")] = "auto",
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Accuracy, calibration, size and speed of a network.
-
-    Example: irgdistill eval runs/mobilenetv2_100-irg-kd-1
-    """
+    """Accuracy, calibration, size and speed of a network."""
     from irgdistill.config import load_config
 
     flags = {
@@ -476,12 +480,29 @@ def evaluate(
     evaluate_targets(targets, checkpoint, against, against_checkpoint, config, set(given), as_json)
 
 
+app.command(
+    cls=Command,
+    context_settings=PASSED_ON,
+    epilog=examples(
+        "irgdistill doctor",
+        "irgdistill doctor --preset quickstart --method none --student cifar_resnet20",
+    ),
+)(doctor)
+app.command(cls=Command, epilog=examples("irgdistill presets", "irgdistill presets quickstart > mine.yaml"))(presets)
+
+
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+"""click's UsageError, wherever this version of typer keeps it."""
+
+
 def main() -> None:
     """Entry point: runs the app, turns our errors into one line and an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with Signals():
-            app()
+            sys.exit(app(prog_name="irgdistill", standalone_mode=False) or 0)
+    except USAGE_ERROR as error:
+        _die(usage(error), 2)
     except UserError as error:
         _die(str(error), 2)
     except OSError as error:

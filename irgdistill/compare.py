@@ -26,7 +26,7 @@ from irgdistill.files import write_text
 from irgdistill.losses import build_loss
 from irgdistill.report import Report
 from irgdistill.run import resume, start
-from irgdistill.setup import prepare, with_absolute_paths
+from irgdistill.setup import prepare, resolved
 from irgdistill.signals import Stopped
 from irgdistill.state import changes
 from irgdistill.taps import Tapped
@@ -49,6 +49,8 @@ class Request:
     flags: Mapping[str, Any] | None = None
     moved: Sequence[str] = ()
     """Options of `distill` that may also be given to a run that goes on."""
+    as_json: bool = False
+    """Print the table as one JSON object."""
 
     def config(self, method: str, seed: int | None = None) -> Config:
         """Of one run. A weight that is set holds for the methods that have its term; the others stay without it."""
@@ -56,7 +58,7 @@ class Request:
         flags = {**(self.flags or {}), "method": method, **{f"losses.{name}.weight": 0.0 for name in others}}
         if seed is not None:
             flags["seed"] = seed
-        return with_absolute_paths(load_config(self.preset, list(self.settings), flags))
+        return resolved(load_config(self.preset, list(self.settings), flags))
 
 
 def compare(request: Request) -> None:
@@ -78,7 +80,7 @@ def compare(request: Request) -> None:
         raise Interrupted(128 + stop.number, f"{stop}; the same command goes on") from None
     except Interrupted as stop:
         raise Interrupted(stop.code, f"{stop}; the same `compare` goes on with all") from None
-    tell(request.output, runs, request.jobs)
+    tell(request.output, runs, request.jobs, request.as_json)
 
 
 def _plan(request: Request) -> list[Run]:

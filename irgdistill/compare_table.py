@@ -44,7 +44,7 @@ class Run:
         return f"{self.config.method}, seed {self.config.seed}"
 
 
-def tell(output: Path, runs: Sequence[Run], jobs: int) -> None:
+def tell(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) -> None:
     """Compare what the students say of the validation images, then print and save."""
     config = runs[0].config
     named = config.teacher.name is not None or config.teacher.checkpoint is not None
@@ -77,7 +77,7 @@ def tell(output: Path, runs: Sequence[Run], jobs: int) -> None:
         "versions": {"irgdistill": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
     epochs = f"{config.schedule.epochs} epoch" + "s" * (config.schedule.epochs > 1)
-    _save(output, result, f"{student.name} on {Path(str(config.data.source)).name}, {epochs}")
+    _save(output, result, f"{student.name} on {Path(str(config.data.source)).name}, {epochs}", as_json)
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def _percent(flags: Tensor) -> float:
     return float(100 * flags.double().mean())
 
 
-def _save(output: Path, result: Mapping[str, Any], title: str) -> None:
+def _save(output: Path, result: Mapping[str, Any], title: str, as_json: bool) -> None:
     rows = result["rows"]
     columns, cells = _cells(rows)
     note = f"seeds {', '.join(map(str, rows[0]['seeds']))}: mean ± standard deviation after the last epoch and at best"
@@ -105,8 +105,11 @@ def _save(output: Path, result: Mapping[str, Any], title: str) -> None:
     write_text(output / "compare.csv", _csv(rows))
     picture = render(curves_figure(title, {row["method"]: row["curves"] for row in rows}), "png")
     write_atomically(output / "curves.png", lambda path: path.write_bytes(picture))
-    table(title, columns, cells)
-    Report(stdout=True).line(note)
+    if as_json:
+        print(json.dumps(result))  # noqa: T201  the command's result
+    else:
+        table(title, columns, cells)
+        Report(stdout=True).line(note)
     Report().line(f"saved in {output}: compare.json, compare.md, compare.csv, curves.png")
 
 

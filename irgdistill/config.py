@@ -88,9 +88,25 @@ class TeacherConfig(Section):
     """Evaluate the teacher before training and stop when it is near chance."""
 
 
+class Preprocessing(Section):
+    mean: list[float]
+    """Of each channel, for pixels in 0 to 1."""
+    std: list[float]
+    interpolation: str
+    crop_pct: float
+    """Share of the resized image that validation crops."""
+
+
 class StudentConfig(Section):
     name: str | None = None
-    """timm name of the network to train, started from random weights."""
+    """timm name of the network to train. Not needed with a checkpoint of ours, which names its architecture."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights, unless there is a checkpoint; with a new classifier where the number of
+    classes differs."""
+    checkpoint: Path | None = None
+    """Start from these weights, classifier as above: a checkpoint or run folder of ours, or a file of timm's."""
+    preprocessing: Preprocessing | None = None
+    """How images are brought into the network's form; default: as the network or the checkpoint says."""
     input_size: Size | None = None
     """Height and width in pixels; default: the network's own."""
     grad_checkpointing: bool = False
@@ -401,6 +417,14 @@ def presets() -> dict[str, Path]:
     here = Path(__file__).parent
     folder = here / "presets" if (here / "presets").is_dir() else here.parent / "presets"
     return {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def preset_files(name: str | None = None) -> dict[str, Path]:
+    """All presets, or the one of that name. Raises UserError with the nearest."""
+    known = presets()
+    if name is not None and name not in known:
+        raise UserError(f"no preset {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    return known if name is None else {name: known[name]}
 
 
 def load_preset(name: str) -> dict[str, Any]:

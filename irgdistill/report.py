@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,23 @@ from irgdistill.journal import Journal
 
 LINE_EVERY = 30.0
 """Seconds between two lines of the plain log within an epoch."""
+JOINT = "\0"
+NARROW = 72
+"""Columns of a terminal below which those of a table stand closer."""
+
+
+_hushed = False
+
+
+@contextmanager
+def hushed(wanted: bool = True) -> Iterator[None]:
+    """Within, stderr gets results, warnings and errors only: no log, no progress, no table."""
+    global _hushed
+    before, _hushed = _hushed, wanted
+    try:
+        yield
+    finally:
+        _hushed = before
 
 
 class _Bar(Progress):
@@ -48,6 +66,11 @@ class Report:
 
     def line(self, text: str) -> None:
         """One line of log."""
+        if not (_hushed and self.console.stderr):
+            self.result(text)
+
+    def result(self, text: str) -> None:
+        """One line of what the command is for."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
@@ -79,7 +102,7 @@ class Report:
     @contextmanager
     def progress(self, total: int, done: int) -> Iterator[None]:
         """A bar over `total` batches of the run, on a terminal."""
-        if not self.console.is_terminal or self.console.quiet:
+        if not self.console.is_terminal or self.console.quiet or _hushed:
             yield
             return
         columns = (
@@ -97,25 +120,30 @@ class Report:
 
     def advance(self, done: int, epoch: str, terms: Mapping[str, float], images_per_second: float) -> None:
         """Show where the run is; called at every log interval."""
-        text = "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
-        text += f"  {images_per_second:,.0f} img/s"
+        parts = [*(f"{name} {value:.3g}" for name, value in terms.items()), f"{images_per_second:,.0f} img/s"]
         if self._progress is not None and self._task is not None:
-            self._progress.below = text
-            self._progress.update(self._task, completed=done, description=epoch)
+            number, _, accuracy = epoch.partition("  ")
+            whole = [part.replace(" ", JOINT) for part in (accuracy, *parts) if part]  # a value stays with its name
+            self._progress.below = textwrap.fill("  ".join(whole), self.console.width).replace(JOINT, " ")
+            self._progress.update(self._task, completed=done, description=number)
         elif time.monotonic() - self._last_line > LINE_EVERY:
             self._last_line = time.monotonic()
-            self.line(f"{epoch}  {text}")
+            self.line("  ".join([epoch, *parts]))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stdout: bool = True) -> None:
     """A small table on the terminal."""
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    if _hushed and not stdout:
+        return
+    console = Console(stderr=not stdout)
+    gap = int(console.width >= NARROW)
+    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
     for i, column in enumerate(columns):
         number = all(row[i][:1].isdigit() or row[i][:1] in "–-" for row in rows)
         view.add_column(column, justify="right" if number and i else "left", overflow="fold")
     for row in rows:
         view.add_row(*row)
-    Console(stderr=not stdout).print(view)
+    console.print(view)
 
 
 def _rounded(value: Any) -> Any:

@@ -22,7 +22,7 @@ from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.matching import Plan, ends
 from irgdistill.models import Network, build_network, known_models, multiply_adds, parameters
 from irgdistill.report import Report, table
-from irgdistill.setup import Setup, autocast, check_processes, choose_device, prepare
+from irgdistill.setup import Setup, autocast, check_processes, choose_device, prepare, resolved
 from irgdistill.signals import Stopped
 from irgdistill.sources import open_splits
 from irgdistill.state import open_state, position, score
@@ -30,10 +30,17 @@ from irgdistill.taps import Tapped, tap_name
 from irgdistill.trainer import Trainer
 
 
-def dry_run(config: Config) -> None:
+def dry_run(config: Config, as_json: bool = False) -> None:
     """Print the resolved configuration and the matching; check everything that can be checked without training."""
     setup = prepare(config)
+    if as_json:
+        plan = None if setup.plan is None else setup.plan.to_dict()
+        values = {"config": setup.config.model_dump(mode="json"), "plan": plan, "start": setup.start}
+        print(json.dumps(values))  # noqa: T201  the command's result
+        return
     print_plan(setup.plan)
+    if setup.start:
+        Report().line(setup.start)
     print(dump(setup.config), end="")  # noqa: T201  the command's result
 
 
@@ -65,9 +72,10 @@ def start(
 ) -> dict[str, Any] | None:
     """Train from the beginning, in a new folder; in `gpus` processes of this machine, or among those of torchrun.
 
-    -> the run's summary and its `folder`; None where workers were started.
+    The summary and the `folder` in the process that leads the run; None in others.
     """
     restarted = restarts() > 0
+    config = resolved(config)
     folder = RunFolder(output or _next_folder(config, last=restarted))
     if not restarted:
         folder.refuse(overwrite)
@@ -82,17 +90,19 @@ def start(
             trainer = Trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
             if world.main:
                 print_plan(setup.plan)
+            if setup.start:
+                trainer.report.line(setup.start)
             trainer.report.line(f"run folder {folder.path}")
             _tell(trainer)
             trainer.start(overwrite or restarted)
             return _finish(trainer)
 
 
-def _ready(config: Config, gpus: str | None, backend: str | None) -> Setup | None:
+def _ready(config: Config, gpus: str | None, backend: str | None, begun: bool = False) -> Setup | None:
     """What this process trains with; None: workers were started, and have done it. Raises UserError before that."""
     if backend == "gloo":
         config.runtime.device = "cpu"
-    setup, workers = prepare(config), _workers(config, gpus, backend)
+    setup, workers = prepare(config, begun), _workers(config, gpus, backend)
     check_processes(config, setup.splits, workers or ranks())
     if not workers:
         return setup
@@ -137,8 +147,11 @@ def _tell(trainer: Trainer) -> None:
 
 def resume(
     path: Path, changes: Mapping[str, Any], previous: bool = False, gpus: str | None = None, backend: str | None = None
-) -> None:
-    """Go on where the state in a run folder stands. Raises UserError when there is nothing to go on with."""
+) -> dict[str, Any] | None:
+    """Go on where the state in a run folder stands; returns what `start` does.
+
+    Raises UserError when there is nothing to go on with.
+    """
     folder = RunFolder(path)
     if folder.summary.exists():
         raise UserError(f"{path} holds a finished run; there is nothing to resume")
@@ -150,15 +163,16 @@ def resume(
         for key, value in changes.items():
             section, name = key.split(".")
             tree[section][name] = value
-        setup = _ready(validate(tree), gpus, backend)
-        if setup is not None:
-            with joined(setup.config.runtime.device, backend) as world:
-                _go_on(folder, setup, world, state, previous)
+        setup = _ready(validate(tree), gpus, backend, begun=True)
+        if setup is None:
+            return None
+        with joined(setup.config.runtime.device, backend) as world:
+            return _go_on(folder, setup, world, state, previous)
 
 
 def _go_on(
     folder: RunFolder, setup: Setup, world: World, state: dict[str, Any], previous: bool = False
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     if world.main:
         folder.lock()
     trainer = Trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
@@ -180,13 +194,13 @@ def _says_where_it_stands(folder: RunFolder) -> Iterator[None]:
         raise Interrupted(128 + stop.number, f"{stop}; {left}") from None
 
 
-def _finish(trainer: Trainer) -> dict[str, Any]:
+def _finish(trainer: Trainer) -> dict[str, Any] | None:
     summary = trainer.fit()
-    trainer.report.line(
+    trainer.report.result(
         f"best {score(summary)} at epoch {summary['epoch']} of {summary['epochs']}, "
         f"{summary['seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s: {trainer.folder.best}"
     )
-    return {**summary, "folder": str(trainer.folder.path)}
+    return {**summary, "folder": str(trainer.folder.path)} if trainer.world.main else None
 
 
 def _next_folder(config: Config, last: bool = False) -> Path:

@@ -21,6 +21,7 @@ from irgdistill.loggers import check_loggers
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
 from irgdistill.sources import Splits, open_splits
+from irgdistill.student import build_student, resolve_student
 
 LOGIT_TERMS = ("kd", "logits", "dkd")
 LABEL_TERMS = ("ce", "dkd", "rocket")
@@ -47,6 +48,9 @@ class Setup:
     class_weights: list[float] | None = None
     """Of the cross-entropy, in label order."""
 
+    start: str = ""
+    """Where the student's weights come from, in words; empty for random ones."""
+
     @property
     def untaught_logits(self) -> bool:
         """Whether no term reaches the student's classifier."""
@@ -58,20 +62,23 @@ class Setup:
         return self.splits.classes
 
 
-def prepare(config: Config) -> Setup:
-    """Build and check. Raises UserError for everything that can be refused before training."""
-    name = config.student.name
-    if name is None:
+def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
+    """Build and check. Raises UserError for everything that can be refused before training.
+
+    A run that has `begun` brings the student's weights itself: those it started from are not read again. Without
+    `fetch`, pretrained weights are not downloaded: random ones stand for them.
+    """
+    config = resolved(config, begun)
+    if config.student.name is None:
         raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
-    config = with_absolute_paths(config)
     cache = None if config.teacher.cache is None else Cache(config.teacher.cache)
     if cache is not None:
         config = cache.adopt(config)
     if config.data.labels:
-        splits, teacher = open_splits(config.data), _teacher(config, cache)
+        splits, teacher = open_splits(config.data), _teacher(config, cache, fetch)
     else:
         check_without_labels(config)
-        teacher = _teacher(config, cache)
+        teacher = _teacher(config, cache, fetch)
         assert teacher is not None
         splits = open_splits(config.data, classes=teacher.classes or teacher.num_classes)
     class_weights = weigh_classes(config, splits)
@@ -79,14 +86,7 @@ def prepare(config: Config) -> Setup:
     if teacher is not None:
         check_classes(config, teacher, splits.classes)
     random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
-    student = build_network(
-        name,
-        num_classes=len(splits.classes),
-        input_size=config.student.input_size,
-        args=config.student.args,
-    )
-    if student.num_classes != len(splits.classes):
-        raise UserError(f"{student.name} has no classifier to train on {len(splits.classes)} classes")
+    student, start = build_student(config.student, splits.classes, not begun, fetch)
     if config.student.grad_checkpointing:
         _checkpoint_blocks(student)
     plan = None
@@ -98,16 +98,16 @@ def prepare(config: Config) -> Setup:
     if cache is not None:
         size = cache.size
         _check_cache(cache, config, splits, student, plan)
-    return Setup(config, splits, student, teacher, plan, size, booster, cache, class_weights)
+    return Setup(config, splits, student, teacher, plan, size, booster, cache, class_weights, start)
 
 
-def _teacher(config: Config, cache: Cache | None) -> Network | None:
+def _teacher(config: Config, cache: Cache | None, fetch: bool) -> Network | None:
     """The teacher, where there is one; without its weights, where a cache answers in its place.
 
     The weights of a teacher that was named too must be those that answered.
     """
     if cache is None or not config.uses_teacher:
-        return build_teacher(config) if config.uses_teacher else None
+        return build_teacher(config, fetch) if config.uses_teacher else None
     if config.teacher.name is not None or config.teacher.checkpoint is not None:
         cache.check_same("teacher", describe_teacher(build_teacher(config)))
     return cache.teacher()
@@ -192,9 +192,11 @@ def _checkpoint_blocks(student: Network) -> None:
         raise UserError(f"{student.name} does not support student.grad_checkpointing") from None
 
 
-def with_absolute_paths(config: Config) -> Config:
-    """The same run, whatever folder it is continued or evaluated from."""
+def resolved(config: Config, begun: bool = False) -> Config:
+    """The same run, whatever folder it is continued or evaluated from. Raises UserError as `resolve_student` does."""
     config = config.model_copy(deep=True)
+    if not begun:
+        resolve_student(config.student)
     data, teacher = config.data, config.teacher
     if data.source and Path(data.source).exists():
         data.source = str(Path(data.source).resolve())
@@ -209,7 +211,7 @@ def with_absolute_paths(config: Config) -> Config:
     return config
 
 
-def build_teacher(config: Config) -> Network:
+def build_teacher(config: Config, fetch: bool = True) -> Network:
     """The teacher by name and checkpoint. Raises UserError when neither is given."""
     spec = config.teacher
     if spec.checkpoint is not None:
@@ -220,7 +222,7 @@ def build_teacher(config: Config) -> Network:
             f"method {config.method!r} needs a teacher: give --teacher NAME or --teacher-checkpoint FILE "
             "(or --method none to train the student alone)"
         )
-    return build_network(spec.name, pretrained=True, input_size=spec.input_size)
+    return build_network(spec.name, pretrained=fetch, input_size=spec.input_size)
 
 
 def build_booster(config: Config, num_classes: int) -> Network:

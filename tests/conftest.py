@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+os.environ["IRGDISTILL_CACHE"] = tempfile.mkdtemp(prefix="irgdistill-")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -120,7 +120,7 @@ def test_a_weight_that_is_set_holds_for_the_methods_with_its_term() -> None:
         (("--jobs", 0), "--seeds 3 --jobs 0: both must be at least 1"),
         (("--method", "kd"), "compare does not take --method"),
         (("--overwrite",), "compare does not take --overwrite"),
-        (("--epoch", 3), "No such option"),
+        (("--epoch", 3), "no option --epoch; did you mean --epochs"),
         (("--methods", "none,kd"), "method 'kd' needs a teacher"),
         (("--methods", "none", "--lr", -1), "optim.lr = -1.0"),
     ],

@@ -116,7 +116,7 @@ def build_network(
             raise UserError(f"{name} cannot be built: {_one_line(error)}") from None
         raise UserError(
             f"no pretrained weights of {name} could be fetched ({_one_line(error)}); "
-            "give them with --teacher-checkpoint FILE (eval: --checkpoint)"
+            "give them with --teacher-checkpoint or --student-checkpoint FILE (eval: --checkpoint)"
         ) from None
     except TypeError as error:
         wanted = {**args, **({} if num_classes is None else {"num_classes": num_classes})}

@@ -1,0 +1,191 @@
+"""What the commands share: the table of options, panels, completion of values. Starts without torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from irgdistill.errors import UserError, nearest
+
+FLAGS = {
+    "teacher": "teacher.name",
+    "teacher_checkpoint": "teacher.checkpoint",
+    "teacher_input_size": "teacher.input_size",
+    "teacher_cache": "teacher.cache",
+    "student": "student.name",
+    "student_pretrained": "student.pretrained",
+    "student_checkpoint": "student.checkpoint",
+    "input_size": "student.input_size",
+    "data": "data.source",
+    "data_root": "data.root",
+    "download": "data.download",
+    "val_fraction": "data.val_fraction",
+    "balanced": "data.balanced",
+    "max_bad_images": "data.max_bad_images",
+    "batch_size": "data.batch_size",
+    "workers": "data.workers",
+    "levels": "matching.levels",
+    "skip_level": "matching.skip",
+    "taps_teacher": "matching.taps_teacher",
+    "taps_student": "matching.taps_student",
+    "method": "method",
+    "kd_weight": "losses.kd.weight",
+    "logits_weight": "losses.logits.weight",
+    "edges_weight": "losses.edges.weight",
+    "transform_weight": "losses.transform.weight",
+    "temperature": "losses.kd.temperature",
+    "edge_blocks": "losses.edges.blocks",
+    "label_smoothing": "losses.ce.label_smoothing",
+    "epochs": "schedule.epochs",
+    "warmup_epochs": "schedule.warmup_epochs",
+    "opt": "optim.name",
+    "lr": "optim.lr",
+    "weight_decay": "optim.weight_decay",
+    "clip_grad": "optim.clip_grad",
+    "accumulate": "optim.accumulate",
+    "ema": "optim.ema",
+    "mixup": "augment.mixup",
+    "cutmix": "augment.cutmix",
+    "auto_augment": "augment.auto_augment",
+    "seed": "seed",
+    "device": "runtime.device",
+    "amp": "runtime.amp",
+    "channels_last": "runtime.channels_last",
+    "compile_": "runtime.compile",
+    "sync_bn": "runtime.sync_bn",
+    "graph_scope": "runtime.graph_scope",
+    "log": "runtime.loggers",
+    "save_every_steps": "runtime.save_every_steps",
+    "save_every_minutes": "runtime.save_every_minutes",
+}
+"""Parameter of `distill` -> configuration key. Everything else is set with --set."""
+
+NETWORKS, DATA, MATCHING, METHOD, TRAINING, RUNTIME = "Networks", "Data", "Matching", "Method", "Training", "Run"
+RESULT = "Result"
+
+
+def option(group: str, *names: str, help: str, complete: Callable[[str], list[str]] | None = None) -> Any:
+    """An option in the panel `group`; `complete` gives the values that begin like the one being typed."""
+    return typer.Option(*names, help=help, rich_help_panel=group, show_default=False, autocompletion=complete)
+
+
+def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of `distill` -> {"key.path": value} of what was given. Raises UserError for two starts."""
+    if params["student_pretrained"] and params["student_checkpoint"]:
+        raise UserError("--student-pretrained and --student-checkpoint: a student starts from one or the other")
+    given = {name: value for name, value in params.items() if name in FLAGS and value not in (None, (), [])}
+    flags = {FLAGS[name]: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    if params["skip_teacher_check"]:
+        flags["teacher.check"] = False
+    if params["no_labels"]:
+        flags["data.labels"] = False
+    return flags
+
+
+def options_of_distill(context: typer.Context, command: str, refused: tuple[str, ...]) -> dict[str, Any]:
+    """What `command` was given beside its own options, read as `distill` reads it. Raises UserError for `refused`."""
+    assert context.parent is not None
+    parser = context.parent.command.get_command(context.parent, "distill")  # type: ignore[attr-defined]
+    options: dict[str, Any] = parser.make_context(command, list(context.args), parent=context.parent).params
+    for name in refused:
+        if options[name]:
+            raise UserError(f"{command} does not take --{name.replace('_', '-')}")
+    return options
+
+
+def examples(*lines: str) -> str:
+    """What stands below a command's help."""
+    return "\n\n".join((f"Example{'s' * (len(lines) > 1)}:", *lines))
+
+
+class Command(TyperCommand):
+    """Its help wastes no column on a narrow terminal."""
+
+    def format_help(self, context: Any, formatter: Any) -> None:
+        from typer import rich_utils
+
+        rich_utils.STYLE_OPTIONS_TABLE_PADDING = (0, 1, 0, 0)  # type: ignore[assignment]
+        super().format_help(context, formatter)
+
+
+class Commands(TyperGroup):
+    """Of an unknown command it names the nearest."""
+
+    def get_command(self, context: Any, name: str) -> Any:
+        found = super().get_command(context, name)
+        if found is None and not context.resilient_parsing:
+            known = ", ".join(self.commands)
+            raise UserError(f"no command {name!r}{nearest(name, self.commands)} (known: {known})")
+        return found
+
+
+def usage(error: Any) -> str:
+    """A mistake in the options in one line: what was given, the nearest names, where they are listed."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if hasattr(error, "possibilities"):
+        known = [name for parameter in error.ctx.command.params for name in parameter.opts]
+        return f"no option {error.option_name}{nearest(error.option_name, known)}"
+    given = _given(getattr(error, "param", None))
+    if given and ": " in message:
+        message = f"{given}: {message.partition(': ')[2]}"
+    return f"{message[:1].lower()}{message[1:]}"
+
+
+def _given(parameter: Any) -> str:
+    """An option with its value, as the command line has it; empty for what is not there."""
+    words = [word for argument in sys.argv[1:] for word in argument.split("=", 1)]
+    names = [] if parameter is None else parameter.opts
+    return next((f"{word} {value}" for word, value in pairwise(words) if word in names), "")
+
+
+# --- completion -------------------------------------------------------------------------------------------------------
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    from irgdistill.config import presets
+
+    return [name for name in presets() if name.startswith(incomplete)]
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Also behind commas: the last of several."""
+    from irgdistill.config import METHODS
+
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in METHODS if name.startswith(last)]
+
+
+def complete_network(incomplete: str) -> list[str]:
+    """timm names, as `distill` and `models` wrote them down: importing timm would take seconds."""
+    try:
+        names = known_names_file().read_text(encoding="utf-8").split()
+    except OSError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def known_names_file() -> Path:
+    """One for each version of timm, in `$IRGDISTILL_CACHE` or the user's cache folder."""
+    own = os.environ.get("IRGDISTILL_CACHE")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irgdistill"
+    return (Path(own) if own else cache) / f"networks-{version('timm')}.txt"
+
+
+def remember_names() -> None:
+    """For `complete_network`, once timm is there; where the cache cannot be written, there is no completion."""
+    from irgdistill.models import known_models
+
+    path = known_names_file()
+    with suppress(OSError):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(known_models()), encoding="utf-8")
