@@ -25,8 +25,9 @@ demo: $(VENV)/.package
 		--teacher-checkpoint $(RUNS)/teacher/best.safetensors --output $(RUNS)/distilled
 	$(BIN)/irgdistill eval $(RUNS)/teacher $(RUNS)/alone $(RUNS)/distilled --against $(RUNS)/teacher
 
+# One process for each core, of one thread each: two threads in every one would wait for one another.
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -61,7 +61,8 @@ class RunFolder:
         """Make an empty run folder, for this process alone. Raises UserError as `refuse` and `lock` do."""
         self.refuse(overwrite)
         self.lock()
-        for path in self._own():
+        logs = [self.path / "wandb.json", *self.path.glob("tensorboard/events.out.tfevents.*")]
+        for path in [*self._own(), *logs]:
             path.unlink(missing_ok=True)
 
     def lock(self) -> None:

@@ -88,6 +88,7 @@ def distill(
     teacher_input_size: Annotated[
         str | None, option(NETWORKS, help="224 or 256x192; default: the teacher's own.")
     ] = None,
+    teacher_cache: Annotated[Path | None, option(NETWORKS, help="What `cache-teacher` wrote, in its place.")] = None,
     student: Annotated[
         str | None, option(NETWORKS, help="timm name of the network to train.", complete=complete_network)
     ] = None,
@@ -101,10 +102,12 @@ def distill(
     skip_teacher_check: Annotated[
         bool, option(NETWORKS, "--skip-teacher-check", help="Train even if the teacher is near chance.")
     ] = False,
-    data: Annotated[str | None, option(DATA, help="Image folder, digits, or torch/…, hfds/…, wds/….")] = None,
+    data: Annotated[str | None, option(DATA, help="Image folder, .tar, digits, or torch/…, hfds/…, wds/….")] = None,
     data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
     download: Annotated[bool | None, option(DATA, "--download", help="Fetch a named data set.")] = None,
     val_fraction: Annotated[float | None, option(DATA, help="Hold out this share for validation.")] = None,
+    balanced: Annotated[bool | None, option(DATA, "--balanced", help="Draw every class equally often.")] = None,
+    no_labels: Annotated[bool, option(DATA, "--no-labels", help="Any images; all is learnt from the teacher.")] = False,
     max_bad_images: Annotated[int | None, option(DATA, help="Unreadable images to skip (10).")] = None,
     batch_size: Annotated[int | None, option(DATA, help="Images per step, the graph's size (128).")] = None,
     workers: Annotated[int | None, option(DATA, help="Loader processes (1); the result is the same.")] = None,
@@ -143,6 +146,7 @@ def distill(
     backend: Annotated[str | None, option(RUNTIME, help="nccl, or gloo to run them on the CPU.")] = None,
     sync_bn: Annotated[bool | None, option(RUNTIME, "--sync-bn", help="Batch-norm over all processes.")] = None,
     graph_scope: Annotated[str | None, option(RUNTIME, help="global (default), or local to a process.")] = None,
+    log: Annotated[list[str] | None, option(RUNTIME, help="tensorboard or wandb; may be repeated.")] = None,
     save_every_steps: Annotated[int | None, option(RUNTIME, help="Save after so many updates too.")] = None,
     save_every_minutes: Annotated[float | None, option(RUNTIME, help="Save after so many minutes too.")] = None,
     preset: Annotated[
@@ -228,12 +232,12 @@ def compare(
     """
     from irgdistill.config import MOVABLE
 
-    refused = ("method", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
+    refused = ("method", "no_labels", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
     options = options_of_distill(context, "compare", refused)
     movable = {
         f"--{name.replace('_', '-')}": str(value)
         for name, value in options.items()
-        if FLAGS.get(name) in MOVABLE and value is not None
+        if FLAGS.get(name) in MOVABLE - {"runtime.loggers"} and value is not None
     }
 
     from irgdistill.compare import Request
@@ -253,6 +257,41 @@ def compare(
     )
     with hushed(quiet):
         run(request)
+
+
+@app.command(
+    cls=Command,
+    name="cache-teacher",
+    context_settings=PASSED_ON,
+    epilog=examples(
+        "irgdistill cache-teacher --teacher resnet50 --data ./imagenet --views 20 --output cache/resnet50",
+        "irgdistill distill --teacher-cache cache/resnet50 --student mobilenetv2_100 --data ./imagenet",
+    ),
+)
+def cache_teacher(
+    context: typer.Context,
+    views: Annotated[int, option(DATA, help="Augmented views of each image (1).")] = 1,
+    store: Annotated[str, option(RESULT, help="Numbers as fp16 (default) or fp32.")] = "fp16",
+    logits: Annotated[str, option(RESULT, help="all (default), or how many of the largest.")] = "all",
+    output: Annotated[Path, option(RESULT, help="Its folder (runs/teacher-cache).")] = Path("runs/teacher-cache"),
+    quiet: Annotated[bool, option(RESULT, "--quiet", help="Say results, warnings and errors only.")] = False,
+) -> None:
+    """Run the teacher once over every view of every training image. Takes the options of `distill` too.
+
+    Students then train with `distill --teacher-cache FOLDER`, with no teacher in memory.
+    """
+    from irgdistill.config import load_config
+
+    refused = ("no_labels", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend", "teacher_cache")
+    options = options_of_distill(context, "cache-teacher", refused)
+    config = load_config(options["preset"], list(options["settings"] or ()), settings_of(options))
+
+    from irgdistill.caching import Request
+    from irgdistill.caching import cache_teacher as run
+    from irgdistill.report import hushed
+
+    with hushed(quiet):
+        run(Request(output, views, store, logits), config)
 
 
 @app.command(
@@ -330,6 +369,62 @@ def inspect_graph(
     from irgdistill.inspect_run import inspect
 
     inspect(request, config, set(given))
+
+
+@app.command(
+    cls=Command,
+    epilog=examples("irgdistill export runs/student --format onnx", "irgdistill export runs/student --format hub"),
+)
+def export(
+    target: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A student's run or checkpoint.")],
+    form: Annotated[
+        str,
+        option(
+            RESULT, "--format", help="hub (default): folder for timm and the Hub; onnx; program: torch.export; timm."
+        ),
+    ] = "hub",
+    output: Annotated[
+        Path | None, option(RESULT, help="Default, beside the checkpoint: hub, timm, NAME.onnx or NAME.pt2.")
+    ] = None,
+    overwrite: Annotated[bool, option(RESULT, "--overwrite", help="Replace what is there.")] = False,
+    raw_input: Annotated[
+        bool,
+        option(RESULT, "--raw-input", help="onnx, program: take RGB in [0, 1]; default: images normalised as by timm."),
+    ] = False,
+    opset: Annotated[int | None, option(RESULT, help="Of the ONNX file, 18 or higher (torch's choice).")] = None,
+    push: Annotated[str | None, option(RESULT, help="Upload the folder to this repository on the Hub.")] = None,
+    license_: Annotated[str | None, option(RESULT, "--license", help="In the model card (apache-2.0).")] = None,
+    check_images: Annotated[
+        int,
+        typer.Option(min=1, help="Validation images on which it must agree with the student.", rich_help_panel=DATA),
+    ] = 64,
+    data: Annotated[str | None, option(DATA, help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
+) -> None:
+    """Hand the student on: a folder for timm and the Hub, ONNX, torch.export, or plain timm weights."""
+    from irgdistill.config import load_config
+
+    given = {key: value for key, value in {"data.source": data, "data.root": data_root}.items() if value is not None}
+    config = load_config(flags={**given, "data.workers": 0, "data.eval_batch_size": 64})
+
+    from irgdistill.export import Request
+    from irgdistill.export import export as run
+
+    run(
+        Request(
+            target=target,
+            format=form,
+            output=output,
+            overwrite=overwrite,
+            push=push,
+            license=license_,
+            opset=opset,
+            raw_input=raw_input,
+            check_images=check_images,
+            data=config.data,
+            given=frozenset(given),
+        )
+    )
 
 
 @app.command(cls=Command, epilog=examples("irgdistill models 'cifar_resnet*'"))

@@ -20,6 +20,7 @@ FLAGS = {
     "teacher": "teacher.name",
     "teacher_checkpoint": "teacher.checkpoint",
     "teacher_input_size": "teacher.input_size",
+    "teacher_cache": "teacher.cache",
     "student": "student.name",
     "student_pretrained": "student.pretrained",
     "student_checkpoint": "student.checkpoint",
@@ -28,6 +29,7 @@ FLAGS = {
     "data_root": "data.root",
     "download": "data.download",
     "val_fraction": "data.val_fraction",
+    "balanced": "data.balanced",
     "max_bad_images": "data.max_bad_images",
     "batch_size": "data.batch_size",
     "workers": "data.workers",
@@ -61,6 +63,7 @@ FLAGS = {
     "compile_": "runtime.compile",
     "sync_bn": "runtime.sync_bn",
     "graph_scope": "runtime.graph_scope",
+    "log": "runtime.loggers",
     "save_every_steps": "runtime.save_every_steps",
     "save_every_minutes": "runtime.save_every_minutes",
 }
@@ -83,6 +86,8 @@ def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
     flags = {FLAGS[name]: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     if params["skip_teacher_check"]:
         flags["teacher.check"] = False
+    if params["no_labels"]:
+        flags["data.labels"] = False
     return flags
 
 

@@ -93,6 +93,8 @@ def _plan(request: Request) -> list[Run]:
     methods = list(dict.fromkeys(request.methods))
     if not methods:
         raise UserError("--methods names no method")
+    if not request.config(methods[0]).data.labels:
+        raise UserError("data.labels = false: compare ranks methods by accuracy, and one of them may be none")
     first = request.config(methods[0]).seed
     return [
         Run(request.config(method, seed), RunFolder(request.output / method / str(seed)))

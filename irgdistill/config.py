@@ -38,8 +38,9 @@ what soft targets of weight 1 tend to as their temperature grows (Hinton et al. 
 """
 
 MOVABLE = {
-    *("data.source", "data.root", "data.workers", "teacher.checkpoint", "runtime.device"),
-    *("runtime.save_every_steps", "runtime.save_every_minutes"),
+    *("data.source", "data.root", "data.workers", "data.hold_gib", "teacher.checkpoint", "teacher.cache"),
+    *("runtime.device", "runtime.save_every_steps", "runtime.save_every_minutes"),
+    *("runtime.loggers", "runtime.graph_images_every"),
 }
 """What may change when a run goes on: where things are and when it is saved, never what is computed."""
 
@@ -81,6 +82,8 @@ class TeacherConfig(Section):
     """Weights: safetensors, or a .pth read with `weights_only=True`. Without it the teacher is pretrained."""
     input_size: Size | None = None
     """Height and width in pixels; default: what the teacher was trained on."""
+    cache: Path | None = None
+    """What `cache-teacher` wrote: it answers in the teacher's place."""
     check: bool = True
     """Evaluate the teacher before training and stop when it is near chance."""
 
@@ -114,7 +117,7 @@ class StudentConfig(Section):
 
 class DataConfig(Section):
     source: str | None = None
-    """ImageFolder root, `digits`, or a timm dataset string (`torch/cifar10`, `hfds/…`, `wds/…`)."""
+    """Image folder, .tar of class folders, `digits`, or a timm dataset string (`torch/cifar10`, `hfds/…`, `wds/…`)."""
     root: Path = Path("data")
     """Where a timm dataset string keeps its files."""
     download: bool = False
@@ -125,6 +128,14 @@ class DataConfig(Section):
     """Name of the training split; default `train`."""
     val_split: str | None = None
     """Name of the validation split; default: the first of `val`, `validation`, `test` that is there."""
+    image_key: str | None = None
+    """Column of the images in `hfds/…` (default `image`), or their endings in `wds/…` shards."""
+    label_key: str | None = None
+    """Column of the classes in `hfds/…` (default `label`), or a field of the .json in `wds/…` shards."""
+    labels: bool = True
+    """Train on the labels. False: any images, no class folders; classes and targets come from the teacher."""
+    balanced: bool = False
+    """Draw every class equally often; an epoch keeps its number of images."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Class-balanced share of the training images held out for validation, where there is no validation split."""
     train_images: Annotated[int, Field(ge=1)] | None = None
@@ -135,6 +146,12 @@ class DataConfig(Section):
     """Images per evaluation step."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Processes that decode and augment, for each GPU; the result does not depend on their number."""
+    hold_gib: Weight = 2.0
+    """Images of up to 64 pixels are held decoded in memory where they take no more GiB than this; 0 is off."""
+    views: Annotated[int, Field(ge=1)] | None = None
+    """Augmented views of each image that an epoch each shows in turn; default: a new one every epoch."""
+    view_seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of the augmentation; default: the run's."""
     max_bad_images: Annotated[int, Field(ge=0)] = 10
     """Unreadable images to skip, each named, before the run stops."""
 
@@ -217,6 +234,8 @@ class TermConfig(Section):
 class CrossEntropyConfig(Section):
     weight: Weight = 1.0
     label_smoothing: Probability = 0.0
+    class_weights: Literal["balanced", "none"] | list[Weight] = "none"
+    """Of this term's classes: `balanced` (inverse frequency, mean 1 over the training images), or one each."""
 
 
 class KDConfig(TermConfig):
@@ -279,8 +298,12 @@ class RuntimeConfig(Section):
     amp: Literal["auto", "none", "bf16", "fp16"] = "auto"
     """Autocast precision; `auto`: bf16 on CUDA, none on the CPU. Relations are computed in float32 in any case."""
     channels_last: bool = False
+    fold: bool = True
+    """Fold the teacher's batch norms into its convolutions, where its logits stay the same to 1e-4."""
     compile: bool = False
     """Run both networks through `torch.compile`."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """Of `torch.compile`; `reduce-overhead` records CUDA graphs, for small networks on a large GPU."""
     graph_scope: Literal["global", "local"] = "global"
     """On many processes, the images that relations span: those of all, or of each process alone."""
     sync_bn: bool = False
@@ -290,6 +313,10 @@ class RuntimeConfig(Section):
     """Updates between two records in metrics.jsonl."""
     share_every: Annotated[int, Field(ge=0)] = 200
     """Updates between two samples of each term's share of the student's gradient norm; 0 is off."""
+    loggers: list[Literal["tensorboard", "wandb"]] = []
+    """Where the records of metrics.jsonl go as well."""
+    graph_images_every: Annotated[int, Field(ge=0)] = 0
+    """Epochs between two pictures of both networks' graphs for the loggers; 0 is off."""
     save_every_steps: Annotated[int, Field(ge=0)] = 0
     """Updates between two saves of the state, beside that at the end of every epoch; 0 is off."""
     save_every_minutes: Annotated[float, Field(ge=0)] = 0
@@ -316,6 +343,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _fill_weights(self) -> Config:
         given = METHODS[self.method]
+        if not self.data.labels and "weight" not in self.losses.ce.model_fields_set:
+            ce = self.losses.ce.model_copy(update={"weight": 0.0})
+            self.losses = self.losses.model_copy(update={"ce": ce})
         for name in type(self.losses).model_fields:
             term = getattr(self.losses, name)
             if term.weight is None:
@@ -398,11 +428,26 @@ def preset_files(name: str | None = None) -> dict[str, Path]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """Preset by name, or any YAML file by path. Raises UserError with the nearest names."""
+    """Preset by name, or any YAML file by path; `extends: NAME` begins with another preset.
+
+    Raises UserError with the nearest names.
+    """
     path = presets().get(name) or Path(name)
     if not path.is_file():
         raise UserError(f"no preset {name!r}{nearest(name, presets())} (known: {', '.join(presets())}, or a YAML file)")
-    return read_yaml(path)
+    tree = read_yaml(path)
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if str(base) not in presets() or base == name:
+        raise UserError(f"{path} extends {base!r}{nearest(str(base), presets())} (known: {', '.join(presets())})")
+    return _merged(load_preset(base), tree)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Trees of settings, the second one on top."""
+    both = {key for key in above if isinstance(below.get(key), dict) and isinstance(above[key], dict)}
+    return {**below, **above, **{key: _merged(below[key], above[key]) for key in both}}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

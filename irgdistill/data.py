@@ -7,9 +7,11 @@ depend on the number of workers and can go on in the middle of an epoch. Loaders
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,16 +22,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision import transforms
 
+from irgdistill.balance import draw_balanced
 from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
+from irgdistill.held import CropFlip, Held, fits, pixels_of
 from irgdistill.signals import leave_to_parent
 from irgdistill.sources import Source, Splits
 
 
+def crop_of(config: AugmentConfig, size: tuple[int, int]) -> str:
+    """What `auto` means at this size."""
+    return config.crop if config.crop != "auto" else "pad" if max(size) <= 64 else "resized"
+
+
+def padding_of(config: AugmentConfig, size: tuple[int, int]) -> int:
+    """Pixels on each side before the random crop."""
+    if crop_of(config, size) != "pad":
+        return 0
+    return config.padding if config.padding is not None else max(size) // 8
+
+
 def train_transform(config: AugmentConfig, size: tuple[int, int], interpolation: str, mean: Sequence[float]) -> Any:
     """Augmentation of one image: PIL -> uint8 (3, H, W)."""
-    crop = config.crop if config.crop != "auto" else "pad" if max(size) <= 64 else "resized"
+    crop = crop_of(config, size)
     compose = create_transform(
         size,
         is_training=True,
@@ -44,13 +60,24 @@ def train_transform(config: AugmentConfig, size: tuple[int, int], interpolation:
     )
     steps = compose.transforms
     if crop in ("pad", "none"):
-        padding = config.padding if config.padding is not None else max(size) // 8
-        fit = transforms.Resize(size, transforms.InterpolationMode(interpolation))
-        steps[:1] = [fit] if crop == "none" else [fit, transforms.RandomCrop(size, padding)]
+        fit = _fit(size, interpolation)
+        steps[:1] = [fit] if crop == "none" else [fit, transforms.RandomCrop(size, padding_of(config, size))]
     if config.erase > 0:
         fill = tuple(round(255 * value) for value in mean)
         steps.append(transforms.RandomErasing(config.erase, value=fill))
     return transforms.Compose(steps)
+
+
+def _fit(size: tuple[int, int], interpolation: str) -> Any:
+    return transforms.Resize(size, transforms.InterpolationMode(interpolation))
+
+
+def batched(config: AugmentConfig, size: tuple[int, int], seed: int) -> CropFlip | None:
+    """The same augmentation of whole batches of images that have this size; None where it does more than crop and
+    mirror."""
+    if crop_of(config, size) == "resized" or config.color_jitter or config.auto_augment or config.erase:
+        return None
+    return CropFlip(size, padding_of(config, size), config.hflip, lambda key: seed_words(seed, key))
 
 
 def eval_transform(size: tuple[int, int], interpolation: str, crop_pct: float) -> Any:
@@ -86,6 +113,7 @@ class Images(Dataset[Any]):
     """Images of a source by key = epoch · len + position, transformed under a seed that depends on the key alone.
 
     An unreadable image is reported and, in training, replaced by the next readable one; in evaluation left out.
+    After `hold`, decoded images are kept in memory, and augmented a batch at a time.
     """
 
     def __init__(
@@ -98,28 +126,67 @@ class Images(Dataset[Any]):
         self.queue = bad.queue
         self.limit = bad.limit
         self.training = training
+        self.held: Held | None = None
+        self.answers: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
+        self.whole: Callable[[Tensor, Sequence[int]], Tensor] = lambda pixels, keys: pixels
+
+    def hold(self, size: tuple[int, int], fit: Any, whole: Callable[[Tensor, Sequence[int]], Tensor] | None) -> None:
+        """Keep every image as `fit` gives it, PIL -> `size`; `whole` then takes the place of `transform`."""
+        self.held = Held(len(self), size, lambda position: self._read(position, fit))
+        self.whole = whole or self.whole
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, key: int) -> tuple[Tensor, int] | None:
-        for attempt in range(min(self.limit + 1, len(self)) if self.training else 1):
-            index = self.indices[(key + attempt) % len(self)]
-            try:
-                image, label = self.source.load(index)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                self.queue.put(self.source.describe(index))
-                continue
-            with _seeded(self.seed, key):
-                return self.transform(image), label
+        for position in self._candidates(key):
+            found = self._read(position, lambda image: _under(self.seed, key, self.transform, image))
+            if found is not None:
+                return found
         return None
+
+    def __getitems__(self, keys: Sequence[int]) -> tuple[Any, ...] | None:
+        """A batch at once: images (B, 3, H, W) and labels (B,), the unreadable ones left out; None: all are."""
+        if self.held is None:
+            samples = [(key, sample) for key in keys if (sample := self[key]) is not None]
+            batch, kept = _collate([sample for _, sample in samples]), [key for key, _ in samples]
+        else:
+            held = self.held
+            places = [(key, next(filter(held.has, self._candidates(key)), None)) for key in keys]
+            kept = [key for key, position in places if position is not None]
+            chosen = torch.tensor([position for _, position in places if position is not None], dtype=torch.long)
+            batch = (self.whole(held.pixels[chosen], kept), held.labels[chosen]) if kept else None
+        return batch if batch is None or self.answers is None else (*batch, self.answers(kept))
+
+    def _candidates(self, key: int) -> Iterator[int]:
+        """Positions to try."""
+        for attempt in range(min(self.limit + 1, len(self)) if self.training else 1):
+            yield (key + attempt) % len(self)
+
+    def _read(self, position: int, transform: Any) -> tuple[Tensor, int] | None:
+        try:
+            image, label = self.source.load(self.indices[position])
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            self.queue.put(self.source.describe(self.indices[position]))
+            return None
+        return transform(image), label
+
+
+def seed_words(seed: int, key: int) -> Any:
+    """Two words for the generators of one image."""
+    return np.random.SeedSequence((seed, key)).generate_state(2)
+
+
+def _under(seed: int, key: int, transform: Any, image: Image.Image) -> Tensor:
+    with _seeded(seed, key):
+        return cast(Tensor, transform(image))
 
 
 class _seeded:
     """Python's, numpy's and torch's generators seeded by (seed, key); put back after, where they are the run's own."""
 
     def __init__(self, seed: int, key: int) -> None:
-        self.words = np.random.SeedSequence((seed, key)).generate_state(2)
+        self.words = seed_words(seed, key)
         self.saved: Any = None
 
     def __enter__(self) -> None:
@@ -139,12 +206,24 @@ class _seeded:
 class Order(torch.utils.data.Sampler[int]):
     """Keys of one epoch's whole batches, shuffled by (seed, epoch), from a batch on: this process's part of each.
 
+    With `labels` (length,) every class is drawn equally often.
+
     The batches of all processes together are those of one process. Each takes as many from the front of a batch as
     from its back, in mirror order, so that mixup, which pairs the first image with the last, finds its partners.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, world: World) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        world: World,
+        views: int | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
         self.length = length
+        self.views = views
+        self.labels = labels
         self.batch_size = batch_size
         self.seed = seed
         share = batch_size // world.size
@@ -160,8 +239,14 @@ class Order(torch.utils.data.Sampler[int]):
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
         )
-        order = torch.randperm(self.length, generator=generator) + self.epoch * self.length
-        whole = order[: self.length // self.batch_size * self.batch_size].view(-1, self.batch_size)
+        count = self.length // self.batch_size * self.batch_size
+        if self.labels is None:
+            order = torch.randperm(self.length, generator=generator) + self.epoch * self.length
+        else:
+            order = draw_balanced(self.labels, count, self.epoch, generator)
+        if self.views is not None:
+            order %= self.views * self.length
+        whole = order[:count].view(-1, self.batch_size)
         return iter(whole[self.start :, self.part].flatten().tolist())
 
     def __len__(self) -> int:
@@ -184,19 +269,24 @@ class Loader:
         training: bool,
         bad: BadImages,
         world: World | None = None,
+        views: int | None = None,
+        balance: Tensor | None = None,
     ) -> None:
         world = world or World()
         self.batch_size = batch_size
         self.device = device
         self.bad = bad
         self.stream = isinstance(images, IterableDataset)
-        self.order = Order(len(images), batch_size, seed, world) if training and not self.stream else None
+        own_order = training and not self.stream
+        self.order = Order(len(images), batch_size, seed, world, views, balance) if own_order else None
+        forks = workers > 0 and getattr(images, "held", None) is not None and "fork" in mp.get_all_start_methods()
         self.loader = DataLoader(
             images,
             batch_size=batch_size // world.size if training else batch_size,
             sampler=self.order,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=_collate if self.stream else _as_it_is,
+            multiprocessing_context="fork" if forks else None,  # what is held is filled by all
             worker_init_fn=leave_to_parent,
             drop_last=training,
             pin_memory=device.type == "cuda",
@@ -205,24 +295,78 @@ class Loader:
         )
         self.training = training
         self.images = len(images)
+        self.waited = 0.0
+        """Seconds for which batches were waited for."""
+        self._first, self._told, self._epoch = True, False, 0
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return self.images // self.batch_size if self.training else -(-self.images // self.batch_size)
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of one epoch, from batch `start` on. Raises UserError when too many images are unreadable."""
-        skip = 0
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Any, ...]]:
+        """Batches of one epoch, from batch `start` on: images, labels, answers where there are.
+
+        Raises UserError when too many images are unreadable.
+        """
+        skip, self._epoch = 0, epoch
         if self.order is not None:
             self.order.epoch, self.order.start = epoch, start
         elif self.stream:
             self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+            self.loader.generator.manual_seed(epoch)
             skip = start
-        for number, batch in enumerate(self.loader):
+        for number, batch in enumerate(self._timed(self.loader)):
             self.bad.collect()
             if batch is not None and number >= skip:
-                images, labels = batch
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                if self.stream:
+                    self.loader.dataset.check(batch[1])  # type: ignore[attr-defined]
+                yield tuple(_to(part, self.device) for part in batch)
+
+    def _timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        iterator = iter(batches)
+        while True:
+            since = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - since
+            yield batch
+
+    def bottleneck(self, seconds: float, behind: float) -> str | None:
+        """That training waited for images for more than WAITING of these `seconds`, and what to change; told once.
+
+        `behind`: seconds for which the device was still at work when all was asked of it. Nothing is told of the first
+        stretch, in which processes start, and of an epoch that fills the memory.
+        """
+        waited, self.waited = self.waited, 0.0
+        first, self._first = self._first, False
+        filling = self._epoch == 0 and getattr(self.loader.dataset, "held", None) is not None
+        if first or filling or self._told or waited < WAITING * seconds or 2 * behind > WAITING * seconds:
+            return None
+        self._told = True
+        workers, cores = self.loader.num_workers, len(os.sched_getaffinity(0)) if LINUX else os.cpu_count() or 1
+        advice = "smaller files or a faster disk may help"
+        if workers < cores - 1:
+            advice = "more --workers may help"
+        return (
+            f"training waited for images {waited / seconds:.0%} of the time: {advice} "
+            f"(--workers {workers}, {cores} cores)"
+        )
+
+
+WAITING = 0.1
+LINUX = hasattr(os, "sched_getaffinity")
+
+
+def _to(part: Any, device: torch.device) -> Any:
+    if isinstance(part, dict):
+        return {name: _to(value, device) for name, value in part.items()}
+    return part.to(device, non_blocking=True)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _collate(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] | None:
@@ -230,6 +374,26 @@ def _collate(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] 
     if not kept:
         return None
     return torch.stack([torch.as_tensor(image) for image, _ in kept]), torch.tensor([int(label) for _, label in kept])
+
+
+def train_images(
+    splits: Splits,
+    config: DataConfig,
+    augment: AugmentConfig,
+    size: tuple[int, int],
+    interpolation: str,
+    mean: Sequence[float],
+    seed: int,
+    bad: BadImages,
+) -> Images:
+    """Augmented training images, by key; small ones are held in memory."""
+    images = Images(
+        splits.train, splits.train_indices, train_transform(augment, size, interpolation, mean), seed, bad, True
+    )
+    whole = batched(augment, size, seed)
+    if whole is not None and fits(len(images), size, config.hold_gib):
+        images.hold(size, _then_pixels(_fit(size, interpolation)), whole)
+    return images
 
 
 def train_loader(
@@ -243,17 +407,27 @@ def train_loader(
     seed: int,
     bad: BadImages,
     world: World | None = None,
+    answers: Callable[[Sequence[int]], dict[str, Tensor]] | None = None,
 ) -> Loader:
-    """Shuffled, augmented batches, this process's part of each. Raises UserError for a batch larger than the data."""
-    transform = train_transform(augment, size, interpolation, mean)
+    """Shuffled, augmented batches, this process's part of each. Raises UserError for a batch larger than the data.
+
+    `answers` gives what is known of the views with some keys; the batches then have it as a third part.
+    """
     if splits.streaming:
-        splits.train.transform = transform  # type: ignore[attr-defined]
+        splits.train.transform = train_transform(augment, size, interpolation, mean)  # type: ignore[attr-defined]
         return Loader(splits.train, config.batch_size, config.workers, device, seed, True, bad)
     count = len(splits.train_indices)
     if config.batch_size > count:
         raise UserError(f"--batch-size {config.batch_size} is larger than the {count} training images")
-    images = Images(splits.train, splits.train_indices, transform, seed, bad, training=True)
-    return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world)
+    view_seed = seed if config.view_seed is None else config.view_seed
+    images = train_images(splits, config, augment, size, interpolation, mean, view_seed, bad)
+    images.answers = answers
+    balance = torch.tensor(splits.train_labels()) if config.balanced else None
+    return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world, config.views, balance)
+
+
+def _then_pixels(fit: Any) -> Any:
+    return lambda image: pixels_of(fit(image))
 
 
 def eval_loader(
@@ -278,4 +452,6 @@ def eval_loader(
     if world is not None:
         indices = indices[world.rank :: world.size]
     images = Images(splits.val, indices, transform, 0, bad, training=False)
+    if fits(len(indices), size, config.hold_gib):
+        images.hold(size, lambda image: torch.as_tensor(transform(image)), None)
     return Loader(images, config.eval_batch_size, config.workers, device, 0, False, bad)

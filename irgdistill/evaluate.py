@@ -24,13 +24,13 @@ BINS = 15
 class Metrics:
     """Over all readable images of a loader, each counted once."""
 
-    top1: float
-    """Percent."""
-    top5: float
+    top1: float | None
+    """Percent. This and the next three: None without labels."""
+    top5: float | None
     """Percent; the best min(5, K) classes."""
-    loss: float
+    loss: float | None
     """Mean cross-entropy, no smoothing."""
-    calibration_error: float
+    calibration_error: float | None
     """Expected calibration error in percent, 15 equal bins of confidence (Guo et al. 2017)."""
     images: int
     images_per_second: float
@@ -48,10 +48,12 @@ def evaluate(
     autocast: AbstractContextManager[Any],
     teacher: Tapped | None = None,
     world: World | None = None,
+    labelled: bool = True,
 ) -> Metrics:
     """Run `network` (and `teacher`, on the same crops) over `loader` in eval mode; training mode is put back after.
 
-    With `world`, every process brings its part of the images and gets the metrics of all.
+    Of images that are not `labelled` only agreement is measured. With `world`, every process brings its part of the
+    images and gets the metrics of all.
     """
     world = world or World()
     training = network.training
@@ -67,8 +69,9 @@ def evaluate(
             other = teacher(images).logits.float() if teacher is not None else None
         if images_seen or len(labels) == loader.images:  # the first batch warms up
             timed, seconds = timed + len(labels), seconds + elapsed
-        sums += _batch_sums(logits, labels, other).to(sums)
-        bins += _batch_bins(logits, labels)
+        sums += _batch_sums(logits, labels if labelled else None, other).to(sums)
+        if labelled:
+            bins += _batch_bins(logits, labels)
         images_seen += len(labels)
     network.train(training)
     sums, bins = world.sum(sums), world.sum(bins)
@@ -76,11 +79,12 @@ def evaluate(
     images_seen, timed, seconds = world.sum(counts).tolist()
     top1, top5, loss, agreement, kl = (sums / max(images_seen, 1)).tolist()
     confidence, correct, _ = bins
+    calibration = 100 * float((confidence - correct).abs().sum()) / max(images_seen, 1)
     return Metrics(
-        top1=top1,
-        top5=top5,
-        loss=loss,
-        calibration_error=100 * float((confidence - correct).abs().sum()) / max(images_seen, 1),
+        top1=top1 if labelled else None,
+        top5=top5 if labelled else None,
+        loss=loss if labelled else None,
+        calibration_error=calibration if labelled else None,
         images=int(images_seen),
         images_per_second=timed / max(seconds / world.size, 1e-9),
         agreement=agreement if teacher is not None else None,
@@ -94,11 +98,12 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _batch_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
-    """top-1 %, top-5 %, loss, agreement %, KL, each summed over the batch (5,)."""
-    count = len(labels)
-    top1, top5 = accuracy(logits, labels, topk=(1, 5))
-    values = [top1, top5, F.cross_entropy(logits, labels)]
+def _batch_sums(logits: Tensor, labels: Tensor | None, teacher: Tensor | None) -> Tensor:
+    """top-1 %, top-5 %, loss, agreement %, KL, each summed over the batch (5,); 0 where it is not known."""
+    count = len(logits)
+    values = [logits.new_zeros(())] * 3
+    if labels is not None:
+        values = [*accuracy(logits, labels, topk=(1, 5)), F.cross_entropy(logits, labels)]
     if teacher is not None and teacher.shape == logits.shape:
         same = (logits.argmax(1) == teacher.argmax(1)).float().mean()
         values += [100 * same, soft_targets(logits, teacher, 1.0)]

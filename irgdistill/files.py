@@ -144,3 +144,26 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] 
     if tensors and checked and header != _header(header[KEY], values):
         raise UserError(f"{path} is damaged: its content is not what its checksum was taken of")
     return values, metadata
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` fills a temporary folder, which then takes the place of `path`. After an error all is as it was."""
+    around = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    new, old = around / path.name, around / "old"
+    try:
+        new.mkdir(parents=True)
+        write(new)
+        for file in new.iterdir():
+            file.chmod(0o666 & ~_umask())
+            sync(file)
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(around, ignore_errors=True)
+    sync(path.parent)

@@ -16,7 +16,8 @@ are equal; here such a graph is all zeros, and a loss against it is zero with ze
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,9 +41,7 @@ def edge_matrix(features: Tensor, rows: slice = slice(None), maximum: Maximum = 
     """
     x = _matrix(features, "features")
     with torch.autocast(x.device.type, enabled=False):
-        x = widen(x)
-        x = x - x[:1].detach()
-        x = x - x.mean(0).detach()
+        x = _centred(x)
         norms = x.square().sum(1)
         distances = (norms[rows, None] + norms[None, :] - 2 * (x[rows] @ x.T)).clamp(min=0)
         image = torch.arange(len(x), device=x.device)
@@ -79,6 +78,77 @@ def relation_loss(student: Tensor, teacher: Tensor, maximum: Maximum = _alone) -
     largest = maximum(torch.stack([student.detach().amax(), teacher.detach().amax().to(student.dtype)]))
     informative = (largest.amin() > 0).to(student.dtype)
     return informative * (student - teacher.to(student.dtype)).square().mean()
+
+
+def edge_loss(student: Tensor, teacher: Tensor, rows: slice = slice(None), maximum: Maximum = _alone) -> Tensor:
+    """`relation_loss` of the edge matrices of two networks' features, (B, D) and (B, D'); mean over the asked rows.
+
+    Large graphs are never held: blocks of rows are computed, compared and turned into the gradient one after another,
+    so that memory grows with B and not with B². Only `student` gets a gradient. Raises ValueError as `edge_matrix`.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        x, y = _centred(_matrix(student, "student")), _centred(_matrix(teacher, "teacher")).detach()
+        return cast(Tensor, _EdgeLoss.apply(x, y.to(x.dtype), rows, maximum))
+
+
+BLOCK = {"cpu": 2**20}
+"""Entries of a block: few enough for a processor's cache; on other devices (2²⁶), enough to be worth a launch."""
+
+
+class _EdgeLoss(torch.autograd.Function):
+    """Loss and gradient of `edge_loss` in one go.
+
+    With D[i, j] = |x_i - x_j|² and G = ∂loss/∂D, the gradient is 2 Σ_j G[i, j] (x_i - x_j) for each row, and the
+    negative of each summand for its column.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, rows: slice, maximum: Maximum) -> Tensor:
+        norms_x, norms_y = x.square().sum(1), y.square().sum(1)
+        blocks = list(_blocks(x, rows))
+        farthest = [(_distances(x, norms_x, b).amax(), _distances(y, norms_y, b).amax()) for b in blocks]
+        largest = maximum(torch.stack([torch.stack(pair) for pair in farthest]).amax(0))
+        informative = (largest > 0).all().to(x.dtype)
+        largest_x, largest_y = largest.masked_fill(largest == 0, 1)
+        entries = len(x) * sum(len(x[block]) for block in blocks)
+        total, gradient = x.new_zeros(()), torch.zeros_like(x)
+        for block in blocks:
+            difference = _distances(x, norms_x, block).div_(largest_x)
+            difference.sub_(_distances(y, norms_y, block).div_(largest_y))
+            total += torch.linalg.vector_norm(difference, dim=1).square().sum()
+            slope = difference.mul_(4 / (entries * largest_x))
+            gradient[block] += slope.sum(1, keepdim=True) * x[block] - slope @ x
+            gradient += slope.sum(0)[:, None] * x - slope.T @ x[block]
+        ctx.save_for_backward(gradient * informative)
+        return total / entries * informative
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
+        return outer * ctx.saved_tensors[0], None, None, None
+
+
+def _blocks(x: Tensor, rows: slice) -> Iterator[slice]:
+    """Parts of `rows`, each of them with all columns about one BLOCK."""
+    wanted = range(len(x))[rows]
+    size = max(BLOCK.get(x.device.type, 2**26) // len(x), 1)
+    for start in range(wanted.start, wanted.stop, size):
+        yield slice(start, min(start + size, wanted.stop))
+
+
+def _distances(x: Tensor, norms: Tensor, rows: slice) -> Tensor:
+    """Squared distances (b, B) of centred features, as in `edge_matrix`."""
+    distances = x[rows] @ x.T
+    distances.mul_(-2).add_(norms[rows, None]).add_(norms).clamp_(min=0)
+    image = torch.arange(len(x), device=x.device)[rows]
+    distances[torch.arange(len(image), device=x.device), image] = 0
+    return distances
+
+
+def _centred(x: Tensor) -> Tensor:
+    """In float32 at least, with the first row and then the mean subtracted."""
+    x = widen(x)
+    x = x - x[:1].detach()
+    return x - x.mean(0).detach()
 
 
 def _matrix(x: Tensor, name: str) -> Tensor:

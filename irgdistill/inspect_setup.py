@@ -20,6 +20,7 @@ from irgdistill.models import Network, build_network
 from irgdistill.run import data_of, print_plan
 from irgdistill.setup import build_teacher, check_input_sizes
 from irgdistill.sources import Source, Splits, open_splits
+from irgdistill.unlabelled import Unlabelled
 
 TWO = "give a run folder or checkpoint, or two networks: --teacher T --student S --data D"
 
@@ -179,7 +180,7 @@ def meet(config: Config, given: set[str], request: Request) -> Meeting:
     path = None if request.target is None else _checkpoint(request.target)
     metadata = {} if path is None else _own_metadata(path)
     data = data_of(str(request.target), metadata, config.data, given) if metadata else config.data
-    splits, teacher = _drawn(data, request, config.seed), _teacher(config, request)
+    splits, teacher = _drawn(data, request, config.seed, metadata.get("classes")), _teacher(config, request)
     student, label, weights = _student(config, request, path, len(splits.classes))
     students = [Member(label, student, weights)]
     if metadata:
@@ -190,7 +191,7 @@ def meet(config: Config, given: set[str], request: Request) -> Meeting:
     if request.compare is not None:
         students.append(_other(request.compare, students[0], teacher, plan, config))
     for member in students:
-        if member.network.classes is not None and member.network.classes != splits.classes:
+        if splits.labelled and member.network.classes is not None and member.network.classes != splits.classes:
             raise UserError(f"the class names of {data.source} are not those that {member.label} was trained on")
     checkpoint = config.teacher.checkpoint
     return Meeting(
@@ -262,13 +263,16 @@ def _plan(teacher: Network, student: Network, config: Config) -> Plan:
     return plan
 
 
-def _drawn(data: DataConfig, request: Request, seed: int) -> Splits:
-    splits = open_splits(data, val_only=request.split == "val")
+def _drawn(data: DataConfig, request: Request, seed: int, classes: list[str] | None) -> Splits:
+    """Images of every class; of images without labels any, as if they were of one class."""
+    splits = open_splits(data, val_only=request.split == "val", classes=classes)
     if splits.streaming:
         raise UserError(f"{data.source} is a stream: inspect-graph draws images of every class and needs them by index")
     source, indices = splits.val, splits.val_indices
     if request.split == "train":
         source, indices = splits.train, splits.train_indices
+    if not (splits.labelled if request.split == "val" else data.labels):
+        source, splits = Unlabelled(source, 0), replace(splits, classes=["unlabelled"], labelled=False)
     labels = source.labels()
     chosen = draw_evenly([labels[i] for i in indices], request.images, seed)
     return replace(splits, val=source, val_indices=[indices[i] for i in chosen])

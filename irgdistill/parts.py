@@ -13,6 +13,7 @@ from irgdistill.distributed import World, statistics_of, synchronised
 from irgdistill.errors import UserError
 from irgdistill.evaluate import evaluate
 from irgdistill.losses import Learner, build_loss
+from irgdistill.models import fold_batch_norm
 from irgdistill.optim import build_mix, build_optimizer, build_scheduler
 from irgdistill.report import Report
 from irgdistill.setup import Setup, autocast, choose_device
@@ -42,9 +43,13 @@ class Parts:
             setup.plan,
             self.world if config.runtime.graph_scope == "global" else None,
             self._booster(),
+            config.data.labels,
+            None if setup.class_weights is None else torch.tensor(setup.class_weights, device=self.device),
         )
         if config.losses.weights()["transform"] > 0 and "transform" not in self.loss.terms:
             report.warn("no transformation term: no matched stage has two taps of equal width in both networks")
+        if setup.untaught_logits:
+            report.warn("no term on logits: the student's classifier stays as it began, only relations are learnt")
         self._build_networks()
         self._build_loaders()
         self._build_optimizer()
@@ -66,12 +71,16 @@ class Parts:
         if config.runtime.sync_bn and list(self.adapters.parameters()):
             synchronised(self.adapters, self.world)
         learner = Learner(network, self.adapters) if len(self.adapters) else network
-        self.student = self.world.wrap(learner, self.world.size > 1 and has_unused_parameters(self.tapped))
+        unused = self.world.size > 1 and (setup.untaught_logits or has_unused_parameters(self.tapped))
+        self.student = self.world.wrap(learner, unused)
         self.deployed = network if self.ema is None else Tapped(self.ema.module, view, (), last)
         self.teacher = None
-        if setup.teacher is not None:
+        if setup.teacher is not None and setup.cache is None:
             model, view = self._place(setup.teacher.model), setup.teacher.view().to(self.device)
-            teacher = Tapped(model, view, plan.teacher_taps() if plan else (), last, self.loss.teacher_maps())
+            taps = plan.teacher_taps() if plan else []
+            if config.runtime.fold:
+                fold_batch_norm(model.eval(), setup.teacher.size, {tap.module for tap in taps})
+            teacher = Tapped(model, view, taps, last, self.loss.teacher_maps())
             self.teacher = self._compiled(teacher.requires_grad_(False).eval())
 
     def _booster(self) -> Tapped | None:
@@ -91,27 +100,32 @@ class Parts:
         torch._functorch.config.donated_buffer = False  # gradient shares run backward more than once
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # networks alike may differ in their taps
         torch._dynamo.reset()  # or earlier runs of this process would use up the limit of recompilations
-        return cast(Tapped, torch.compile(network))
+        return cast(Tapped, torch.compile(network, mode=self.config.runtime.compile_mode))
 
     def _build_loaders(self) -> None:
         setup, config, student = self.setup, self.config, self.setup.student
         self.bad = BadImages(config.data.max_bad_images, self.report.warn)
+        self.cache = setup.cache if config.uses_teacher else None
+        if self.cache is not None:
+            self.cache.open()
+        views = {} if setup.cache is None else setup.cache.views
         self.train = train_loader(
             setup.splits,
             config.data,
             config.augment,
             setup.size,
-            student.interpolation,
-            student.mean,
+            views.get("interpolation", student.interpolation),
+            views.get("mean", student.mean),
             self.device,
             config.seed,
             self.bad,
             self.world,
+            None if self.cache is None else self.cache.rows,
         )
         self.val = eval_loader(
             setup.splits,
             config.data,
-            student.size,
+            student.size if setup.splits.labelled else setup.size,
             student.interpolation,
             student.crop_pct,
             self.device,
@@ -137,15 +151,18 @@ class Parts:
         self.scheduler = build_scheduler(self.optimizer, config.schedule, self.batches // self.accumulate)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.runtime.amp == "fp16")
 
-    def _check_teacher(self) -> None:
-        """Evaluate the teacher with its own preprocessing. Raises UserError near chance."""
+    def _check_teacher(self) -> dict[str, Any] | None:
+        """Evaluate the teacher with its own preprocessing -> what to record. Raises UserError near chance."""
         teacher, setup = self.setup.teacher, self.setup
         assert teacher is not None and self.teacher is not None
+        if not setup.splits.labelled:
+            self.report.warn("the validation images have no labels: the teacher's accuracy is not checked")
+            return None
         if teacher.num_classes != len(setup.classes):
             self.report.warn(
                 f"the teacher has {teacher.num_classes} classes, the data {len(setup.classes)}: accuracy not checked"
             )
-            return
+            return None
         loader = eval_loader(
             setup.splits,
             self.config.data,
@@ -158,13 +175,14 @@ class Parts:
             world=self.world,
         )
         tried = evaluate(self.teacher, loader, self.autocast, world=self.world)
-        top1, chance = tried.top1, 100 / len(setup.classes)
+        top1, chance = tried.top1 or 0.0, 100 / len(setup.classes)
         self.report.line(f"teacher {teacher.name}: top-1 {top1:.2f} on {tried.images} validation images")
         if top1 < chance + 0.1 * (100 - chance):
             raise UserError(
                 f"the teacher reaches top-1 {top1:.1f} on this data, chance is {chance:.1f}: its classes may be in "
                 "another order, its mean/std or weights wrong; --skip-teacher-check trains all the same"
             )
+        return {"kind": "teacher", "top1": top1, "images": tried.images}
 
     # --- what each process has of its own -----------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class Report:
     def __init__(self, metrics: Path | None = None, stdout: bool = False, quiet: bool = False) -> None:
         self.console = Console(stderr=not stdout, highlight=False, quiet=quiet)
         self._journal = None if metrics is None or quiet else Journal(metrics, self.warn)
+        self.listener: Callable[[Mapping[str, Any]], None] | None = None
+        """Is given every record as well."""
         self._progress: _Bar | None = None
         self._task: TaskID | None = None
         self._last_line = time.monotonic()
@@ -78,7 +80,15 @@ class Report:
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
         if self._journal is not None:
-            self._journal.append(json.dumps(_rounded(values)))
+            values = _rounded(values)
+            self._journal.append(json.dumps(values))
+            if self.listener is not None:
+                self.listener(values)
+
+    def recorded(self) -> list[str]:
+        """Lines of metrics.jsonl."""
+        path = None if self._journal is None else self._journal.path
+        return path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
 
     def mark(self) -> dict[str, int]:
         """Where metrics.jsonl ends, everything before it being on the disk. Raises OSError."""

@@ -25,7 +25,7 @@ from irgdistill.report import Report, table
 from irgdistill.setup import Setup, autocast, check_processes, choose_device, prepare, resolved
 from irgdistill.signals import Stopped
 from irgdistill.sources import open_splits
-from irgdistill.state import open_state, position
+from irgdistill.state import open_state, position, score
 from irgdistill.taps import Tapped, tap_name
 from irgdistill.trainer import Trainer
 
@@ -68,11 +68,11 @@ def list_models(pattern: str, as_json: bool) -> None:
 
 
 def start(
-    config: Config, output: Path | None, overwrite: bool, gpus: str | None, backend: str | None
+    config: Config, output: Path | None, overwrite: bool, gpus: str | None = None, backend: str | None = None
 ) -> dict[str, Any] | None:
     """Train from the beginning, in a new folder; in `gpus` processes of this machine, or among those of torchrun.
 
-    The summary, in the process that leads the run; None in others.
+    The summary and the `folder` in the process that leads the run; None in others.
     """
     restarted = restarts() > 0
     config = resolved(config)
@@ -197,10 +197,10 @@ def _says_where_it_stands(folder: RunFolder) -> Iterator[None]:
 def _finish(trainer: Trainer) -> dict[str, Any] | None:
     summary = trainer.fit()
     trainer.report.result(
-        f"best top-1 {summary['top1']:.2f} at epoch {summary['epoch']} of {summary['epochs']}, "
+        f"best {score(summary)} at epoch {summary['epoch']} of {summary['epochs']}, "
         f"{summary['seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s: {trainer.folder.best}"
     )
-    return {**summary, "output": str(trainer.folder.path)} if trainer.world.main else None
+    return {**summary, "folder": str(trainer.folder.path)} if trainer.world.main else None
 
 
 def _next_folder(config: Config, last: bool = False) -> Path:
@@ -294,14 +294,18 @@ def data_of(target: str, metadata: Mapping[str, Any], asked: DataConfig, given: 
     names = {key.removeprefix("data.") for key in given if key.startswith("data.")}
     names |= {"eval_batch_size", "workers"}
     data = remembered.model_copy(update={name: getattr(asked, name) for name in names})
-    if data.source and "/" in data.source and Path(data.source).is_absolute() and not Path(data.source).is_dir():
+    if data.source and "/" in data.source and Path(data.source).is_absolute() and not Path(data.source).exists():
         raise UserError(f"the data set of {target} is no longer at {data.source}; say where it is with --data")
     return data
 
 
 def _evaluate(network: Network, teacher: Network | None, data: DataConfig, config: Config) -> Metrics:
     device = choose_device(config.runtime.device)
-    splits = open_splits(data, val_only=True)
+    splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
+    if not splits.labelled and teacher is None:
+        raise UserError(
+            f"the validation images of {data.source} have no labels: give --against TEACHER, or other --data"
+        )
     if network.num_classes != len(splits.classes):
         raise UserError(
             f"{network.name} has {network.num_classes} classes, {data.source} has {len(splits.classes)}: not comparable"
@@ -313,7 +317,7 @@ def _evaluate(network: Network, teacher: Network | None, data: DataConfig, confi
     loader = eval_loader(splits, data, size, network.interpolation, network.crop_pct, device, bad)
     plain = [None if n is None else Tapped(n.model.to(device), n.view().to(device)).eval() for n in (network, teacher)]
     assert plain[0] is not None
-    return evaluate(plain[0], loader, autocast(config.runtime.amp, device), plain[1])
+    return evaluate(plain[0], loader, autocast(config.runtime.amp, device), plain[1], labelled=splits.labelled)
 
 
 def _print_results(results: list[dict[str, Any]]) -> None:

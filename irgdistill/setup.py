@@ -10,16 +10,21 @@ import torch
 from timm.layers import use_reentrant_ckpt
 from timm.utils import random_seed
 
+from irgdistill.balance import balanced_weights
+from irgdistill.cache import Cache, describe_data, describe_teacher, describe_views
 from irgdistill.checkpoint import find_checkpoint, restore
 from irgdistill.config import Config
+from irgdistill.data import BadImages, train_images
 from irgdistill.errors import UserError
 from irgdistill.levels import Level
+from irgdistill.loggers import check_loggers
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
 from irgdistill.sources import Splits, open_splits
 from irgdistill.student import build_student, resolve_student
 
 LOGIT_TERMS = ("kd", "logits", "dkd")
+LABEL_TERMS = ("ce", "dkd", "rocket")
 RELATION_TERMS = ("edges", "transform")
 STAGE_TERMS = (*RELATION_TERMS, "fitnet", "at", "fsp", "rkd", "sp", "pkt")
 """Terms that compare matched stages."""
@@ -38,8 +43,19 @@ class Setup:
     """Of the crop that both networks see: the larger of their two sizes."""
     booster: Network | None = None
     """The untrained network that `rocket` trains beside the student."""
+    cache: Cache | None = None
+    """What answers in the teacher's place, which then has no weights."""
+    class_weights: list[float] | None = None
+    """Of the cross-entropy, in label order."""
+
     start: str = ""
     """Where the student's weights come from, in words; empty for random ones."""
+
+    @property
+    def untaught_logits(self) -> bool:
+        """Whether no term reaches the student's classifier."""
+        weights = self.config.losses.weights()
+        return not self.config.data.labels and not any(weights[name] > 0 for name in LOGIT_TERMS)
 
     @property
     def classes(self) -> list[str]:
@@ -55,8 +71,18 @@ def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
     config = resolved(config, begun)
     if config.student.name is None:
         raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
-    splits = open_splits(config.data)
-    teacher = build_teacher(config, fetch) if config.uses_teacher else None
+    cache = None if config.teacher.cache is None else Cache(config.teacher.cache)
+    if cache is not None:
+        config = cache.adopt(config)
+    if config.data.labels:
+        splits, teacher = open_splits(config.data), _teacher(config, cache, fetch)
+    else:
+        check_without_labels(config)
+        teacher = _teacher(config, cache, fetch)
+        assert teacher is not None
+        splits = open_splits(config.data, classes=teacher.classes or teacher.num_classes)
+    class_weights = weigh_classes(config, splits)
+    check_logging(config, splits)
     if teacher is not None:
         check_classes(config, teacher, splits.classes)
     random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
@@ -69,7 +95,92 @@ def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
         check_input_sizes(teacher, student, plan)
     booster = build_booster(config, len(splits.classes)) if config.losses.weights()["rocket"] > 0 else None
     size = max(network.size for network in (student, teacher, booster) if network is not None)
-    return Setup(config, splits, student, teacher, plan, size, booster, start)
+    if cache is not None:
+        size = cache.size
+        _check_cache(cache, config, splits, student, plan)
+    return Setup(config, splits, student, teacher, plan, size, booster, cache, class_weights, start)
+
+
+def _teacher(config: Config, cache: Cache | None, fetch: bool) -> Network | None:
+    """The teacher, where there is one; without its weights, where a cache answers in its place.
+
+    The weights of a teacher that was named too must be those that answered.
+    """
+    if cache is None or not config.uses_teacher:
+        return build_teacher(config, fetch) if config.uses_teacher else None
+    if config.teacher.name is not None or config.teacher.checkpoint is not None:
+        cache.check_same("teacher", describe_teacher(build_teacher(config)))
+    return cache.teacher()
+
+
+def _check_cache(cache: Cache, config: Config, splits: Splits, student: Network, plan: Plan | None) -> None:
+    """Raises UserError where the run is not on what was cached."""
+    if splits.streaming:
+        raise UserError(f"{config.data.source} is a stream, which no teacher cache can be of")
+    interpolation, mean = str(cache.views["interpolation"]), cache.views.get("mean", student.mean)
+    count, seed = cache.views["views"], cache.views["seed"]
+    cache.check_same("views", describe_views(config.augment, cache.size, interpolation, mean, count, seed))
+    images = train_images(
+        splits,
+        config.data,
+        config.augment,
+        cache.size,
+        interpolation,
+        mean,
+        seed,
+        BadImages(config.data.max_bad_images),
+    )
+    cache.check_same("data", describe_data(images, splits, count))
+    if config.uses_teacher:
+        cache.check_terms(config.losses.weights(), plan)
+
+
+def check_without_labels(config: Config) -> None:
+    """Raises UserError for what needs labels, all of it in one line."""
+    used = [f"losses.{name}" for name in LABEL_TERMS if config.losses.weights()[name] > 0]
+    used += ["losses.ce.class_weights"] * (config.losses.ce.class_weights != "none")
+    used += ["--label-smoothing"] * (config.losses.ce.label_smoothing > 0)
+    used += ["--balanced"] * config.data.balanced
+    used += ["data.train_images"] * (config.data.train_images is not None)
+    methods = "--method kd, irg, mtk or irg+kd learns from the teacher alone"
+    if used:
+        raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out ({methods})")
+    if not config.uses_teacher:
+        raise UserError(f"--no-labels: method {config.method!r} learns from labels alone; {methods}")
+
+
+def check_logging(config: Config, splits: Splits) -> None:
+    """Raises UserError for a logger that is not installed, and for pictures that could not be made or shown."""
+    check_loggers(config.runtime.loggers)
+    if not config.runtime.graph_images_every:
+        return
+    asked = f"runtime.graph_images_every = {config.runtime.graph_images_every}"
+    if not config.runtime.loggers:
+        raise UserError(f"{asked}: nothing shows the pictures; give --log tensorboard or --log wandb")
+    if not config.uses_teacher:
+        raise UserError(f"{asked}: method {config.method!r} has no teacher whose graphs could be shown")
+    if config.teacher.cache is not None:
+        raise UserError(f"{asked}: --teacher-cache trains without the teacher that draws its graphs; leave one out")
+    if splits.streaming:
+        raise UserError(f"{asked}: {config.data.source} is a stream, which has no images to draw from")
+
+
+def weigh_classes(config: Config, splits: Splits) -> list[float] | None:
+    """The weights of `losses.ce.class_weights`. Raises UserError, also where `balanced` has no labels to count."""
+    asked = config.losses.ce.class_weights
+    for flag, on in (("--balanced", config.data.balanced), ("losses.ce.class_weights", asked == "balanced")):
+        if on and splits.streaming:
+            raise UserError(f"{flag}: {config.data.source} is a stream, whose classes cannot be counted beforehand")
+    if asked == "balanced":
+        return balanced_weights(splits.train_labels(), splits.classes)
+    if asked == "none":
+        return None
+    if len(asked) != len(splits.classes) or not any(asked):
+        raise UserError(
+            f"losses.ce.class_weights holds {len(asked)} weights, the data {len(splits.classes)} classes: "
+            "give one for each class, not all 0"
+        )
+    return list(asked)
 
 
 def _checkpoint_blocks(student: Network) -> None:
@@ -87,11 +198,16 @@ def resolved(config: Config, begun: bool = False) -> Config:
     if not begun:
         resolve_student(config.student)
     data, teacher = config.data, config.teacher
-    if data.source and Path(data.source).is_dir():
+    if data.source and Path(data.source).exists():
         data.source = str(Path(data.source).resolve())
+    prefix, _, name = (data.source or "").partition("/")
+    if prefix in ("hfds", "hfids", "wds") and name and Path(name).is_dir():
+        data.source = f"{prefix}/{Path(name).resolve()}"
     data.root = data.root.resolve()
     if teacher.checkpoint is not None:
         teacher.checkpoint = teacher.checkpoint.resolve()
+    if teacher.cache is not None:
+        teacher.cache = teacher.cache.resolve()
     return config
 
 

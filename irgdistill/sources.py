@@ -1,10 +1,10 @@
-"""Where images come from: folders, timm's datasets, digits -> indexed images, splits and class names."""
+"""Where images come from: folders, archives, timm's datasets, digits -> indexed images, splits and class names."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -13,13 +13,14 @@ from PIL import Image
 from timm.data import create_dataset
 from torchvision import datasets
 
+from irgdistill.archive import TarSource
 from irgdistill.config import DataConfig
 from irgdistill.errors import UserError, nearest
+from irgdistill.named import PREFIXES, STREAMS, open_named
+from irgdistill.unlabelled import IMAGE_SUFFIXES, PlainImages, Unlabelled
 
 VAL_FOLDERS = ("val", "validation", "test")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 BUILTIN = ("digits",)
-PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 
 
 class Source(Protocol):
@@ -47,6 +48,13 @@ class Splits:
     train_indices: Sequence[int]
     val_indices: Sequence[int]
     streaming: bool = False
+    labelled: bool = True
+    """Whether the validation images have labels."""
+
+    def train_labels(self) -> list[int]:
+        """Class of every training image, in the order of `train_indices`."""
+        labels = self.train.labels()
+        return [labels[i] for i in self.train_indices]
 
 
 class TimmSource:
@@ -69,9 +77,12 @@ class TimmSource:
 
     def describe(self, index: int) -> str:
         try:
-            return str(self.reader.filename(index, absolute=True))  # type: ignore[union-attr]
+            name = self.reader.filename(index, absolute=True)  # type: ignore[union-attr]
         except (AttributeError, NotImplementedError, AssertionError):
             return f"image {index}"
+        if hasattr(self.reader, "iter_targets"):  # rows of a table, whose names need not be different
+            return f"image {index} ({name})"
+        return str(name)
 
     def labels(self) -> list[int]:
         """Class of every image, without decoding where the dataset knows them."""
@@ -81,6 +92,8 @@ class TimmSource:
         targets = getattr(self.dataset, "targets", None)
         if targets is not None:
             return [int(label) for label in targets]
+        if hasattr(self.reader, "iter_targets"):
+            return [int(label) for label in self.reader.iter_targets()]  # type: ignore[union-attr]
         return [self.load(i)[1] for i in range(len(self))]
 
 
@@ -109,9 +122,12 @@ class DigitsSource:
         return [int(label) for label in self.targets]
 
 
-def open_splits(config: DataConfig, val_only: bool = False) -> Splits:
-    """Find the images of `config.source`. Raises UserError where they are missing, empty or do not fit together."""
-    splits = _open(config, val_only)
+def open_splits(config: DataConfig, val_only: bool = False, classes: Sequence[str] | int | None = None) -> Splits:
+    """Find the images of `config.source`. Raises UserError where they are missing, empty or do not fit together.
+
+    Without labels `classes` are the teacher's: their names, or how many.
+    """
+    splits = _open(config, val_only) if config.labels else _open_unlabelled(config, val_only, classes)
     if config.train_images is not None and not val_only:
         splits.train_indices = _balanced(splits, config.train_images)
     return splits
@@ -130,34 +146,26 @@ def _open(config: DataConfig, val_only: bool) -> Splits:
 
 
 def _open_named(source: str, config: DataConfig) -> Splits:
-    split = {"train": config.train_split or "train", "val": config.val_split or "validation"}
-    streaming = source.startswith(("wds/", "tfds/", "hfids/"))
-    opened = {}
-    for role, name in split.items():
+    if source == "torch/cifar100-coarse":
         try:
-            if source == "torch/cifar100-coarse":
-                opened[role] = CoarseCifar100(str(config.root), role == "train", config.download)
-                continue
-            opened[role] = create_dataset(
-                source,
-                root=str(config.root),
-                split=name,
-                is_training=role == "train",
-                download=config.download,
-                batch_size=config.batch_size,
-            )
-        except (RuntimeError, OSError, AssertionError, ValueError, ImportError, KeyError) as error:
+            opened: Any = [CoarseCifar100(str(config.root), half, config.download) for half in (True, False)]
+        except (RuntimeError, OSError) as error:
             hint = "" if config.download else "; --download lets it fetch its files"
             raise UserError(
-                f"cannot open the {name} split of {source} in {config.root}: {' '.join(str(error).split())[:200]}{hint}"
+                f"cannot open {source} in {config.root}: {' '.join(str(error).split())[:200]}{hint}"
             ) from None
-    if streaming:
-        names = _class_names(opened["train"]) or [str(i) for i in range(config.num_classes or 0)]
-        if not names:
-            raise UserError(f"{source} does not tell its classes: give --set data.num_classes=N")
-        return Splits(opened["train"], opened["val"], names, range(0), range(0), streaming=True)
-    train, val = TimmSource(opened["train"]), TimmSource(opened["val"])
-    names = _class_names(opened["train"]) or [str(i) for i in range(max(train.labels()) + 1)]
+    else:
+        opened = open_named(config)
+    if source.startswith(STREAMS):
+        if opened[1] is None:
+            raise UserError(f"{source} is a stream, of which no part can be held out: --set data.val_split=NAME")
+        names = _class_names(opened[0].dataset) or [str(i) for i in range(opened[0].classes)]
+        return Splits(opened[0], opened[1], names, range(0), range(0), streaming=True)
+    train = TimmSource(opened[0])
+    names = _class_names(opened[0]) or [str(i) for i in range(max(train.labels()) + 1)]
+    if opened[1] is None:
+        return _hold_out(train, train.labels(), names, config.val_fraction or 0.0)
+    val = TimmSource(opened[1])
     return Splits(train, val, names, range(len(train)), range(len(val)))
 
 
@@ -182,12 +190,18 @@ def _class_names(dataset: Any) -> list[str]:
 
 
 def _open_folder(root: Path, config: DataConfig, val_only: bool = False) -> Splits:
+    if root.is_file() and root.suffix == ".tar":
+        return _open_archive(root, config)
+    if root.is_file():
+        raise UserError(f"--data {root} is a file: expected a folder, or an uncompressed .tar of class folders")
     if not root.is_dir():
         known = [*BUILTIN, *(prefix + "NAME" for prefix in PREFIXES)]
         raise UserError(f"no data folder {str(root)!r}{nearest(str(root), BUILTIN)} (a folder, or {', '.join(known)})")
     train_root = root / (config.train_split or "train")
     if train_root.is_dir():
         return _open_train_val(root, train_root, config, val_only)
+    if train_root.with_name(f"{train_root.name}.tar").is_file():
+        return _open_archives(root, train_root.with_name(f"{train_root.name}.tar"), config)
     if config.train_split:
         raise UserError(f"no split {config.train_split!r} in {root}{nearest(config.train_split, _folders(root))}")
     classes = _class_folders(root)
@@ -210,15 +224,97 @@ def _open_train_val(root: Path, train_root: Path, config: DataConfig, val_only: 
             )
         source = _folder_source(train_root, classes)
         return _hold_out(source, source.labels(), classes, config.val_fraction)
-    other = _class_folders(val_root)
-    if other != classes:
-        only = [f"{name} only in {train_root.name}" for name in sorted(set(classes) - set(other))]
-        only += [f"{name} only in {val_root.name}" for name in sorted(set(other) - set(classes))]
-        more = f" and {len(only) - 4} more" if len(only) > 4 else ""
-        raise UserError(f"class folders of {train_root} and {val_root} differ: {', '.join(only[:4])}{more}")
+    _check_same(classes, _class_folders(val_root), train_root, val_root)
     val = _folder_source(val_root, classes)
     train = val if val_only else _folder_source(train_root, classes)
     return Splits(train, val, classes, range(len(train)), range(len(val)))
+
+
+def _check_same(classes: Sequence[str], other: Sequence[str], one: Path, two: Path) -> None:
+    if other != classes:
+        only = [f"{name} only in {one.name}" for name in sorted(set(classes) - set(other))]
+        only += [f"{name} only in {two.name}" for name in sorted(set(other) - set(classes))]
+        more = f" and {len(only) - 4} more" if len(only) > 4 else ""
+        raise UserError(f"class folders of {one} and {two} differ: {', '.join(only[:4])}{more}")
+
+
+def _open_archives(root: Path, train_tar: Path, config: DataConfig) -> Splits:
+    """train.tar and val.tar, each of class folders."""
+    train = TarSource(train_tar)
+    names = [config.val_split] if config.val_split else list(VAL_FOLDERS)
+    val_tar = next((path for name in names if (path := root / f"{name}.tar").is_file()), None)
+    if val_tar is None:
+        if config.val_split or config.val_fraction is None:
+            raise UserError(
+                f"{root} has no {', '.join(names)} .tar beside {train_tar.name}; or hold out a part: --val-fraction 0.1"
+            )
+        return _hold_out(train, train.labels(), train.classes, config.val_fraction)
+    val = TarSource(val_tar)
+    _check_same(train.classes, val.classes, train_tar, val_tar)
+    return Splits(train, val, train.classes, range(len(train)), range(len(val)))
+
+
+def _open_archive(path: Path, config: DataConfig) -> Splits:
+    """One .tar: of train/ and val/, or of class folders alone, with a part held out."""
+    archive = TarSource(path)
+    name, train = archive.within((config.train_split or "train",))
+    if config.train_split and not name:
+        raise UserError(f"no folder {config.train_split!r} of class folders in {path}")
+    _, val = archive.within((config.val_split,) if config.val_split else VAL_FOLDERS)
+    if train and val:
+        return Splits(archive, archive, archive.classes, train, val)
+    if config.val_split or config.val_fraction is None:
+        wanted = config.val_split or "train/ and val/"
+        raise UserError(f"{path} holds no {wanted}; of class folders alone hold out a part, such as --val-fraction 0.1")
+    chosen = train or range(len(archive))
+    labels = archive.labels()
+    splits = _hold_out(archive, [labels[i] for i in chosen], archive.classes, config.val_fraction)
+    splits.train_indices, splits.val_indices = (
+        [chosen[i] for i in part] for part in (splits.train_indices, splits.val_indices)
+    )
+    return splits
+
+
+def _open_unlabelled(config: DataConfig, val_only: bool, classes: Sequence[str] | int | None) -> Splits:
+    """Training images of any folder, their labels unseen; validation images with class folders, or as they are."""
+    source, root = str(config.source), Path(config.source or "")
+    if not config.source or source in BUILTIN or source.startswith(PREFIXES):
+        splits = _open(config, val_only)
+        return splits if splits.streaming else replace(splits, train=Unlabelled(splits.train))
+    if not root.is_dir():
+        raise UserError(f"no folder {source!r}: with --no-labels images are read from a folder or a named data set")
+    assert classes is not None
+    names = [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
+    train_root = root / (config.train_split or "train")
+    if config.train_split and not train_root.is_dir():
+        raise UserError(f"no split {config.train_split!r} in {root}{nearest(config.train_split, _folders(root))}")
+    val_names = [config.val_split] if config.val_split else list(VAL_FOLDERS)
+    val_root = next((root / name for name in val_names if (root / name).is_dir()), None)
+    if not train_root.is_dir() or val_root is None:
+        if config.val_split or config.val_fraction is None:
+            raise UserError(
+                f"{root} has no train/ beside {', '.join(val_names)}; or hold out images: --val-fraction 0.1"
+            )
+        images = PlainImages(train_root if train_root.is_dir() else root)
+        splits = _hold_out(images, [0] * len(images), ["images"], config.val_fraction)
+        return replace(splits, classes=names, labelled=False)
+    val, labelled = _val_images(val_root, names)
+    train = val if val_only else PlainImages(train_root)
+    return Splits(train, val, names, range(len(train)), range(len(val)), labelled=labelled)
+
+
+def _val_images(root: Path, classes: list[str]) -> tuple[Source, bool]:
+    """Images of class folders, which must be the teacher's, True; or of a folder without classes, False."""
+    folders = _folders(root)
+    if not folders or any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.iterdir()):
+        return PlainImages(root), False
+    anonymous = classes == [str(i) for i in range(len(classes))]
+    if folders != classes and not (anonymous and len(folders) == len(classes)):
+        raise UserError(
+            f"the {len(folders)} folders of {root} ({', '.join(folders[:3])}, …) are not the teacher's {len(classes)} "
+            f"classes ({', '.join(classes[:3])}, …): without labels, put the images into {root} itself"
+        )
+    return _folder_source(root, folders), True
 
 
 def _folder_source(root: Path, classes: list[str]) -> TimmSource:

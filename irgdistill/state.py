@@ -204,11 +204,22 @@ def best_on_disk(path: Path, remembered: dict[str, Any], warn: Callable[[str], N
         found: dict[str, Any] = (read_tensors(path)[1] or {}).get("metrics", {})
     except UserError as error:
         if remembered:
-            warn(f"{error}; top-1 {remembered['top1']:.2f} of epoch {remembered['epoch']} is lost with it")
+            warn(f"{error}; {score(remembered)} of epoch {remembered['epoch']} is lost with it")
         return {}
-    if remembered and found.get("top1", 0) < remembered["top1"]:
-        warn(f"{path} is not the best of the run, top-1 {remembered['top1']:.2f} of epoch {remembered['epoch']}")
+    if remembered and found.get(metric(remembered), 0) < remembered[metric(remembered)]:
+        warn(f"{path} is not the best of the run, {score(remembered)} of epoch {remembered['epoch']}")
     return found
+
+
+def metric(metrics: Mapping[str, Any]) -> str:
+    """What chooses the best weights: accuracy, or without labelled images agreement with the teacher."""
+    return "top1" if "top1" in metrics else "agreement"
+
+
+def score(metrics: Mapping[str, Any]) -> str:
+    """The same with its value, in words."""
+    name = metric(metrics)
+    return f"{'top-1' if name == 'top1' else name} {metrics[name]:.2f}"
 
 
 def mean_of(entries: list[Any]) -> Any:

@@ -89,13 +89,13 @@ class View(nn.Module):
 class Tapped(nn.Module):
     """A network behind its view, with pooled taps. `forward` (B, 3, H, W) raw images -> `Output`.
 
-    `maps`: those of the taps that also give their whole map.
+    `maps`: those of the taps that also give their whole map. Without a view, images are taken as they are.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        view: View,
+        view: View | None,
         taps: Iterable[Tap] = (),
         channels_last: bool = False,
         maps: Iterable[Tap] = (),
@@ -112,7 +112,8 @@ class Tapped(nn.Module):
     def forward(self, images: Tensor) -> Output:
         self._pooled.clear()
         self._maps.clear()
-        logits = self.model(self.view(images).contiguous(memory_format=self.memory_format))
+        seen = images if self.view is None else self.view(images)
+        logits = self.model(seen.contiguous(memory_format=self.memory_format))
         if isinstance(logits, (tuple, list)):
             logits = logits[0]
         output = Output(logits, dict(self._pooled), dict(self._maps))
@@ -147,6 +148,7 @@ def has_unused_parameters(network: Tapped) -> bool:
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     meta = {name: value.detach().to("meta").requires_grad_(value.requires_grad) for name, value in tensors.items()}
     wanted = [value for value in meta.values() if value.requires_grad]
+    assert network.view is not None
     image = torch.empty(2, network.view.mean.shape[1], *network.view.size, device="meta")
     with torch.random.fork_rng(devices=[]):
         output = torch.func.functional_call(network, meta, (image,))

@@ -27,7 +27,8 @@ from irgdistill.parts import Parts
 from irgdistill.report import Report
 from irgdistill.setup import Setup
 from irgdistill.signals import Signals, Stopped
-from irgdistill.state import Saver, best_on_disk, other_state, reason
+from irgdistill.snapshots import Show, watched
+from irgdistill.state import Saver, best_on_disk, metric, other_state, reason, score
 
 
 class Trainer(Parts):
@@ -44,16 +45,23 @@ class Trainer(Parts):
         self.seconds, self.images_seen = 0.0, 0
         self.saver = Saver(folder, self.config.runtime, report.warn)
         self.signals = Signals(patient=True)
+        self.show_graphs: Show = lambda teacher, student, epoch: None
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Raw images (B, 3, H, W), labels (B,) -> total and raw terms. One backward; an update at a boundary."""
-        images, targets = (images, labels) if self.mix is None else self.mix(images.float(), labels)
+    def train_step(self, images: Tensor, labels: Tensor, cached: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Raw images (B, 3, H, W), labels (B,) -> total and raw terms. One backward; an update at a boundary.
+
+        `cached`: rows of the teacher cache, where there is one.
+        """
+        torch.compiler.cudagraph_mark_step_begin()  # what recorded graphs gave may be overwritten from here on
+        images, targets = self._mixed(images, labels)
         boundary = (self.batch + 1) % self.accumulate == 0
         with self.world.local_gradients(self.student, wanted=not boundary), self.autocast:
             with torch.no_grad():
                 teacher = None if self.teacher is None else self.teacher(images)
+            if self.cache is not None and cached is not None:
+                teacher = self.cache.output(cached)
             student = self.student(images)
         raw = self.loss(Batch(student, targets, teacher))
         total = self.loss.total(raw)
@@ -64,6 +72,13 @@ class Trainer(Parts):
         if boundary:
             self._update_weights()
         return {"loss": total.detach(), **{name: value.detach() for name, value in raw.items()}}
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images and their targets, mixed where that is on; None where the labels are not to be used."""
+        known = self.config.data.labels
+        if self.mix is not None:
+            images, labels = self.mix(images.float(), labels if known else torch.zeros_like(labels))
+        return images, labels if known else None
 
     def _update_weights(self) -> None:
         if self.config.optim.clip_grad is not None:
@@ -101,7 +116,13 @@ class Trainer(Parts):
         A first SIGINT or SIGTERM stops it after the update under way, a second one at once, with `Stopped`.
         """
         epochs = self.config.schedule.epochs
-        with self.signals, self.report.progress(epochs * self.batches, self._done()):
+        with (
+            self.signals,
+            self.report.progress(epochs * self.batches, self._done()),
+            watched(self.setup, self.folder.path, self.report, self.update, self.world.main) as self.show_graphs,
+        ):
+            if self.batch == 0:
+                self.show_graphs(self.teacher, self.deployed, self.epoch)
             while self.epoch < epochs:
                 if self.batch < self.batches:
                     self._train_epoch()
@@ -115,10 +136,11 @@ class Trainer(Parts):
 
         Raises UserError where the folder is taken, OSError when it cannot be written.
         """
-        if self.teacher is not None and self.config.teacher.check:
-            self._check_teacher()
+        tried = self._check_teacher() if self.teacher is not None and self.config.teacher.check else None
         if self.world.main:
             self.folder.create(overwrite)
+        if tried is not None:
+            self.report.record(tried)
         self._seed()
         self._save()
         if self.saver.error is not None:
@@ -184,8 +206,8 @@ class Trainer(Parts):
         self.student.train()
         log_every = self.config.runtime.log_every * self.accumulate
         since, images_since = time.perf_counter(), 0
-        for images, labels in self.train.epoch(self.epoch, start=self.batch):
-            values = {"count": torch.ones((), device=self.device), **self.train_step(images, labels)}
+        for images, labels, *cached in self.train.epoch(self.epoch, start=self.batch):
+            values = {"count": torch.ones((), device=self.device), **self.train_step(images, labels, *cached)}
             self.sums = {name: self.sums[name] + value for name, value in values.items()} if self.sums else values
             images_since += len(labels) * self.world.size
             if self.batch % log_every == 0 or self.batch == self.batches:
@@ -205,13 +227,16 @@ class Trainer(Parts):
             self.world.average_statistics(model)
         try:
             with self.signals.impatient() if self.world.size == 1 else nullcontext():
-                return evaluate(self.deployed, self.val, self.autocast, world=self.world)
+                labelled = self.setup.splits.labelled
+                teacher = None if labelled else self.teacher
+                return evaluate(self.deployed, self.val, self.autocast, teacher, self.world, labelled)
         except Stopped:
             self._pause()
             raise
 
     def _log(self, images: int, seconds: float) -> None:
         self.seconds, self.images_seen = self.seconds + seconds, self.images_seen + images
+        asked = time.perf_counter()
         count, *sums = self.world.mean(torch.stack([value.float() for value in self.sums.values()])).tolist()
         means = dict(zip(list(self.sums)[1:], (value / count for value in sums), strict=True))
         self.sums = {}
@@ -227,36 +252,41 @@ class Trainer(Parts):
                 "images_per_second": images / seconds,
             }
         )
+        slow = self.train.bottleneck(seconds, time.perf_counter() - asked)
+        if slow:
+            self.report.warn(slow)
         title = f"epoch {self.epoch + 1}/{self.config.schedule.epochs}"
         if self.best and self.last:
-            title += f"  top-1 {self.last['top1']:.2f} (best {self.best['top1']:.2f})"
+            title += f"  {score(self.last)} (best {self.best[metric(self.best)]:.2f})"
         self.report.advance(self._done(), title, means, images / seconds)
 
     def _end_epoch(self, metrics: Metrics) -> None:
         self.epoch, self.batch = self.epoch + 1, 0
         self.last = {"epoch": self.epoch, **{k: v for k, v in asdict(metrics).items() if v is not None}}
         self.report.record({"kind": "eval", **self.last})
-        better = not self.best or metrics.top1 > self.best["top1"]
+        self.show_graphs(self.teacher, self.deployed, self.epoch)
+        better = not self.best or self.last[metric(self.last)] > self.best[metric(self.last)]
         if better:
             self.best = self.last
             self._save_weights("best")
         self._save_weights("last")
         self._save()
-        self.report.line(
-            f"epoch {self.epoch}/{self.config.schedule.epochs}  top-1 {metrics.top1:.2f}  top-5 {metrics.top5:.2f}  "
-            f"val loss {metrics.loss:.3f}{'  (best)' if better else ''}"
+        more = (
+            f"KL {metrics.kl:.3f}" if metrics.top1 is None else f"top-5 {metrics.top5:.2f}  val loss {metrics.loss:.3f}"
         )
+        epochs, best = self.config.schedule.epochs, "  (best)" if better else ""
+        self.report.line(f"epoch {self.epoch}/{epochs}  {score(self.last)}  {more}{best}")
 
     def _finish(self) -> dict[str, Any]:
         teacher = self.setup.teacher
         if self.saver.error is not None:
             self._save()
-        summary = {
+        summary: dict[str, Any] = {
             "method": self.config.method,
             "student": self.setup.student.name,
             "teacher": None if teacher is None else teacher.name,
-            **{key: self.best[key] for key in ("top1", "top5", "epoch")},
-            "last_top1": self.last["top1"],
+            **{key: self.best[key] for key in ("top1", "top5", "agreement", "epoch") if key in self.best},
+            f"last_{metric(self.last)}": self.last[metric(self.last)],
             "epochs": self.config.schedule.epochs,
             "seconds": self.seconds,
             "images_per_second": self.images_seen / max(self.seconds, 1e-9),

@@ -31,7 +31,7 @@ def test_compiled_runs_are_those_of_eager_ones(run: Run, tmp_path: Path, monkeyp
     """Also after a run of the same network without taps, whose code would lack them."""
     compiled: list[Any] = []
 
-    def without_compiler(network: Tapped, compile_: Callable[..., Any] = torch.compile) -> Any:
+    def without_compiler(network: Tapped, compile_: Callable[..., Any] = torch.compile, **_: Any) -> Any:
         compiled.append(network)
         return compile_(network, backend="aot_eager")
 

@@ -40,6 +40,37 @@ def test_the_paper_preset_states_the_authors_weights() -> None:
     assert "0.005" in presets()["cifar10-paper"].read_text()
 
 
+@pytest.mark.parametrize(
+    ("data", "source"),
+    [("cifar10", "torch/cifar10"), ("cifar100", "torch/cifar100"), ("cifar100-coarse", "torch/cifar100-coarse")],
+)
+def test_the_four_pairs_of_the_paper_differ_in_their_networks_only(data: str, source: str) -> None:
+    trees = []
+    pairs = {
+        "": ("cifar_resnet20", "cifar_resnet20_x0_5"),
+        "-resnet14_x0_5": ("cifar_resnet20", "cifar_resnet14_x0_5"),
+        "-resnet20_x0_375": ("cifar_resnet20", "cifar_resnet20_x0_375"),
+        "-shufflenet": ("cifar_shufflenet_x0_5", "cifar_resnet20_x0_5"),
+    }
+    for suffix, (teacher, student) in pairs.items():
+        config = load_config(f"{data}-paper{suffix}")
+        assert (config.teacher.name, config.student.name, config.data.source) == (teacher, student, source)
+        trees.append(config.model_copy(update={"teacher": None, "student": None}).model_dump(warnings=False))
+    assert trees[0] == trees[1] == trees[2] == trees[3]
+
+
+def test_a_preset_may_extend_another(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: cifar10-paper\nschedule: {epochs: 3}\nlosses: {edges: {blocks: 2}}\n")
+    config, base = load_config(str(file)), load_config("cifar10-paper")
+    assert config.schedule.epochs == 3 and config.schedule.milestones == base.schedule.milestones
+    assert config.losses.edges.blocks == 2 and config.losses.edges.weight == base.losses.edges.weight
+    for wrong, message in (("cifar10-papr", "did you mean cifar10-paper"), ("[1]", "known: ")):
+        file.write_text(f"extends: {wrong}\n")
+        with pytest.raises(UserError, match=message):
+            load_config(str(file))
+
+
 def test_later_wins_preset_then_set_then_flag(tmp_path: Path) -> None:
     preset = tmp_path / "mine.yaml"
     preset.write_text("seed: 1\nschedule: {epochs: 1, min_lr: 0.001}\noptim: {lr: 1.0}\n")

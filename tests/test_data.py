@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.data import BadImages, Images, Loader, Order, eval_loader, train_loader
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
+from irgdistill.held import fits
 from irgdistill.sources import CoarseCifar100, open_splits
 
 MEAN = (0.5, 0.5, 0.5)
@@ -114,6 +117,97 @@ def test_the_number_of_workers_changes_nothing(folder: Path) -> None:
     for (a, x), (b, y) in zip(*epochs, strict=True):
         assert torch.equal(a, b) and torch.equal(x, y)
     assert not torch.equal(epochs[0][0][0], epochs[0][3][0])
+
+
+@pytest.mark.parametrize(
+    "augment", [{}, {"padding": 0}, {"padding": 5, "hflip": 0.3}, {"crop": "none"}, {"hflip": 0.0}]
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_held_in_memory_are_those_read_one_by_one(
+    folder: Path, augment: dict[str, Any], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, in three epochs, with an image that cannot be read; each is decoded once."""
+    (folder / "train" / "red" / "003.png").write_bytes(b"not an image")
+    epochs = {}
+    for gib in (0, 1):
+        config = DataConfig(source=str(folder), batch_size=24, workers=workers, hold_gib=gib)
+        source = loader(config, **augment)
+        assert (source.loader.dataset.held is not None) == bool(gib)
+        epochs[gib] = [batch for epoch in range(3) for batch in source.epoch(epoch)]
+    for (a, x), (b, y) in zip(*epochs.values(), strict=True):
+        assert torch.equal(a, b) and torch.equal(x, y)
+    source.loader.dataset.source.load = None  # nothing is left to read, in this process's memory too
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(source.epoch(0), epochs[1], strict=False))
+
+
+@pytest.mark.parametrize(
+    "augment", [{"color_jitter": 0.4}, {"erase": 0.5}, {"crop": "resized"}, {"auto_augment": "rand-m9"}]
+)
+def test_other_augmentation_is_not_done_in_batches(folder: Path, augment: dict[str, Any]) -> None:
+    assert loader(DataConfig(source=str(folder), batch_size=24), **augment).loader.dataset.held is None
+
+
+def test_a_loader_that_is_waited_for_says_so_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = loader(DataConfig(source=str(folder), batch_size=24, workers=0), color_jitter=0.1)
+    load = source.loader.dataset.source.load
+    slow = lambda index: (time.sleep(0.002), load(index))[1]  # noqa: E731
+    monkeypatch.setattr(source.loader.dataset.source, "load", slow)
+    said = []
+    for epoch in range(4):
+        list(source.epoch(epoch))
+        said.append((source.waited > 0.1, source.bottleneck(seconds=1.0, behind=0.0)))
+    assert [waited for waited, _ in said] == [True] * 4
+    assert [bool(text) for _, text in said] == [False, True, False, False]
+    assert "--workers 0" in str(said[1][1])
+    source._told = False
+    list(source.epoch(4))
+    assert source.bottleneck(seconds=1.0, behind=0.5) is None, "the device was busy all the time"
+    list(source.epoch(5))
+    assert source.bottleneck(seconds=100.0, behind=0.0) is None, "hardly waited"
+
+
+def test_what_is_held_has_a_limit() -> None:
+    assert fits(50_000, (32, 32), gib=0.15) and not fits(50_000, (32, 32), gib=0.14)
+    assert fits(1, (64, 64), gib=1) and not fits(1, (65, 64), gib=1)
+
+
+def test_evaluation_from_memory_is_evaluation_from_files(folder: Path) -> None:
+    batches = []
+    for gib in (0, 1):
+        config = DataConfig(source=str(folder), eval_batch_size=5, workers=0, hold_gib=gib)
+        source = eval_loader(open_splits(config), config, (12, 12), "bicubic", 0.8, CPU, BadImages(1))
+        batches.append([batch for _ in range(2) for batch in source.epoch()])
+    assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(*batches, strict=True))
+
+
+def test_views_come_again(folder: Path) -> None:
+    """Two views of each image: epoch 2 shows those of epoch 0 in another order, whatever the run's seed."""
+    shown = []
+    for seed, epoch in ((0, 0), (0, 1), (0, 2), (7, 2)):
+        config = DataConfig(source=str(folder), batch_size=72, workers=0, views=2, view_seed=5)
+        images, _ = next(loader(config, seed=seed).epoch(epoch))
+        shown.append(images)
+    views = [{image.numpy().tobytes() for image in images} for images in shown]
+    assert views[0] == views[2] == views[3] != views[1]
+    assert not torch.equal(shown[0], shown[2]) and not torch.equal(shown[2], shown[3])
+
+
+def test_a_part_of_the_training_images_is_balanced_and_always_the_same(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", {"a": 9, "b": 3, "c": 9})
+    write_images(tmp_path / "val", {"a": 1, "b": 1, "c": 1})
+
+    def chosen(count: int) -> list[int]:
+        return list(open_splits(DataConfig(source=str(tmp_path), train_images=count)).train_indices)
+
+    splits = open_splits(DataConfig(source=str(tmp_path)))
+    labels = splits.train.labels()
+    for count, expected in ((3, [1, 1, 1]), (9, [3, 3, 3]), (13, [5, 3, 5]), (21, [9, 3, 9])):
+        assert np.bincount([labels[i] for i in chosen(count)]).tolist() == expected
+        assert chosen(count) == chosen(count) == sorted(chosen(count))
+    assert set(chosen(3)) < set(chosen(9)) < set(chosen(13)), "more images are the same ones and others"
+    for wrong in (2, 22):
+        with pytest.raises(UserError, match=f"data.train_images = {wrong}: expected 3 .* to 21"):
+            chosen(wrong)
 
 
 def test_an_epoch_can_be_entered_in_the_middle(folder: Path) -> None:

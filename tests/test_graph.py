@@ -11,7 +11,8 @@ import torch
 from conftest import SHARED, shared
 from torch import Tensor
 
-from irgdistill.graph import edge_matrix, relation_loss, transformation_vector
+from irgdistill import graph
+from irgdistill.graph import edge_loss, edge_matrix, relation_loss, transformation_vector
 
 GOLDEN = SHARED / "golden/irg_reference.json"
 REFERENCE = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"edges": [], "transformations": []}
@@ -191,3 +192,58 @@ def test_images_that_have_not_moved_give_zeros_and_no_gradient() -> None:
     assert loss == 0 and last.grad is not None and last.grad.count_nonzero() == 0
     far = torch.randn(6, 8)
     assert torch.equal(transformation_vector(first, far, least=0.01), transformation_vector(first, far))
+
+
+def whole_edge_loss(student: Tensor, teacher: Tensor, rows: slice = slice(None)) -> Tensor:
+    """The definition: both matrices, then their mean squared difference; the maximum is that of all rows."""
+    largest = [edge_distances(features).amax().detach() for features in (student, teacher)]
+    a, b = (edge_distances(f)[rows] / m for f, m in zip((student, teacher), largest, strict=True))
+    return (a - b).square().mean()
+
+
+def edge_distances(x: Tensor) -> Tensor:
+    return (x[:, None] - x[None]).square().sum(2)
+
+
+@pytest.mark.parametrize("block", [1, 70, 200, 2**20])
+@pytest.mark.parametrize("rows", [slice(None), slice(4, 11), slice(29, 30)])
+def test_edge_loss_in_blocks_is_that_of_whole_matrices(
+    block: int, rows: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(graph.BLOCK, "cpu", block)
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(30, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    teacher = 3 + 7 * torch.randn(30, 8, dtype=torch.float64, generator=generator)
+
+    def maximum(_: Tensor) -> Tensor:  # of all processes
+        return torch.stack([edge_distances(f).amax().detach() for f in (student, teacher)])
+
+    results = [edge_loss(student, teacher, rows, maximum), whole_edge_loss(student, teacher, rows)]
+    gradients = [torch.autograd.grad(3 * result, student)[0] for result in results]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+
+
+def test_edge_loss_of_large_batches_in_single_precision() -> None:
+    """More than one block as they are; the reference in float64."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(1500, 16, generator=generator).requires_grad_()
+    teacher = 100 + torch.randn(1500, 16, generator=generator)
+    exact = student.detach().double().requires_grad_()
+    loss = edge_loss(student, teacher)
+    reference = relation_loss(edge_matrix(exact), edge_matrix(teacher.double()))
+    assert float(loss.detach()) == pytest.approx(float(reference.detach()), rel=1e-5)
+    gradient, expected = torch.autograd.grad(loss, student)[0], torch.autograd.grad(reference, exact)[0]
+    assert float((gradient - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_edge_loss_of_equal_features_is_zero_and_of_nan_is_nan() -> None:
+    moving = torch.randn(6, 3).requires_grad_()
+    for student, teacher in ((moving, torch.ones(6, 4)), (torch.ones(6, 3, requires_grad=True), torch.randn(6, 4))):
+        loss = edge_loss(student, teacher)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert float(loss.detach()) == 0 and not gradient.any()
+    assert edge_loss(moving, torch.full((6, 4), torch.nan)).isnan()
+    assert edge_loss(torch.full((6, 3), torch.nan, requires_grad=True), torch.randn(6, 4)).isnan()
+    with pytest.raises(ValueError, match="student must be"):
+        edge_loss(torch.zeros(3), moving)

@@ -36,7 +36,8 @@ class DistillLoss:
 
     def total(self, raw: dict[str, Tensor]) -> Tensor:
         """The objective."""
-        return sum((self.weights[name] * value for name, value in raw.items()), start=raw["ce"].new_zeros(()))
+        zero = next(iter(raw.values())).new_zeros(())
+        return sum((self.weights[name] * value for name, value in raw.items()), start=zero)
 
     def teacher_maps(self) -> set[Tap]:
         """Taps of which a term needs the whole map."""
@@ -52,16 +53,22 @@ class DistillLoss:
 
 
 def build_loss(
-    config: LossesConfig, plan: Plan | None, world: World | None = None, booster: Tapped | None = None
+    config: LossesConfig,
+    plan: Plan | None,
+    world: World | None = None,
+    booster: Tapped | None = None,
+    labels: bool = True,
+    class_weights: Tensor | None = None,
 ) -> DistillLoss:
     """Cross-entropy and the terms with a weight; transformations are left out where no stage of the plan has them.
 
     Relations span the images of all processes of `world`; `booster` is the network that `rocket` trains beside the
-    student. Raises UserError where a term finds no stage that it could compare.
+    student. Without `labels` there is no cross-entropy; with `class_weights` (K,) it is weighted. Raises UserError
+    where a term finds no stage that it could compare.
     """
     weights = config.weights()
     on = {name for name, weight in weights.items() if weight > 0}
-    terms: dict[str, Term] = {"ce": CrossEntropy(config.ce.label_smoothing)}
+    terms: dict[str, Term] = {"ce": CrossEntropy(config.ce.label_smoothing, class_weights)} if labels else {}
     if "kd" in on:
         terms["kd"] = SoftTargets(config.kd.temperature)
     if "logits" in on:

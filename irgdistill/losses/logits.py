@@ -44,13 +44,20 @@ def decoupled_targets(
 
 
 class CrossEntropy(Term):
-    """Cross-entropy with class indices (B,) or mixed probabilities (B, K)."""
+    """Cross-entropy with class indices (B,) or mixed probabilities (B, K).
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = label_smoothing
+    With `class_weights` (K,) each image's is multiplied by its class's, and the mean is over the images still: torch's
+    own weighted mean would depend on how a batch is shared among processes.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> None:
+        self.label_smoothing, self.class_weights = label_smoothing, class_weights
 
     def __call__(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(widen(batch.student.logits), batch.targets, label_smoothing=self.label_smoothing)
+        logits = widen(batch.student.logits)
+        weights = None if self.class_weights is None else self.class_weights.to(logits)
+        each = F.cross_entropy(logits, batch.targets, weights, reduction="none", label_smoothing=self.label_smoothing)
+        return each.mean()
 
 
 class SoftTargets(Term):

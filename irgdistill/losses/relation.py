@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from irgdistill.distributed import World
-from irgdistill.graph import edge_matrix, relation_loss, transformation_vector
+from irgdistill.graph import edge_loss, relation_loss, transformation_vector
 from irgdistill.losses.term import Batch, Term
 from irgdistill.matching import Ends, Plan
 from irgdistill.taps import tap_name
@@ -35,13 +35,10 @@ class Edges(Term):
         self.world = world or World()
 
     def __call__(self, batch: Batch) -> Tensor:
-        teacher = self._rows(batch.teacher.features[self.teacher])
-        students = [self._rows(batch.student.features[name]) for name in self.students]
-        return torch.stack([relation_loss(student, teacher, self.world.maximum) for student in students]).mean()
-
-    def _rows(self, features: Tensor) -> Tensor:
-        """Features of this process's images (b, D) -> its rows of the edge matrix (b, B)."""
-        return edge_matrix(self.world.gather(features), self.world.rows(len(features)), self.world.maximum)
+        rows = self.world.rows(len(batch.targets))
+        teacher = self.world.gather(batch.teacher.features[self.teacher])
+        students = [self.world.gather(batch.student.features[name]) for name in self.students]
+        return torch.stack([edge_loss(student, teacher, rows, self.world.maximum) for student in students]).mean()
 
 
 class Transformations(Term):

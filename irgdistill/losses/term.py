@@ -17,9 +17,15 @@ class Batch:
     """Everything a term may compare."""
 
     student: Output
-    targets: Tensor
-    """(B,) class indices, or (B, K) probabilities of mixed images."""
+    labels: Tensor | None
+    """(B,) class indices, or (B, K) probabilities of mixed images; None where the labels are not to be used."""
     teacher_output: Output | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """The labels; only terms of a run on labels ask for them."""
+        assert self.labels is not None, "a term asked for labels that this run does not use"
+        return self.labels
 
     @property
     def teacher(self) -> Output:

@@ -2,5 +2,6 @@
 
 from irgdistill.models import cifar
 from irgdistill.models.build import Network, build_network, known_models, multiply_adds, parameters
+from irgdistill.models.fold import fold_batch_norm
 
-__all__ = ["Network", "build_network", "cifar", "known_models", "multiply_adds", "parameters"]
+__all__ = ["Network", "build_network", "cifar", "fold_batch_norm", "known_models", "multiply_adds", "parameters"]

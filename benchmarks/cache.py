@@ -1,0 +1,103 @@
+"""An epoch from a teacher cache, and one under the live teacher, against plain supervised training of the same student.
+
+    python benchmarks/cache.py --data ./cifar10 --teacher cifar_resnet20 --teacher-checkpoint FILE \
+        --student cifar_resnet20_x0_5 --images 10000 --json benchmarks/results/cache.json
+
+All three train on the same views, in the same order, through the same loader. Each round runs an epoch of each, in an
+order that changes; the first one, which fills the memory with decoded images, is not counted. `over_plain` is the
+median of the rounds' ratios of whole epochs (loading, step, logging; no evaluation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from irgdistill.caching import Request, cache_teacher
+from irgdistill.checkpoint import RunFolder
+from irgdistill.config import load_config
+from irgdistill.report import Report
+from irgdistill.setup import prepare
+from irgdistill.trainer import Trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name in ("data", "teacher", "teacher-checkpoint", "student"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--method", default="irg+kd")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--amp", default="bf16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    teacher = {"teacher.name": arguments.teacher, "teacher.checkpoint": arguments.teacher_checkpoint}
+    common = {
+        "student.name": arguments.student, "data.source": arguments.data, "data.train_images": arguments.images,
+        "data.batch_size": arguments.batch_size, "data.workers": arguments.workers, "data.views": 1,
+        "data.view_seed": 0, "runtime.amp": arguments.amp, "runtime.channels_last": True, "schedule.epochs": 1000,
+        "optim.lr": 0.01,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        started = time.perf_counter()
+        cache_teacher(Request(cache), load_config(flags={**common, **teacher, "data.views": None}))
+        caching = time.perf_counter() - started
+        size = sum(path.stat().st_size for path in cache.iterdir())
+        kinds: dict[str, dict[str, Any]] = {
+            "plain": {"method": "none"},
+            "cached": {"method": arguments.method, "teacher.cache": cache},
+            "live": {"method": arguments.method, **teacher},
+        }
+        trainers = {}
+        for kind, flags in kinds.items():
+            config = load_config(flags={**common, **flags})
+            run = RunFolder(Path(folder) / kind)
+            trainers[kind] = Trainer(prepare(config), run, Report(quiet=True))
+        times: dict[str, list[float]] = {kind: [] for kind in trainers}
+        order = list(trainers)
+        for number in range(arguments.rounds + 1):
+            random.Random(number).shuffle(order)
+            for kind in order:
+                trainer = trainers[kind]
+                trainer.epoch, trainer.batch, trainer.sums = number, 0, {}
+                started = time.perf_counter()
+                trainer._train_epoch()
+                if number:
+                    times[kind].append(time.perf_counter() - started)
+    rows = []
+    for kind, values in times.items():
+        ratios = [value / plain for value, plain in zip(values, times["plain"], strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4)
+        rows.append({"kind": kind, "over_plain": round(median, 4), "spread": [round(low, 4), round(high, 4)]})
+        rows[-1]["images_per_second"] = round(arguments.images / statistics.median(values), 1)
+        print(rows[-1], flush=True)
+    result = {
+        "rows": rows,
+        **{
+            key: str(value)
+            for key, value in vars(arguments).items()
+            if key not in ("json", "data", "teacher_checkpoint")
+        },
+        "caching_seconds": round(caching, 1),
+        "cache_mib": round(size / 2**20, 2),
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

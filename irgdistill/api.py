@@ -1,0 +1,173 @@
+"""The Python interface: a run in one call, or the loss for a training loop of one's own.
+
+    from irgdistill import Distiller
+    distiller = Distiller(teacher, student, method="irg+kd")  # two timm models
+    for images, labels in loader:
+        loss, terms = distiller(images, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+Shapes: B images, K classes, D the width of a tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from irgdistill.cli_options import FLAGS
+from irgdistill.config import Config, load_config
+from irgdistill.errors import UserError, nearest
+from irgdistill.levels import Tap
+from irgdistill.losses import Batch, Learner, build_loss
+from irgdistill.matching import Plan
+from irgdistill.matching import match as match_levels
+from irgdistill.models import Network
+from irgdistill.run import start
+from irgdistill.setup import STAGE_TERMS, check_classes
+from irgdistill.taps import Output, Tapped
+
+
+def distill(
+    config: Config | None = None, output: str | Path | None = None, overwrite: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Train a student as `irgdistill distill` does, in this process -> the run's summary and its `folder`.
+
+    `config` as `load_config` makes it; or the command's own `options`, such as `student="resnet18"`,
+    `data="./imagenet"`, `epochs=10`, `preset="quickstart"`, `settings=["data.train_images=1000"]`.
+    Raises UserError for bad input, before anything is trained where it can be known by then; `errors.Interrupted` at a
+    signal, once all is saved.
+    """
+    if config is None:
+        config = _config_of(options)
+    elif options:
+        raise UserError(f"distill takes a configuration or options, not both: leave out {', '.join(sorted(options))}")
+    summary = start(config, None if output is None else Path(output), overwrite)
+    assert summary is not None, "no workers were asked for"
+    return summary
+
+
+def _config_of(options: Mapping[str, Any]) -> Config:
+    keys = {name.rstrip("_"): key for name, key in FLAGS.items()}
+    others = ("preset", "settings")
+    for name in options:
+        if name not in keys and name not in others:
+            raise UserError(f"distill has no option {name!r}{nearest(name, [*keys, *others])}")
+    flags = {keys[name]: value for name, value in options.items() if name in keys and value is not None}
+    return load_config(options.get("preset"), options.get("settings"), flags)
+
+
+def match(teacher: nn.Module, student: nn.Module, **overrides: Any) -> Plan:
+    """The stages of two timm models that meet. `overrides`: keys of the section `matching` (levels, skip, taps_…).
+
+    Runs on shapes alone; the models may be on any device and stay as they are. Raises UserError: no timm model, no
+    stage that can be tapped, an override that names what is not there.
+    """
+    config = load_config(flags={f"matching.{name}": value for name, value in overrides.items()}).matching
+    return match_levels(_network(teacher, "teacher").levels(), _network(student, "student").levels(), config)
+
+
+class Distiller(nn.Module):
+    """Teacher, student and the loss between them, for a training loop of one's own.
+
+    `parameters()`, `state_dict()` and `train()` are those of the student and of what some methods train beside it
+    (`adapters`: the convolutions of `fitnet` and `fsp`); the teacher moves along with `to()`, is frozen, and runs in
+    eval mode. Taps stand on the networks during a call only. Relations span the images of one call, under DDP those of
+    each process for itself; one image alone has none.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        student: nn.Module,
+        method: str = "irg+kd",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`teacher`, `student`: timm models; `teacher` None for the method `none`.
+
+        `settings`: keys of the configuration that define the loss, such as `{"losses.kd.temperature": 2,
+        "matching.skip": [4]}`. Raises UserError: unknown method or key, no timm model, networks that do not match,
+        classes that differ where their logits would be compared.
+        """
+        super().__init__()
+        self.config = load_config(flags={**(settings or {}), "method": method})
+        weights = self.config.losses.weights()
+        self.plan: Plan | None = None
+        """The stages that meet; None where no term compares stages."""
+        if weights["rocket"] > 0:
+            raise UserError("rocket trains a second network from scratch: irgdistill distill --method rocket builds it")
+        if self.config.uses_teacher:
+            if teacher is None:
+                raise UserError(f"method {method!r} needs a teacher")
+            own = _network(student, "student")
+            check_classes(self.config, _network(teacher, "teacher"), [str(i) for i in range(own.num_classes)])
+            if any(weights[name] > 0 for name in STAGE_TERMS):
+                self.plan = match(teacher, student, **self.config.matching.model_dump())
+        self.student = student
+        self.loss = build_loss(self.config.losses, self.plan)
+        self.adapters = self.loss.adapters().to(next(student.parameters()).device)
+        # In a tuple, so that the teacher's weights are not among this module's parameters.
+        self._teacher = (teacher.requires_grad_(False),) if teacher is not None and self.config.uses_teacher else ()
+
+    def forward(
+        self, images: Tensor, labels: Tensor, teacher_images: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """images (B, 3, H, W), normalised; labels (B,) class indices or (B, K) probabilities -> loss, terms.
+
+        The loss is a scalar, Σ weight · term; the terms are the raw means by name, detached. `teacher_images`
+        (B, 3, H', W'): the same crops at the size and normalisation that the teacher expects, where these are others.
+        """
+        blocks = self.config.losses.edges.blocks if "edges" in self.loss.terms else 1
+        taps = self.plan.student_taps(blocks) if self.plan is not None else ()
+        student = _look(self.student, images, taps, self.loss.student_maps(), self.adapters)
+        teacher = None
+        for model in self._teacher:
+            taps = self.plan.teacher_taps() if self.plan is not None else ()
+            with torch.no_grad():
+                seen = images if teacher_images is None else teacher_images
+                teacher = _look(model.eval(), seen, taps, self.loss.teacher_maps())
+        with torch.autocast(images.device.type, enabled=False):
+            raw = self.loss(Batch(student, labels, teacher))
+            return self.loss.total(raw), {name: value.detach() for name, value in raw.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        for teacher in self._teacher:
+            teacher._apply(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def _look(
+    model: nn.Module, images: Tensor, taps: Iterable[Tap], maps: Iterable[Tap], adapters: nn.ModuleDict | None = None
+) -> Output:
+    """One forward with taps, which are gone after it."""
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    tapped = Tapped(model, None, taps, last, maps)
+    try:
+        output: Output = Learner(tapped, adapters)(images) if adapters else tapped(images)
+        return output
+    finally:
+        tapped.release()
+
+
+def _network(model: nn.Module, role: str) -> Network:
+    """A timm model as matching sees it. Raises UserError for one that is none."""
+    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
+        raise UserError(f"the {role}, {type(model).__name__}, is no timm model: make it with timm.create_model")
+    data = resolve_model_data_config(model)
+    return Network(
+        name=str(model.pretrained_cfg["architecture"]),  # type: ignore[index]
+        model=model,
+        args={},
+        size=tuple(data["input_size"][-2:]),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        interpolation=str(data["interpolation"]),
+        crop_pct=float(data["crop_pct"]),
+    )

@@ -1,0 +1,55 @@
+"""A .tar of class folders, read in place."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+from timm.data import create_dataset
+
+from irgdistill.errors import UserError
+
+
+class TarSource:
+    """Images of one archive; a class is the folder that an image lies in, or the inner archive."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:  # archives stay closed between images: processes would share the place in an open one
+            dataset = create_dataset("", root=str(path), search_split=False, cache_tarfiles=False, cache_tarinfo=False)
+        except (ValueError, IndexError):
+            raise UserError(f"no images in {path}") from None
+        except (tarfile.TarError, OSError, AssertionError) as error:
+            raise UserError(f"{path} is not an uncompressed tar archive: {' '.join(str(error).split())}") from None
+        self.reader = dataset.reader
+        own: dict[str, int] = self.reader.class_name_to_idx
+        self.classes = sorted(own)
+        """In the order that class folders have."""
+        number = {own[name]: place for place, name in enumerate(self.classes)}
+        self.targets = [number[int(target)] for target in self.reader.targets]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            handle, _ = self.reader[index]
+            with handle:
+                return Image.open(handle).convert("RGB"), self.targets[index]
+        except tarfile.TarError as error:
+            raise OSError(f"{self.describe(index)}: {error}") from None
+
+    def describe(self, index: int) -> str:
+        return f"{self.path}/{self.reader.filename(index)}"
+
+    def labels(self) -> list[int]:
+        return list(self.targets)
+
+    def within(self, names: tuple[str, ...]) -> tuple[str, list[int]]:
+        """The first of `names` that is a folder above class folders, and the images there; ("", []) if none is."""
+        above = [PurePosixPath(self.reader.filename(i)).parts[:-2] for i in range(len(self))]
+        for name in names:
+            if found := [i for i, parts in enumerate(above) if name in parts]:
+                return name, found
+        return "", []

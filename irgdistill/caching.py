@@ -1,0 +1,197 @@
+"""`irgdistill cache-teacher`: run the teacher once over every view of every training image."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from irgdistill.cache import (
+    FORMAT,
+    SHARD,
+    TYPES,
+    describe_data,
+    describe_teacher,
+    describe_views,
+    mark_of,
+    pack_logits,
+    read_description,
+    shard_path,
+)
+from irgdistill.config import Config
+from irgdistill.data import BadImages, train_images
+from irgdistill.errors import Interrupted, UserError, nearest
+from irgdistill.files import read_tensors, save_tensors, write_text
+from irgdistill.levels import Tap
+from irgdistill.matching import ends, match
+from irgdistill.models import Network, build_network, fold_batch_norm
+from irgdistill.report import Report
+from irgdistill.setup import autocast, build_teacher, check_classes, choose_device, resolved
+from irgdistill.signals import Stopped, leave_to_parent
+from irgdistill.sources import open_splits
+from irgdistill.taps import Output, Tapped, tap_name
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to cache, as the command line says it."""
+
+    output: Path
+    views: int = 1
+    store: str = "fp16"
+    logits: str = "all"
+
+
+def cache_teacher(request: Request, config: Config) -> None:
+    """Write what is missing of the cache; the same call goes on after an interruption.
+
+    Raises UserError before the teacher runs for whatever can be known by then.
+    """
+    config = resolved(config)
+    splits, teacher = open_splits(config.data), build_teacher(config)
+    if splits.streaming:
+        raise UserError(f"{config.data.source} is a stream: its images have no numbers under which to find them again")
+    check_classes(config, teacher, splits.classes)
+    largest = _largest(request.logits, teacher.num_classes)
+    if request.store not in TYPES:
+        raise UserError(f"--store {request.store}: expected {' or '.join(TYPES)}{nearest(request.store, TYPES)}")
+    if request.views < 1:
+        raise UserError(f"--views {request.views}: expected at least 1")
+    student = None if config.student.name is None else _student(config)
+    like, size = student or teacher, max(teacher.size, (student or teacher).size)
+    seed = config.seed if config.data.view_seed is None else config.data.view_seed
+    views = describe_views(config.augment, size, like.interpolation, like.mean, request.views, seed)
+    report = Report()
+    images = train_images(
+        splits, config.data, config.augment, size, like.interpolation, like.mean, seed,
+        BadImages(config.data.max_bad_images, report.warn),
+    )  # fmt: skip
+    taps = _taps(config, teacher, student)
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "name": teacher.name,
+        "classes": teacher.classes,
+        "teacher": describe_teacher(teacher),
+        "data": describe_data(images, splits, request.views),
+        "views": views,
+        "taps": [tap_name(tap) for tap in taps],
+        "storage": {"type": request.store, "logits": "all" if largest is None else largest},
+    }
+    about = json.loads(json.dumps(about))  # as it will be read
+    there = read_description(request.output)
+    if there is None and request.output.exists() and any(request.output.iterdir()):
+        raise UserError(f"{request.output} is not empty and holds no teacher cache; give another --output")
+    if there not in (None, about):
+        what = ", ".join(key for key in about if there is not None and there.get(key) != about[key])
+        raise UserError(f"{request.output} holds another cache (other {what}); give another --output")
+    request.output.mkdir(parents=True, exist_ok=True)
+    write_text(request.output / "cache.json", json.dumps(about, indent=2) + "\n")
+    device = choose_device(config.runtime.device)
+    model = teacher.model.to(device)
+    if config.runtime.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.runtime.fold:
+        fold_batch_norm(model.eval(), teacher.size, {tap.module for tap in taps})
+    network = Tapped(model, teacher.view().to(device), taps, config.runtime.channels_last).requires_grad_(False).eval()
+    try:
+        _write(request.output, about, images, network, config, largest, TYPES[request.store], report)
+    except Stopped as stop:
+        raise Interrupted(128 + stop.number, f"{stop}; what is cached stays, the same command goes on") from None
+
+
+def _largest(logits: str, classes: int) -> int | None:
+    if logits == "all":
+        return None
+    if not logits.isdecimal() or not 1 <= int(logits) < classes:
+        raise UserError(f"--logits {logits}: expected all, or a number from 1 to {classes - 1}")
+    return int(logits)
+
+
+def _student(config: Config) -> Network:
+    name = config.student.name
+    assert name is not None
+    return build_network(name, input_size=config.student.input_size, args=config.student.args, meta=True)
+
+
+def _taps(config: Config, teacher: Network, student: Network | None) -> list[Tap]:
+    """What any student may ask for: both ends of every level; and what the given one does."""
+    levels = teacher.levels()
+    taps = [tap for level in levels for tap in (*(ends(level) or ()), level.exit)]
+    if student is not None:
+        taps += match(levels, student.levels(), config.matching).teacher_taps()
+    return list(dict.fromkeys(taps))
+
+
+def _write(
+    folder: Path,
+    about: dict[str, Any],
+    images: Any,
+    network: Tapped,
+    config: Config,
+    largest: int | None,
+    dtype: torch.dtype,
+    report: Report,
+) -> None:
+    mark, rows = mark_of(about), about["data"]["images"] * about["views"]["views"]
+    count = math.ceil(rows / SHARD)
+    left = [number for number in range(count) if not _whole(shard_path(folder, number), mark)]
+    report.line(f"{rows:,} views of {about['data']['images']:,} images: {len(left)} of {count} files to write")
+    precision = autocast(config.runtime.amp, next(network.parameters()).device)
+    with report.progress(rows, rows - len(left) * SHARD):
+        for done, number in enumerate(left):
+            keys = range(number * SHARD, min((number + 1) * SHARD, rows))
+            tensors = _shard(images, keys, network, config, precision, largest, dtype)
+            save_tensors(shard_path(folder, number), tensors, {"format": 2, "cache": mark})
+            report.advance(rows - (len(left) - done - 1) * SHARD, f"file {number + 1}/{count}", {}, 0)
+    report.line(f"cached {count} files in {folder}: irgdistill distill --teacher-cache {folder} …")
+
+
+def _whole(path: Path, mark: str) -> bool:
+    """Whether this shard needs no writing; a damaged one does."""
+    try:
+        return path.exists() and (read_tensors(path)[1] or {}).get("cache") == mark
+    except UserError:
+        return False
+
+
+@torch.no_grad()
+def _shard(
+    images: Any,
+    keys: range,
+    network: Tapped,
+    config: Config,
+    precision: Any,
+    largest: int | None,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Rows of these keys, in their order."""
+    device, parts = next(network.parameters()).device, []
+    loader = DataLoader(
+        images,
+        batch_size=config.data.eval_batch_size,
+        sampler=keys,
+        num_workers=config.data.workers,
+        collate_fn=lambda batch: batch,
+        worker_init_fn=leave_to_parent,
+        multiprocessing_context="fork" if config.data.workers else None,
+        pin_memory=device.type == "cuda",
+    )
+    for pixels, *_ in loader:
+        with precision:
+            output = network(pixels.to(device, non_blocking=True))
+        parts.append(_rows(output, largest, dtype))
+    result = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if any(len(value) != len(keys) for value in result.values()):
+        raise UserError(f"more unreadable images in a row than --max-bad-images {config.data.max_bad_images} allows")
+    return result
+
+
+def _rows(output: Output, largest: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    rows = pack_logits(output.logits, largest, dtype)
+    rows |= {f"tap {name}": value.to(dtype) for name, value in output.features.items()}
+    return {name: value.cpu() for name, value in rows.items()}

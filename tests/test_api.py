@@ -1,0 +1,231 @@
+"""The Python interface: the ten lines train, the loss is the trainer's, types are seen, and importing costs nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import irgdistill
+import irgdistill.models
+from irgdistill import Distiller, UserError, distill, load_config, match
+from irgdistill.config import METHODS
+
+SIZE = (3, 16, 16)
+OURS = sorted(set(METHODS) - {"none", "rocket"})
+
+
+def network(name: str = "cifar_resnet14_x0_5", seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    model: nn.Module = timm.create_model(name, num_classes=10, **options)
+    return model
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    """512 digits as normalised images (512, 3, 16, 16), and their labels."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    images = torch.tensor(pixels[:512] / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8)
+    return nn.functional.interpolate(images, SIZE[1:]).expand(-1, 3, -1, -1).contiguous(), torch.tensor(labels[:512])
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def train(distiller: Distiller, digits: tuple[Tensor, Tensor], epochs: int) -> list[float]:
+    """The README's loop -> mean loss of each epoch."""
+    loader = list(zip(digits[0].split(64), digits[1].split(64), strict=True))
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(epochs):
+        total = 0.0
+        for images, labels in loader:
+            loss, _ = distiller(images, labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total += loss.item() / len(loader)
+        losses.append(total)
+    return losses
+
+
+def accuracy(model: nn.Module, digits: tuple[Tensor, Tensor]) -> float:
+    with torch.no_grad():
+        return model.eval()(digits[0]).argmax(1).eq(digits[1]).float().mean().item()
+
+
+def test_the_loop_trains(digits: tuple[Tensor, Tensor]) -> None:
+    teacher, student = network("cifar_resnet20", 1), network()
+    train(Distiller(None, teacher, method="none"), digits, 10)
+    assert accuracy(teacher, digits) > 0.8
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+
+    distiller = Distiller(teacher, student, method="irg+kd")
+    losses = train(distiller, digits, 10)
+    assert losses[-1] < 0.5 * losses[0] and accuracy(student, digits) > 0.6
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert hooks(student) == hooks(teacher) == 0
+    assert set(distiller.state_dict()) == {f"student.{name}" for name in student.state_dict()}
+
+    loss, terms = distiller(digits[0][:64], digits[1][:64])
+    weights = {"ce": 1, "kd": 1, "logits": 0.1, "edges": 5, "transform": 1}
+    assert set(terms) == set(weights) and loss.requires_grad and not any(v.requires_grad for v in terms.values())
+    assert loss.item() == pytest.approx(sum(weights[name] * value.item() for name, value in terms.items()), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_the_loss_is_the_trainers(method: str, tmp_path: Path) -> None:
+    """On the same images and weights, adapters included: for every method that has a teacher."""
+    from irgdistill.checkpoint import RunFolder
+    from irgdistill.parts import Parts
+    from irgdistill.report import Report
+    from irgdistill.setup import prepare
+    from irgdistill.trainer import Trainer
+
+    weights = tmp_path / "teacher.pth"
+    torch.save(network("cifar_resnet20", 1).state_dict(), weights)
+    flags = {"method": method, "student.name": "cifar_resnet14_x0_5", "runtime.device": "cpu", "data.batch_size": 32}
+    flags |= {"teacher.name": "cifar_resnet20", "teacher.checkpoint": weights, "losses.edges.blocks": 2}
+    setup = prepare(load_config("quickstart", flags=flags))
+    trainer = Trainer(setup, RunFolder(tmp_path / "run"), Report(quiet=True))
+    assert isinstance(trainer, Parts) and setup.teacher is not None
+    images, labels = next(trainer.train.epoch())
+
+    teacher, student = network("cifar_resnet20", 1), network()
+    student.load_state_dict(setup.student.model.state_dict())
+    distiller = Distiller(teacher, student, method, {"losses.edges.blocks": 2})
+    distiller.adapters.load_state_dict(trainer.adapters.state_dict())
+
+    values = trainer.train_step(images, labels)
+    loss, terms = distiller(setup.student.view()(images), labels, setup.teacher.view()(images))
+    loss.backward()
+    assert {"loss": loss.item(), **terms} == pytest.approx(
+        {name: value.item() for name, value in values.items()}, rel=1e-6
+    )
+    assert set(terms) == {"ce", *METHODS[method]}
+    assert (len(list(distiller.parameters())) > len(list(student.parameters()))) == (method in ("fitnet", "fsp"))
+    assert all(p.grad is not None for p in distiller.parameters())
+
+
+def test_without_a_teacher(digits: tuple[Tensor, Tensor]) -> None:
+    images, labels = digits[0][:8], digits[1][:8]
+    student = network().eval()
+    loss, terms = Distiller(None, student, "none")(images, labels)
+    assert loss.item() == pytest.approx(nn.functional.cross_entropy(student(images), labels).item()) and set(terms) == {
+        "ce"
+    }
+
+
+def test_moves_and_modes_and_names(digits: tuple[Tensor, Tensor]) -> None:
+    """`to` takes the teacher along, `train` leaves it in eval mode, checkpointed blocks and other layouts work."""
+    images, labels = digits[0][:8], digits[1][:8]
+    teacher, student = network("cifar_resnet20", 1), network()
+    distiller = Distiller(teacher, student).to(torch.float64).train()
+    assert {value.dtype for value in teacher.parameters()} == {torch.float64}
+    teacher.train()
+    expected, _ = distiller(images.double(), labels)
+    assert not teacher.training and student.training and not any(p.requires_grad for p in teacher.parameters())
+    expected.backward()
+    gradient = student.conv1.weight.grad.clone()  # type: ignore[union-attr,operator]
+
+    student.zero_grad()
+    student.set_grad_checkpointing()  # type: ignore[operator]
+    again, _ = distiller(images.double().to(memory_format=torch.channels_last), labels)
+    again.backward()
+    torch.testing.assert_close(again, expected)
+    torch.testing.assert_close(student.conv1.weight.grad, gradient)
+    assert hooks(student) == 0
+
+
+def test_the_plan_of_two_models() -> None:
+    teacher, student = network("cifar_resnet20"), network()
+    assert [pair.name for pair in match(teacher, student).pairs] == ["/1", "/2", "/4"]
+    assert [pair.name for pair in match(teacher, student, skip=[2]).pairs] == ["/1", "/4"]
+    assert Distiller(teacher, student, settings={"matching.skip": [2]}).plan == match(teacher, student, skip=[2])
+    with pytest.raises(UserError, match=r"unknown key 'matching.levls'; did you mean matching\.levels"):
+        match(teacher, student, levls=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Distiller(network(), network(), "irgkd"), "did you mean irg\\+kd"),
+        (lambda: Distiller(network(), network(), settings={"losses.kd.wieght": 1}), "did you mean losses.kd.weight"),
+        (lambda: Distiller(None, network()), "method 'irg\\+kd' needs a teacher"),
+        (lambda: Distiller(network(), network(), "rocket"), "irgdistill distill --method rocket"),
+        (lambda: Distiller(nn.Linear(2, 2), network()), "the teacher, Linear, is no timm model"),
+        (lambda: Distiller(timm.create_model("cifar_resnet20", num_classes=7), network()), "7 classes"),
+        (lambda: distill(stduent="resnet18"), "no option 'stduent'; did you mean student"),
+        (lambda: distill(load_config(), epochs=3), "not both: leave out epochs"),
+        (lambda: distill(student="resnet18", method="none"), "no data: give --data"),
+    ],
+)
+def test_bad_input_is_one_line(call: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_relations_alone_need_no_shared_classes(digits: tuple[Tensor, Tensor]) -> None:
+    teacher = timm.create_model("cifar_resnet20", num_classes=7)
+    settings = {"losses.kd.weight": 0, "losses.logits.weight": 0}
+    _, terms = Distiller(teacher, network(), settings=settings)(digits[0][:8], digits[1][:8])
+    assert set(terms) == {"ce", "edges", "transform"}
+
+
+def test_a_run_in_one_call(tmp_path: Path) -> None:
+    options = {"preset": "quickstart", "student": "cifar_resnet14_x0_5", "method": "none", "epochs": 1, "device": "cpu"}
+    summary = distill(output=tmp_path / "run", **options)
+    assert summary.pop("folder") == str(tmp_path / "run")
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    flags = {"student.name": "cifar_resnet14_x0_5", "method": "none", "schedule.epochs": 1, "runtime.device": "cpu"}
+    again = distill(load_config("quickstart", flags=flags), output=str(tmp_path / "again"))
+    assert again["last_top1"] == summary["last_top1"]
+    with pytest.raises(UserError, match="holds a finished run"):
+        distill(output=tmp_path / "run", **options)
+
+
+def test_importing_costs_no_torch() -> None:
+    code = (
+        "import sys, irgdistill\n"
+        "from irgdistill import load_config, Config, UserError\n"
+        "assert 'Distiller' in dir(irgdistill) and load_config('quickstart').schedule.epochs == 8\n"
+        "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)\n"
+        "import types\n"
+        "assert all(getattr(irgdistill, name) is not None for name in irgdistill.__all__)\n"
+        "from irgdistill import *\n"
+        "assert isinstance(distill, types.FunctionType) and 'torch' in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        irgdistill.distil  # noqa: B018
+
+
+@pytest.mark.slow
+def test_types_are_seen(tmp_path: Path) -> None:
+    """mypy reads the package's types from outside of it (torch's are left out: they take a minute)."""
+    pytest.importorskip("mypy")
+    assert (Path(irgdistill.__file__).parent / "py.typed").exists()
+    (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = true\n[mypy-torch.*,timm.*]\nfollow_imports = skip\n")
+    (tmp_path / "user.py").write_text(
+        "from irgdistill import Distiller, distill, match\n"
+        "reveal_type(distill())\n"
+        "reveal_type(match(1, 2))\n"
+        "Distiller(None, None, method=3)\n"
+    )
+    command = [sys.executable, "-m", "mypy", "user.py"]
+    first, second, third, end = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert first.endswith('Revealed type is "dict[str, Any]"') and second.endswith('"irgdistill.matching.Plan"')
+    assert "[arg-type]" in third and end.startswith("Found 1 error")

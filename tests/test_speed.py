@@ -1,0 +1,77 @@
+"""Nothing gets faster by computing something else: the losses of a seeded run, with and without each short cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Result
+from safetensors.torch import save_file
+
+from irgdistill import graph
+from irgdistill.models import build_network
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Two epochs under a teacher whose batch norms do something; every update is logged."""
+    torch.manual_seed(0)
+    teacher = build_network("cifar_resnet14_x0_5", num_classes=10).model
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_file(teacher.state_dict(), path)
+    recipe = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--teacher", "cifar_resnet14_x0_5")
+    recipe += ("--teacher-checkpoint", path, "--skip-teacher-check", "--epochs", 2, "--batch-size", 128)
+    recipe += ("--set", "runtime.log_every=1", "--set", "runtime.share_every=0", "--set", "augment.hflip=0.5")
+    return (*recipe, "--device", "cpu", "--method", "irg+kd")
+
+
+def losses(run: Run, folder: Path, *options: object) -> torch.Tensor:
+    """Total and every raw term at each update (updates, terms), float64.
+
+    Where numbers are rounded otherwise the rate is small: training multiplies any difference.
+    """
+    result = run("distill", *options, "--output", folder)
+    assert result.code == 0, result.err
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    values = [[record["loss"], *record["terms"].values()] for record in records if record["kind"] == "train"]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        (("--set", "data.hold_gib=0"), 0.0),
+        (("--workers", 1), 0.0),
+        (("--set", "runtime.fold=false", "--lr", 1e-4), 1e-4),
+    ],
+)
+def test_losses_with_and_without(
+    run: Run, recipe: tuple[object, ...], tmp_path: Path, options: tuple[object, ...], tolerance: float
+) -> None:
+    rate = options[-2:] if "--lr" in options else ()
+    plain = losses(run, tmp_path / "plain", *recipe, *rate)
+    other = losses(run, tmp_path / "other", *recipe, *options)
+    assert len(plain) == 14 and plain.shape == other.shape and plain[:, 0].std() > 0
+    torch.testing.assert_close(other, plain, rtol=tolerance, atol=tolerance / 10)
+    assert tolerance == 0 or not torch.equal(other, plain), "the short cut was not taken"
+
+
+def test_edges_in_blocks(run: Run, recipe: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against whole matrices and automatic differentiation."""
+    blocks = losses(run, tmp_path / "blocks", *recipe, "--lr", 1e-4)
+
+    def whole(student: torch.Tensor, teacher: torch.Tensor, rows: slice, maximum: graph.Maximum) -> torch.Tensor:
+        edges = (graph.edge_matrix(features, rows, maximum) for features in (student, teacher))
+        return graph.relation_loss(*edges, maximum)
+
+    monkeypatch.setattr("irgdistill.losses.relation.edge_loss", whole)
+    torch.testing.assert_close(losses(run, tmp_path / "whole", *recipe, "--lr", 1e-4), blocks, rtol=1e-4, atol=1e-5)
