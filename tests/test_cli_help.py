@@ -28,6 +28,7 @@ ALONE = ("--preset", "quickstart", "--method", "none", "--student", "cifar_resne
 
 
 def examples(command: str) -> list[str]:
+    """Of its help, in their order."""
     return [line for line in COMMANDS[command].epilog.split("\n\n") if line.startswith("irgdistill ")]
 
 
@@ -39,7 +40,6 @@ def test_every_option_is_in_a_panel_and_every_example_is_understood(command: str
     assert examples(command)
     for line in examples(command):
         name, *arguments = shlex.split(line.partition(" > ")[0])[1:]
-        assert name == command
         COMMANDS[name].make_context(name, arguments, parent=typer.main.get_command(app).make_context("irgdistill", []))
 
 
