@@ -117,7 +117,7 @@ def test_quiet_and_json_leave_results_and_warnings(run: Run, tmp_path: Path) -> 
     assert shown.code == 0 and re.fullmatch(r"best top-1 .*best\.safetensors\n", shown.err)
     (line,) = shown.out.splitlines()
     summary = json.loads(line)
-    assert summary.pop("output") == str(tmp_path / "a")
+    assert summary.pop("folder") == str(tmp_path / "a")
     assert summary == json.loads((tmp_path / "a" / "summary.json").read_text())
 
     options = ("--methods", "none", "--seeds", 1, *ALONE[:2], *ALONE[4:], "--output", tmp_path / "b")
@@ -231,7 +231,7 @@ def test_completion(
     for line in ("distill --student", "distill --teacher", "inspect-graph --teacher", "doctor --studen"):
         expected = ["cifar_shufflenet_x0_5"] if not line.startswith("doctor") else []
         assert offered(f"irgdistill {line} cifar_shuf") == expected
-    assert offered("irgdistill distill --preset cifar10-") == ["cifar10-paper"]
+    assert offered("irgdistill distill --preset imagenet-m") == ["imagenet-modern"]
     assert offered("irgdistill distill --method irg") == ["irg", "irg+kd"]
     assert offered("irgdistill compare --methods none,m") == ["none,mtk"]
     assert offered("irgdistill presets qu") == ["quickstart"]
