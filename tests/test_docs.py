@@ -44,7 +44,7 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert len(PAGES) > 8
     for page in PAGES:
-        assert f" {page.relative_to(ROOT / 'docs')}" in navigation
+        assert f": {page.relative_to(ROOT / 'docs')}\n" in navigation
 
 
 @pytest.mark.parametrize("line", INDENTED)
