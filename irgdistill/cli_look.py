@@ -165,10 +165,10 @@ def presets(
         typer.echo(f"from {', '.join(map(str, texts))}", err=True)
     else:
         from rich.console import Console
-        from rich.table import Table
+        from rich.padding import Padding
+        from rich.text import Text
 
-        view = Table.grid("name", "summary", padding=(0, 2, 0, 0))
-        view.columns[0].no_wrap, view.columns[0].style = True, "bold"
+        console = Console(highlight=False)
         for known, path in files.items():
-            view.add_row(known, summaries[path])
-        Console(highlight=False).print(view)
+            console.print(Text(known, style="bold"))
+            console.print(Padding(Text(summaries[path]), (0, 0, 0, 2)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,13 @@ def test_no_room_for_the_run_folder_or_for_what_workers_pass_on(run: Run, monkey
 
 
 def test_a_slow_loader_is_told_how_many_workers_it_takes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = Images.__getitem__
+    load = Images.__getitems__
 
-    def slow(self: Images, key: int) -> Any:
-        time.sleep(0.015)
-        return load(self, key)
+    def slow(self: Images, keys: Sequence[int]) -> Any:
+        time.sleep(0.015 * len(keys))
+        return load(self, keys)
 
-    monkeypatch.setattr(Images, "__getitem__", slow)
+    monkeypatch.setattr(Images, "__getitems__", slow)
     monkeypatch.setattr(doctor, "_cores", lambda: 1000)
     shown = run("doctor", *PLAN, "--json")
     (verdict,) = (v["text"] for v in json.loads(shown.out)["verdicts"] if v["kind"] == "change")

@@ -19,7 +19,8 @@ def test_the_list_names_every_preset_and_what_it_is(run: Run, monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "200")
     shown = run("presets")
     assert shown.code == 0 and not shown.err
-    lines = dict(line.split(maxsplit=1) for line in shown.out.splitlines())
+    words = [line.strip() for line in shown.out.splitlines()]
+    lines = dict(zip(words[::2], words[1::2], strict=True))
     assert set(lines) == set(presets())
     assert lines["quickstart"].strip() == "Handwritten digits in seconds on a CPU: what `make demo` runs."
     assert all(text[:1].isupper() and text.strip().endswith(".") for text in lines.values()), "a sentence each"
