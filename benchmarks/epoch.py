@@ -119,11 +119,12 @@ def torchdistill(arguments: argparse.Namespace, precision: Any) -> Epoch:
         },
         "rkd": {"criterion": {"key": "RKDLoss", "kwargs": {**rkd, "reduction": "mean"}}, "weight": 25.0},
     }
+    batch_only = {"forward_proc": "forward_batch_only"}
     hook = {"forward_hook": {"input": [], "output": [POOLED]}}
     config = {
         "num_epochs": 1000,
-        "teacher": {**hook, "requires_grad": False, "sequential": [], "wrapper": None, "forward_proc": "forward_batch_only"},
-        "student": {**hook, "sequential": [], "wrapper": None, "forward_proc": "forward_batch_only"},
+        "teacher": {**hook, "requires_grad": False, "sequential": [], "wrapper": None, **batch_only},
+        "student": {**hook, "sequential": [], "wrapper": None, **batch_only},
         "optimizer": {"key": "SGD", "kwargs": {"lr": 0.01, "momentum": 0.9}},
         "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
     }
