@@ -199,6 +199,10 @@ def test_the_card_tells_the_run_and_its_controls(run: Run, runs: Path, tmp_path:
         assert f"| {row['method']} | {row['top1_mean']:.2f} ± {row['top1_std']:.2f} |" in text
     assert "this one is `kd`, seed 1" in text and "1 · ce + 1 · kd" in text
     assert "import irgdistill.models" in use_of(tmp_path / "hub") and "timm alone does not know" in text
+    Image.new("RGB", (20, 20)).save(tmp_path / "image.png")
+    used = dict[str, Any]()
+    exec(use_of(tmp_path / "hub").replace("image.png", f"{tmp_path}/image.png"), used)
+    assert used["logits"].shape == (1, 10)
     assert str(runs) not in card.content + (tmp_path / "hub" / "recipe.yaml").read_text(), "no path of this machine"
 
     recipe = load_config(str(tmp_path / "hub" / "recipe.yaml"))
