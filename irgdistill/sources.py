@@ -160,6 +160,7 @@ def _open_named(source: str, config: DataConfig) -> Splits:
         if opened[1] is None:
             raise UserError(f"{source} is a stream, of which no part can be held out: --set data.val_split=NAME")
         names = _class_names(opened[0].dataset) or [str(i) for i in range(opened[0].classes)]
+        opened[1].classes = opened[0].classes
         return Splits(opened[0], opened[1], names, range(0), range(0), streaming=True)
     train = TimmSource(opened[0])
     names = _class_names(opened[0]) or [str(i) for i in range(max(train.labels()) + 1)]

@@ -263,6 +263,11 @@ def test_shard_errors_are_one_line(run: Run, shards: Path, tmp_path: Path) -> No
     assert "the 3 training shards feed at most as many" in refused(run, *source, "--workers", 4)
     (tmp_path / "none").mkdir()
     assert "no shards (*.tar)" in refused(run, "--data", "wds/x", "--data-root", tmp_path / "none")
+    (tmp_path / "bare").mkdir()
+    with tarfile.open(tmp_path / "bare" / "train-0.tar", "w") as file:
+        add(file, "x.png", b"an image")
+    bare = ("--data", f"wds/{tmp_path / 'bare'}", "--set", "data.val_split=train", "--set", "data.num_classes=3")
+    assert "no classes (.cls) in" in refused(run, *bare)
     (shards / "train-001.tar").write_bytes(b"no archive")
     assert "train-001.tar is not a readable shard" in refused(run, *source)
     for path in shards.glob("val*"):
