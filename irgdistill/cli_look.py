@@ -1,13 +1,123 @@
-"""Commands that train nothing and need no network: what the machine can do, which presets there are."""
+"""Commands that train nothing: networks, students handed on or measured, the machine, presets."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from irgdistill.cli_options import RESULT, complete_preset, option, options_of_distill, settings_of
+from irgdistill.cli_options import (
+    DATA,
+    NETWORKS,
+    RESULT,
+    RUNTIME,
+    complete_preset,
+    option,
+    options_of_distill,
+    remember_names,
+    settings_of,
+)
+
+
+def export(
+    target: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A student's run or checkpoint.")],
+    form: Annotated[
+        str,
+        option(
+            RESULT, "--format", help="hub (default): folder for timm and the Hub; onnx; program: torch.export; timm."
+        ),
+    ] = "hub",
+    output: Annotated[
+        Path | None, option(RESULT, help="Default, beside the checkpoint: hub, timm, NAME.onnx or NAME.pt2.")
+    ] = None,
+    overwrite: Annotated[bool, option(RESULT, "--overwrite", help="Replace what is there.")] = False,
+    raw_input: Annotated[
+        bool,
+        option(RESULT, "--raw-input", help="onnx, program: take RGB in [0, 1]; default: images normalised as by timm."),
+    ] = False,
+    opset: Annotated[int | None, option(RESULT, help="Of the ONNX file, 18 or higher (torch's choice).")] = None,
+    push: Annotated[str | None, option(RESULT, help="Upload the folder to this repository on the Hub.")] = None,
+    license_: Annotated[str | None, option(RESULT, "--license", help="In the model card (apache-2.0).")] = None,
+    check_images: Annotated[
+        int,
+        typer.Option(min=1, help="Validation images on which it must agree with the student.", rich_help_panel=DATA),
+    ] = 64,
+    data: Annotated[str | None, option(DATA, help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
+) -> None:
+    """Hand the student on: a folder for timm and the Hub, ONNX, torch.export, or plain timm weights."""
+    from irgdistill.config import load_config
+
+    given = {key: value for key, value in {"data.source": data, "data.root": data_root}.items() if value is not None}
+    config = load_config(flags={**given, "data.workers": 0, "data.eval_batch_size": 64})
+
+    from irgdistill.export import Request
+    from irgdistill.export import export as run
+
+    run(
+        Request(
+            target=target,
+            format=form,
+            output=output,
+            overwrite=overwrite,
+            push=push,
+            license=license_,
+            opset=opset,
+            raw_input=raw_input,
+            check_images=check_images,
+            data=config.data,
+            given=frozenset(given),
+        )
+    )
+
+
+def models(
+    pattern: Annotated[str, typer.Argument(metavar="[FILTER]", help="Such as resnet or mobilenet*_100.")] = "*",
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """List networks with parameters, multiply-adds, input size and the resolutions of their stages."""
+    from irgdistill.run import list_models
+
+    remember_names()
+    list_models(pattern, as_json)
+
+
+def evaluate(
+    targets: Annotated[list[str], typer.Argument(help="Checkpoint, run folder or timm name; several make a table.")],
+    checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.")] = None,
+    against: Annotated[str | None, option(NETWORKS, help="Teacher: checkpoint, run folder or timm name.")] = None,
+    against_checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for the teacher's timm name.")] = None,
+    input_size: Annotated[str | None, option(NETWORKS, help="224 or 256x192.")] = None,
+    data: Annotated[str | None, option(DATA, help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
+    val_fraction: Annotated[float | None, option(DATA, help="Hold out this share.")] = None,
+    batch_size: Annotated[int, option(RUNTIME, help="Images per step (256).")] = 256,
+    workers: Annotated[int, option(RUNTIME, help="Loader processes (1).")] = 1,
+    device: Annotated[str, option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = "auto",
+    amp: Annotated[str, option(RUNTIME, help="auto, none, bf16 or fp16.")] = "auto",
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Accuracy, calibration, size and speed of a network."""
+    from irgdistill.config import load_config
+
+    flags = {
+        "data.source": data,
+        "data.root": data_root,
+        "data.val_fraction": val_fraction,
+        "data.eval_batch_size": batch_size,
+        "data.workers": workers,
+        "student.input_size": input_size,
+        "runtime.device": device,
+        "runtime.amp": amp,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    config = load_config(flags=given)
+
+    from irgdistill.run import evaluate_targets
+
+    evaluate_targets(targets, checkpoint, against, against_checkpoint, config, set(given), as_json)
 
 
 def doctor(
