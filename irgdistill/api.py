@@ -96,6 +96,9 @@ class Distiller(nn.Module):
         classes that differ where their logits would be compared.
         """
         super().__init__()
+        for key in settings or {}:
+            if not key.startswith(("losses.", "matching.")):
+                raise UserError(f"{key!r} does not define the loss: settings take keys of losses and matching")
         self.config = load_config(flags={**(settings or {}), "method": method})
         weights = self.config.losses.weights()
         self.plan: Plan | None = None

@@ -46,10 +46,10 @@ class TarSource:
     def labels(self) -> list[int]:
         return list(self.targets)
 
-    def within(self, names: tuple[str, ...]) -> tuple[str, list[int]]:
-        """The first of `names` that is a folder above class folders, and the images there; ("", []) if none is."""
-        above = [PurePosixPath(self.reader.filename(i)).parts[:-2] for i in range(len(self))]
-        for name in names:
-            if found := [i for i, parts in enumerate(above) if name in parts]:
-                return name, found
-        return "", []
+    def parts(self) -> dict[str, list[int]]:
+        """Every folder above class folders, with its images."""
+        found: dict[str, list[int]] = {}
+        for i in range(len(self)):
+            for name in set(PurePosixPath(self.reader.filename(i)).parts[:-2]):
+                found.setdefault(name, []).append(i)
+        return found

@@ -133,13 +133,14 @@ def _list(names: Sequence[str]) -> str:
 
 def _open(source: str, config: DataConfig, split: str, training: bool) -> Any:
     prefix, root = source.split("/")[0], config.root
+    classes = 0
     more: dict[str, Any] = {"input_key": config.image_key, "target_key": config.label_key}
     if prefix == "torch":
         more = {}
     if prefix == "wds":
         root = shard_folder(source, config)
         more["input_key"] = config.image_key or IMAGES
-        split = _with_count(root, split)
+        split, classes = _counted(root, split, config)
     noise = logging.getLogger("timm.data.readers.reader_wds")
     level = noise.level
     noise.setLevel(logging.ERROR)  # that there is no _info.json
@@ -164,7 +165,10 @@ def _open(source: str, config: DataConfig, split: str, training: bool) -> Any:
     if prefix == "wds" and training and config.workers > len(dataset.reader.split_info.filenames):
         shards = len(dataset.reader.split_info.filenames)
         raise UserError(f"--workers {config.workers}: the {shards} training shards feed at most as many")
-    return Stream(dataset, _class_count(source, config, dataset, root, split), source)
+    classes = config.num_classes or len(getattr(dataset.reader, "class_to_idx", None) or ()) or classes
+    if not classes:
+        raise UserError(f"{source} does not tell its classes: give --set data.num_classes=N")
+    return Stream(dataset, classes, source)
 
 
 def _cannot_open(source: str, config: DataConfig, error: Exception, what: str = "") -> UserError:
@@ -222,12 +226,18 @@ def _described(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("_info.json", "info.json"))
 
 
-def _with_count(folder: Path, split: str) -> str:
-    """timm's description of a split: its name in _info.json, or its shards and how many images they hold."""
+def _counted(folder: Path, split: str, config: DataConfig) -> tuple[str, int]:
+    """timm's description of a split: its name in _info.json, or its shards and how many images they hold; classes.
+
+    The classes are 0 where they were not counted. Raises UserError for shards without any.
+    """
     if ".tar" in split or _described(folder):
-        return split
+        return split, 0
     names = _shards(folder)[split]
-    return "::".join(names) + f"|{_scan([folder / name for name in names])[0]}"
+    images, classes = _scan([folder / name for name in names])
+    if not classes and not config.label_key:
+        raise UserError(f"no classes (.cls) in {folder / names[0]}; of a field in its .json: --set data.label_key=NAME")
+    return "::".join(names) + f"|{images}", classes
 
 
 def _scan(shards: Sequence[Path]) -> tuple[int, int]:
@@ -248,13 +258,3 @@ def _scan(shards: Sequence[Path]) -> tuple[int, int]:
     if not images:
         raise UserError(f"no images ({IMAGES.replace(';', ', ')}) in {shards[0]}")
     return images, largest + 1
-
-
-def _class_count(source: str, config: DataConfig, dataset: Any, root: Path, split: str) -> int:
-    """From the configuration, the reader, or the shards themselves. Raises UserError."""
-    count = config.num_classes or len(getattr(dataset.reader, "class_to_idx", None) or ())
-    if not count and source.startswith("wds/") and not config.label_key and "|" in split:
-        count = _scan([root / name for name in dataset.reader.split_info.filenames])[1]
-    if not count:
-        raise UserError(f"{source} does not tell its classes: give --set data.num_classes=N")
-    return int(count)

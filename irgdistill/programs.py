@@ -79,7 +79,10 @@ def export_program(network: Network, raw_input: bool) -> torch.export.ExportedPr
     """Raises UserError, one line, where torch.export cannot follow the network or fixes its batch."""
     example = torch.zeros(2, len(network.mean), *network.size)
     with _one_line(network.name), torch.no_grad():
-        return torch.export.export(Student(network, raw_input).eval(), (example,), dynamic_shapes=DYNAMIC)
+        program = torch.export.export(Student(network, raw_input).eval(), (example,), dynamic_shapes=DYNAMIC)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # full of paths of this machine
+    return program
 
 
 def write_program(path: Path, program: torch.export.ExportedProgram, about: Mapping[str, Any]) -> Logits:

@@ -160,6 +160,7 @@ def _open_named(source: str, config: DataConfig) -> Splits:
         if opened[1] is None:
             raise UserError(f"{source} is a stream, of which no part can be held out: --set data.val_split=NAME")
         names = _class_names(opened[0].dataset) or [str(i) for i in range(opened[0].classes)]
+        opened[1].classes = opened[0].classes
         return Splits(opened[0], opened[1], names, range(0), range(0), streaming=True)
     train = TimmSource(opened[0])
     names = _class_names(opened[0]) or [str(i) for i in range(max(train.labels()) + 1)]
@@ -203,7 +204,8 @@ def _open_folder(root: Path, config: DataConfig, val_only: bool = False) -> Spli
     if train_root.with_name(f"{train_root.name}.tar").is_file():
         return _open_archives(root, train_root.with_name(f"{train_root.name}.tar"), config)
     if config.train_split:
-        raise UserError(f"no split {config.train_split!r} in {root}{nearest(config.train_split, _folders(root))}")
+        there = [*_folders(root), *(path.stem for path in root.glob("*.tar"))]
+        raise UserError(f"no split {config.train_split!r} in {root}{nearest(config.train_split, there)}")
     classes = _class_folders(root)
     if config.val_fraction is None:
         raise UserError(
@@ -220,7 +222,8 @@ def _open_train_val(root: Path, train_root: Path, config: DataConfig, val_only: 
     if val_root is None:
         if config.val_split or config.val_fraction is None:
             raise UserError(
-                f"{root} has no {', '.join(names)} folder beside train/; or hold out a part: --val-fraction 0.1"
+                f"{root} has no {', '.join(names)} folder beside train/{_near_split(config, root)}; "
+                "or hold out a part: --val-fraction 0.1"
             )
         source = _folder_source(train_root, classes)
         return _hold_out(source, source.labels(), classes, config.val_fraction)
@@ -246,7 +249,8 @@ def _open_archives(root: Path, train_tar: Path, config: DataConfig) -> Splits:
     if val_tar is None:
         if config.val_split or config.val_fraction is None:
             raise UserError(
-                f"{root} has no {', '.join(names)} .tar beside {train_tar.name}; or hold out a part: --val-fraction 0.1"
+                f"{root} has no {', '.join(names)} .tar beside {train_tar.name}{_near_split(config, root)}; "
+                "or hold out a part: --val-fraction 0.1"
             )
         return _hold_out(train, train.labels(), train.classes, config.val_fraction)
     val = TarSource(val_tar)
@@ -257,15 +261,18 @@ def _open_archives(root: Path, train_tar: Path, config: DataConfig) -> Splits:
 def _open_archive(path: Path, config: DataConfig) -> Splits:
     """One .tar: of train/ and val/, or of class folders alone, with a part held out."""
     archive = TarSource(path)
-    name, train = archive.within((config.train_split or "train",))
-    if config.train_split and not name:
-        raise UserError(f"no folder {config.train_split!r} of class folders in {path}")
-    _, val = archive.within((config.val_split,) if config.val_split else VAL_FOLDERS)
+    parts = archive.parts()
+    for asked in (config.train_split, config.val_split):
+        if asked and asked not in parts:
+            raise UserError(f"no folder {asked!r} of class folders in {path}{nearest(asked, parts)}")
+    train = parts.get(config.train_split or "train")
+    val = next(
+        (parts[name] for name in ([config.val_split] if config.val_split else VAL_FOLDERS) if name in parts), None
+    )
     if train and val:
         return Splits(archive, archive, archive.classes, train, val)
-    if config.val_split or config.val_fraction is None:
-        wanted = config.val_split or "train/ and val/"
-        raise UserError(f"{path} holds no {wanted}; of class folders alone hold out a part, such as --val-fraction 0.1")
+    if config.val_fraction is None:
+        raise UserError(f"{path} holds no train/ and val/; of class folders alone hold out a part: --val-fraction 0.1")
     chosen = train or range(len(archive))
     labels = archive.labels()
     splits = _hold_out(archive, [labels[i] for i in chosen], archive.classes, config.val_fraction)
@@ -293,7 +300,8 @@ def _open_unlabelled(config: DataConfig, val_only: bool, classes: Sequence[str] 
     if not train_root.is_dir() or val_root is None:
         if config.val_split or config.val_fraction is None:
             raise UserError(
-                f"{root} has no train/ beside {', '.join(val_names)}; or hold out images: --val-fraction 0.1"
+                f"{root} has no train/ beside {', '.join(val_names)}{_near_split(config, root)}; "
+                "or hold out images: --val-fraction 0.1"
             )
         images = PlainImages(train_root if train_root.is_dir() else root)
         splits = _hold_out(images, [0] * len(images), ["images"], config.val_fraction)
@@ -324,6 +332,12 @@ def _folder_source(root: Path, classes: list[str]) -> TimmSource:
     except RuntimeError:
         raise UserError(f"no images in {root}") from None
     return TimmSource(dataset)
+
+
+def _near_split(config: DataConfig, root: Path) -> str:
+    """The folder or archive in `root` whose name is near to the validation split that was asked for."""
+    there = [*_folders(root), *(path.stem for path in root.glob("*.tar"))]
+    return nearest(config.val_split, there) if config.val_split else ""
 
 
 def _folders(root: Path) -> list[str]:

@@ -160,6 +160,7 @@ def test_the_plan_of_two_models() -> None:
     [
         (lambda: Distiller(network(), network(), "irgkd"), "did you mean irg\\+kd"),
         (lambda: Distiller(network(), network(), settings={"losses.kd.wieght": 1}), "did you mean losses.kd.weight"),
+        (lambda: Distiller(network(), network(), settings={"optim.lr": 1}), "'optim.lr' does not define the loss"),
         (lambda: Distiller(None, network()), "method 'irg\\+kd' needs a teacher"),
         (lambda: Distiller(network(), network(), "rocket"), "irgdistill distill --method rocket"),
         (lambda: Distiller(nn.Linear(2, 2), network()), "the teacher, Linear, is no timm model"),

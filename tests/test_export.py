@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,7 @@ def test_onnx_is_the_student(run: Run, runs: Path, tmp_path: Path, raw: bool) ->
     (given,), (taken,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.shape) == ("images", ["batch", 3, 48, 48])
     assert (taken.name, taken.shape) == ("logits", ["batch", 10])
+    assert b"timm/models" not in path.read_bytes(), "no path of this machine"
     images = torch.rand(5, 3, 48, 48, generator=torch.Generator().manual_seed(1))
     student = runs / "known" / "best.safetensors"
     fed = images if raw else normalised(student, images)
@@ -102,6 +104,8 @@ def test_the_program_is_the_student(run: Run, runs: Path, tmp_path: Path) -> Non
     assert result.code == 0 and "64 validation images of digits" in result.err
     files = {"irgdistill.json": ""}
     program = torch.export.load(tmp_path / "a.pt2", extra_files=files).module()
+    with zipfile.ZipFile(tmp_path / "a.pt2") as archive:
+        assert not any(b"timm/models" in archive.read(name) for name in archive.namelist()), "no path of this machine"
     images = torch.randn(3, 3, 48, 48)
     with torch.no_grad():
         for part in (images[:1], images):
@@ -199,6 +203,10 @@ def test_the_card_tells_the_run_and_its_controls(run: Run, runs: Path, tmp_path:
         assert f"| {row['method']} | {row['top1_mean']:.2f} ± {row['top1_std']:.2f} |" in text
     assert "this one is `kd`, seed 1" in text and "1 · ce + 1 · kd" in text
     assert "import irgdistill.models" in use_of(tmp_path / "hub") and "timm alone does not know" in text
+    Image.new("RGB", (20, 20)).save(tmp_path / "image.png")
+    used = dict[str, Any]()
+    exec(use_of(tmp_path / "hub").replace("image.png", f"{tmp_path}/image.png"), used)
+    assert used["logits"].shape == (1, 10)
     assert str(runs) not in card.content + (tmp_path / "hub" / "recipe.yaml").read_text(), "no path of this machine"
 
     recipe = load_config(str(tmp_path / "hub" / "recipe.yaml"))

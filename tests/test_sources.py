@@ -118,6 +118,13 @@ def test_hugging_face_parquet(run: Run, parquet: Path, tmp_path: Path, workers: 
     assert values["classes"] == CLASSES and values["images"] == 24
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_hugging_face_stream(run: Run, parquet: Path, tmp_path: Path, workers: int) -> None:
+    options = ("--data-root", tmp_path / "cache", "--download", "--workers", workers)
+    values = train_and_evaluate(run, tmp_path / "run", f"hfids/{parquet}", *options)
+    assert values["classes"] == CLASSES and values["images"] == 24
+
+
 def test_hugging_face_image_folder(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     values = train_and_evaluate(run, tmp_path / "run", f"hfds/{folder.name}", "--data-root", tmp_path / "cache")
@@ -256,6 +263,11 @@ def test_shard_errors_are_one_line(run: Run, shards: Path, tmp_path: Path) -> No
     assert "the 3 training shards feed at most as many" in refused(run, *source, "--workers", 4)
     (tmp_path / "none").mkdir()
     assert "no shards (*.tar)" in refused(run, "--data", "wds/x", "--data-root", tmp_path / "none")
+    (tmp_path / "bare").mkdir()
+    with tarfile.open(tmp_path / "bare" / "train-0.tar", "w") as file:
+        add(file, "x.png", b"an image")
+    bare = ("--data", f"wds/{tmp_path / 'bare'}", "--set", "data.val_split=train", "--set", "data.num_classes=3")
+    assert "no classes (.cls) in" in refused(run, *bare)
     (shards / "train-001.tar").write_bytes(b"no archive")
     assert "train-001.tar is not a readable shard" in refused(run, *source)
     for path in shards.glob("val*"):
@@ -287,6 +299,8 @@ def test_an_archive_of_both_splits(run: Run, folder: Path, tmp_path: Path) -> No
     assert all("/train/" in splits.train.describe(i) for i in splits.train_indices)
     assert all("/val/" in splits.val.describe(i) for i in splits.val_indices)
     assert train_and_evaluate(run, tmp_path / "run", source)["images"] == 24
+    assert "did you mean train" in refused(run, "--data", source, "--set", "data.train_split=trian")
+    assert "did you mean val" in refused(run, "--data", source, "--set", "data.val_split=vall")
 
 
 def test_archives_beside_each_other(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -295,6 +309,9 @@ def test_archives_beside_each_other(run: Run, folder: Path, tmp_path: Path) -> N
     assert "--val-fraction 0.1" in refused(run, "--data", tmp_path / "tars")
     archive(tmp_path / "tars" / "val.tar", top=folder / "val")
     assert train_and_evaluate(run, tmp_path / "run", tmp_path / "tars")["images"] == 24
+    assert "did you mean train" in refused(run, "--data", tmp_path / "tars", "--set", "data.train_split=trian")
+    assert "did you mean val" in refused(run, "--data", tmp_path / "tars", "--set", "data.val_split=vall")
+    assert "did you mean val" in refused(run, "--data", folder, "--set", "data.val_split=vall")
     (folder / "val" / "red").rename(folder / "val" / "rde")
     archive(tmp_path / "tars" / "val.tar", top=folder / "val")
     assert "red only in train.tar, rde only in val.tar" in refused(run, "--data", tmp_path / "tars")

@@ -54,10 +54,11 @@ class CrossEntropy(Term):
         self.label_smoothing, self.class_weights = label_smoothing, class_weights
 
     def __call__(self, batch: Batch) -> Tensor:
-        logits = widen(batch.student.logits)
-        weights = None if self.class_weights is None else self.class_weights.to(logits)
-        each = F.cross_entropy(logits, batch.targets, weights, reduction="none", label_smoothing=self.label_smoothing)
-        return each.mean()
+        logits, smoothing = widen(batch.student.logits), self.label_smoothing
+        if self.class_weights is None:
+            return F.cross_entropy(logits, batch.targets, label_smoothing=smoothing)
+        weights = self.class_weights.to(logits)
+        return F.cross_entropy(logits, batch.targets, weights, reduction="none", label_smoothing=smoothing).mean()
 
 
 class SoftTargets(Term):
