@@ -125,6 +125,11 @@ def test_a_slow_loader_is_told_how_many_workers_it_takes(run: Run, monkeypatch: 
     assert "more than there are cores" in run("doctor", *PLAN, "--workers", 1).out
 
 
+def test_a_run_without_labels_is_tried_too(run: Run) -> None:
+    shown = run("doctor", *PLAN[:2], *PLAN[4:], "--teacher", "cifar_resnet20", "--no-labels")
+    assert shown.code == 0 and "ok: it fits" in shown.out, shown.err
+
+
 def test_weights_that_cannot_be_fetched_are_said_to_be_untried(run: Run) -> None:
     shown = run("doctor", *PLAN[:2], "--student", "cifar_resnet14_x0_5", "--teacher", "cifar_resnet20")
     assert shown.code == 0 and "ok: it fits" in shown.out

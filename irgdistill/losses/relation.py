@@ -35,7 +35,7 @@ class Edges(Term):
         self.world = world or World()
 
     def __call__(self, batch: Batch) -> Tensor:
-        rows = self.world.rows(len(batch.targets))
+        rows = self.world.rows(len(batch.student.logits))
         teacher = self.world.gather(batch.teacher.features[self.teacher])
         students = [self.world.gather(batch.student.features[name]) for name in self.students]
         return torch.stack([edge_loss(student, teacher, rows, self.world.maximum) for student in students]).mean()
