@@ -218,8 +218,8 @@ class Order(torch.utils.data.Sampler[int]):
         batch_size: int,
         seed: int,
         world: World,
-        views: int | None = None,
         labels: Tensor | None = None,
+        views: int | None = None,
     ) -> None:
         self.length = length
         self.views = views
@@ -278,7 +278,7 @@ class Loader:
         self.bad = bad
         self.stream = isinstance(images, IterableDataset)
         own_order = training and not self.stream
-        self.order = Order(len(images), batch_size, seed, world, views, balance) if own_order else None
+        self.order = Order(len(images), batch_size, seed, world, balance, views) if own_order else None
         forks = workers > 0 and getattr(images, "held", None) is not None and "fork" in mp.get_all_start_methods()
         self.loader = DataLoader(
             images,

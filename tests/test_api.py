@@ -95,6 +95,7 @@ def test_the_loss_is_the_trainers(method: str, tmp_path: Path) -> None:
     torch.save(network("cifar_resnet20", 1).state_dict(), weights)
     flags = {"method": method, "student.name": "cifar_resnet14_x0_5", "runtime.device": "cpu", "data.batch_size": 32}
     flags |= {"teacher.name": "cifar_resnet20", "teacher.checkpoint": weights, "losses.edges.blocks": 2}
+    flags |= {"runtime.fold": False}  # the bare model is not
     setup = prepare(load_config("quickstart", flags=flags))
     trainer = Trainer(setup, RunFolder(tmp_path / "run"), Report(quiet=True))
     assert isinstance(trainer, Parts) and setup.teacher is not None
