@@ -298,6 +298,7 @@ class Loader:
         self.waited = 0.0
         """Seconds for which batches were waited for."""
         self._first, self._told, self._epoch = True, False, 0
+        self._asked = self._behind = 0.0
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
@@ -334,28 +335,32 @@ class Loader:
             yield batch
 
     def bottleneck(self, seconds: float, behind: float) -> str | None:
-        """That training waited for images for more than WAITING of these `seconds`, and what to change; told once.
+        """That training waited for images for more than WAITING of its time, and what to change; told once.
 
-        `behind`: seconds for which the device was still at work when all was asked of it. Nothing is told of the first
-        stretch, in which processes start, and of an epoch that fills the memory.
+        To be asked every `seconds`; `behind`: those for which the device was still at work when all was asked of it.
+        Looked at in stretches of ENOUGH seconds, without the first one asked about, in which processes start, and
+        without an epoch that fills the memory.
         """
-        waited, self.waited = self.waited, 0.0
-        first, self._first = self._first, False
         filling = self._epoch == 0 and getattr(self.loader.dataset, "held", None) is not None
-        if first or filling or self._told or waited < WAITING * seconds or 2 * behind > WAITING * seconds:
+        if self._first or filling:
+            self._first, self.waited = False, 0.0
+            return None
+        self._asked, self._behind = self._asked + seconds, self._behind + behind
+        if self._asked < ENOUGH:
+            return None
+        share, busy = self.waited / self._asked, self._behind / self._asked
+        self.waited = self._asked = self._behind = 0.0
+        if self._told or share < WAITING or 2 * busy > WAITING:
             return None
         self._told = True
         workers, cores = self.loader.num_workers, len(os.sched_getaffinity(0)) if LINUX else os.cpu_count() or 1
         advice = "smaller files or a faster disk may help"
         if workers < cores - 1:
             advice = "more --workers may help"
-        return (
-            f"training waited for images {waited / seconds:.0%} of the time: {advice} "
-            f"(--workers {workers}, {cores} cores)"
-        )
+        return f"training waited for images {share:.0%} of the time: {advice} (--workers {workers}, {cores} cores)"
 
 
-WAITING = 0.1
+WAITING, ENOUGH = 0.1, 10.0
 LINUX = hasattr(os, "sched_getaffinity")
 
 

@@ -43,6 +43,8 @@ class Trainer(Parts):
         self.best: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.seconds, self.images_seen = 0.0, 0
+        self.tried: dict[str, Any] | None = None
+        """Record of the teacher's accuracy."""
         self.saver = Saver(folder, self.config.runtime, report.warn)
         self.signals = Signals(patient=True)
         self.show_graphs: Show = lambda teacher, student, epoch: None
@@ -136,15 +138,14 @@ class Trainer(Parts):
 
         Raises UserError where the folder is taken, OSError when it cannot be written.
         """
-        tried = self._check_teacher() if self.teacher is not None and self.config.teacher.check else None
+        self.tried = self._check_teacher() if self.teacher is not None and self.config.teacher.check else None
         if self.world.main:
             self.folder.create(overwrite)
-        if tried is not None:
-            self.report.record(tried)
         self._seed()
         self._save()
         if self.saver.error is not None:
             raise self.saver.error
+        self._record_teacher()
         if self.world.main:
             self._describe()
 
@@ -174,8 +175,15 @@ class Trainer(Parts):
             if previous:
                 self.folder.previous_state.replace(self.folder.state)
             self.report.rewind(state["metrics"])
+            self.tried = state.get("tried")
+            if (self.epoch, self.batch) == (0, 0):  # the first state was saved before the first record
+                self._record_teacher()
             self._repair()
         self.best = self.world.share(self.best)
+
+    def _record_teacher(self) -> None:
+        if self.tried is not None:
+            self.report.record(self.tried)
 
     def _check_data(self, then: dict[str, Any]) -> None:
         """A position in the data means something in the same data only. Raises UserError."""
@@ -385,6 +393,7 @@ class Trainer(Parts):
             "images_seen": self.images_seen,
             "bad_images": self._bad_images([own["bad_images"] for own in processes]),
             "metrics": self.report.mark(),
+            "tried": self.tried,
         }
 
     @staticmethod

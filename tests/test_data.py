@@ -153,17 +153,18 @@ def test_a_loader_that_is_waited_for_says_so_once(folder: Path, monkeypatch: pyt
     slow = lambda index: (time.sleep(0.002), load(index))[1]  # noqa: E731
     monkeypatch.setattr(source.loader.dataset.source, "load", slow)
     said = []
-    for epoch in range(4):
+    for epoch in range(5):
         list(source.epoch(epoch))
-        said.append((source.waited > 0.1, source.bottleneck(seconds=1.0, behind=0.0)))
-    assert [waited for waited, _ in said] == [True] * 4
-    assert [bool(text) for _, text in said] == [False, True, False, False]
-    assert "--workers 0" in str(said[1][1])
-    source._told = False
-    list(source.epoch(4))
-    assert source.bottleneck(seconds=1.0, behind=0.5) is None, "the device was busy all the time"
-    list(source.epoch(5))
-    assert source.bottleneck(seconds=100.0, behind=0.0) is None, "hardly waited"
+        said.append((source.waited > 0.1, source.bottleneck(seconds=1.0 if epoch < 2 else 10.0, behind=0.0)))
+        source.waited *= 30 if epoch == 1 else 1
+    assert [waited for waited, _ in said] == [True] * 5
+    assert [bool(text) for _, text in said] == [False, False, True, False, False]
+    assert "--workers 0" in str(said[2][1])
+    for seconds, behind in ((10.0, 5.0), (1000.0, 0.0)):  # the device was busy all the time; hardly waited
+        source._told, source.waited = False, 1.5
+        assert source.bottleneck(seconds=seconds, behind=behind) is None
+    source.waited = 1.5
+    assert source.bottleneck(seconds=10.0, behind=0.0) is not None
 
 
 def test_what_is_held_has_a_limit() -> None:

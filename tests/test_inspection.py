@@ -72,7 +72,7 @@ def test_the_loss_and_the_inspection_find_the_same_numbers() -> None:
         )
         numbers.append(likeness(*graphs, neighbours=3))
     assert len(numbers) == len(plan.pairs) + 1
-    assert numbers[-2]["edges"]["mse"] == float(raw["edges"]) > 0
+    assert numbers[-2]["edges"]["mse"] == pytest.approx(float(raw["edges"]), rel=1e-5) and float(raw["edges"]) > 0
     moved = [number["transformation"]["mse"] for number in numbers[:-1]]
     assert sum(moved) / len(moved) == pytest.approx(float(raw["transform"]), rel=1e-6)
     assert torch.equal(seen.features[0][LOGITS], taught.logits) and seen.thumbnails[0].shape == (3, 32, 32)
