@@ -104,12 +104,14 @@ def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
 def _teacher(config: Config, cache: Cache | None, fetch: bool) -> Network | None:
     """The teacher, where there is one; without its weights, where a cache answers in its place.
 
-    The weights of a teacher that was named too must be those that answered.
+    A teacher that is given too must be the one that answered: its weights where they are given, else its architecture.
     """
     if cache is None or not config.uses_teacher:
         return build_teacher(config, fetch) if config.uses_teacher else None
-    if config.teacher.name is not None or config.teacher.checkpoint is not None:
+    if config.teacher.checkpoint is not None:
         cache.check_same("teacher", describe_teacher(build_teacher(config)))
+    elif config.teacher.name not in (None, cache.about["name"]):
+        cache.check_same("teacher", {"architecture": config.teacher.name.split(".")[0]})
     return cache.teacher()
 
 

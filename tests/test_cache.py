@@ -112,6 +112,7 @@ def test_training_needs_no_teacher_and_sees_its_views(
     monkeypatch.setattr("irgdistill.setup.build_teacher", None)
     folder = cached["fp16-all"]
     command = ("distill", *RECIPE, *SHORT, "--output", tmp_path / "kd", "--teacher-cache", folder)
+    command += ("--teacher", "cifar_resnet20_x0_5")
     assert run(*command, "--method", "irg+kd").code == 0
     summary = json.loads((tmp_path / "kd" / "summary.json").read_text())
     assert summary["teacher"] == "cifar_resnet20_x0_5"
@@ -171,6 +172,7 @@ def test_an_interrupted_cache_is_finished_and_is_the_same(
         (("--mixup", 0.2), "its answer on a mix is not the mix of its answers"),
         (("--method", "at"), "at compares whole maps"),
         (("--set", "losses.sp.weight=1", "--set", "losses.at.weight=1"), "at and sp compare whole maps"),
+        (("--teacher", "cifar_resnet20"), "was made of another teacher: architecture"),
         (("--teacher-checkpoint", "OTHER"), "was made of another teacher: architecture"),
         (("--teacher-checkpoint", "SAME"), "was made of another teacher: weights"),
         (("--taps-teacher", "layer2.1,layer3.2"), "taps layer2.1 of the teacher, which"),
@@ -188,7 +190,7 @@ def test_a_cache_of_something_else_is_refused(
         weights = build_network(name, num_classes=10).model.state_dict()
         save_file(weights, tmp_path / "other.safetensors")
         options = tuple(tmp_path / "other.safetensors" if word in ("OTHER", "SAME") else word for word in options)
-        options = ("--teacher", name, *options[-2:])
+        options = ("--teacher", name, *options)
     command = ("distill", *RECIPE, *SHORT, "--teacher-cache", cached["fp16-all"], "--output", tmp_path / "out")
     result = run(*command, *options)
     assert result.code == 2 and message in result.err and "Traceback" not in result.err
