@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from irgdistill.config import Config, load_config
-from irgdistill.data import BadImages, train_loader
+from irgdistill.data import train_loader
+from irgdistill.images import BadImages
 from irgdistill.losses import Batch, build_loss
 from irgdistill.matching import match
 from irgdistill.models import build_network, parameters

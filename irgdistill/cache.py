@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irgdistill.augment import crop_of, padding_of
 from irgdistill.config import AugmentConfig, Config
-from irgdistill.data import Images, crop_of, padding_of
 from irgdistill.errors import UserError
 from irgdistill.files import checksum, read_tensors
+from irgdistill.images import Images
 from irgdistill.matching import Plan
 from irgdistill.models import Network, build_network
 from irgdistill.sources import Splits

@@ -24,9 +24,10 @@ from irgdistill.cache import (
     shard_path,
 )
 from irgdistill.config import Config
-from irgdistill.data import BadImages, train_images
+from irgdistill.data import as_it_is, train_images
 from irgdistill.errors import Interrupted, UserError, nearest
 from irgdistill.files import read_tensors, save_tensors, write_text
+from irgdistill.images import BadImages
 from irgdistill.levels import Tap
 from irgdistill.matching import ends, match
 from irgdistill.models import Network, build_network, fold_batch_norm
@@ -176,9 +177,9 @@ def _shard(
         batch_size=config.data.eval_batch_size,
         sampler=keys,
         num_workers=config.data.workers,
-        collate_fn=lambda batch: batch,
+        collate_fn=as_it_is,
         worker_init_fn=leave_to_parent,
-        multiprocessing_context="fork" if config.data.workers else None,
+        multiprocessing_context="fork" if config.data.workers and images.held is not None else None,
         pin_memory=device.type == "cuda",
     )
     for pixels, *_ in loader:

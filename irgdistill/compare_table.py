@@ -19,8 +19,9 @@ from torch import Tensor
 from irgdistill import __version__
 from irgdistill.checkpoint import RunFolder, restore
 from irgdistill.config import Config
-from irgdistill.data import BadImages, Loader, eval_loader
+from irgdistill.data import Loader, eval_loader
 from irgdistill.files import write_atomically, write_text
+from irgdistill.images import BadImages
 from irgdistill.models import Network
 from irgdistill.plot import curves_figure, render
 from irgdistill.report import Report, table

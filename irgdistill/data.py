@@ -8,199 +8,28 @@ depend on the number of workers and can go on in the middle of an epoch. Loaders
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
-from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from torchvision import transforms
+from torch.utils.data import DataLoader, IterableDataset
 
+from irgdistill.augment import batched, eval_transform, fit_to, then_pixels, train_transform
 from irgdistill.balance import draw_balanced
 from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
-from irgdistill.held import CropFlip, Held, fits, pixels_of
+from irgdistill.held import fits
+from irgdistill.images import BadImages, Images, collate
 from irgdistill.signals import leave_to_parent
-from irgdistill.sources import Source, Splits
+from irgdistill.sources import Splits
 
-
-def crop_of(config: AugmentConfig, size: tuple[int, int]) -> str:
-    """What `auto` means at this size."""
-    return config.crop if config.crop != "auto" else "pad" if max(size) <= 64 else "resized"
-
-
-def padding_of(config: AugmentConfig, size: tuple[int, int]) -> int:
-    """Pixels on each side before the random crop."""
-    if crop_of(config, size) != "pad":
-        return 0
-    return config.padding if config.padding is not None else max(size) // 8
-
-
-def train_transform(config: AugmentConfig, size: tuple[int, int], interpolation: str, mean: Sequence[float]) -> Any:
-    """Augmentation of one image: PIL -> uint8 (3, H, W)."""
-    crop = crop_of(config, size)
-    compose = create_transform(
-        size,
-        is_training=True,
-        use_prefetcher=True,  # uint8, not normalised
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        color_jitter=config.color_jitter or None,
-        auto_augment=config.auto_augment,
-        interpolation=interpolation,
-        mean=mean,
-    )
-    steps = compose.transforms
-    if crop in ("pad", "none"):
-        fit = _fit(size, interpolation)
-        steps[:1] = [fit] if crop == "none" else [fit, transforms.RandomCrop(size, padding_of(config, size))]
-    if config.erase > 0:
-        fill = tuple(round(255 * value) for value in mean)
-        steps.append(transforms.RandomErasing(config.erase, value=fill))
-    return transforms.Compose(steps)
-
-
-def _fit(size: tuple[int, int], interpolation: str) -> Any:
-    return transforms.Resize(size, transforms.InterpolationMode(interpolation))
-
-
-def batched(config: AugmentConfig, size: tuple[int, int], seed: int) -> CropFlip | None:
-    """The same augmentation of whole batches of images that have this size; None where it does more than crop and
-    mirror."""
-    if crop_of(config, size) == "resized" or config.color_jitter or config.auto_augment or config.erase:
-        return None
-    return CropFlip(size, padding_of(config, size), config.hflip, lambda key: seed_words(seed, key))
-
-
-def eval_transform(size: tuple[int, int], interpolation: str, crop_pct: float) -> Any:
-    """Deterministic view of one image: PIL -> uint8 (3, H, W)."""
-    return create_transform(size, use_prefetcher=True, interpolation=interpolation, crop_pct=crop_pct)
-
-
-class BadImages:
-    """Unreadable images, named once each; workers report through a queue, `collect` warns in the main process."""
-
-    def __init__(self, limit: int, warn: Callable[[str], None] = lambda line: None) -> None:
-        self.limit = limit
-        self.names: list[str] = []
-        self.queue: Any = mp.SimpleQueue()
-        self._warn = warn
-
-    def collect(self) -> None:
-        """Name what is new since the last call. Raises UserError once there are more than `limit`."""
-        while not self.queue.empty():
-            name = self.queue.get()
-            if name in self.names:
-                continue
-            self.names.append(name)
-            if len(self.names) > self.limit:
-                raise UserError(
-                    f"{len(self.names)} unreadable images, {self.limit} allowed (--max-bad-images): "
-                    + ", ".join(self.names[-3:])
-                )
-            self._warn(f"unreadable image skipped ({len(self.names)} of {self.limit} allowed): {name}")
-
-
-class Images(Dataset[Any]):
-    """Images of a source by key = epoch · len + position, transformed under a seed that depends on the key alone.
-
-    An unreadable image is reported and, in training, replaced by the next readable one; in evaluation left out.
-    After `hold`, decoded images are kept in memory, and augmented a batch at a time.
-    """
-
-    def __init__(
-        self, source: Source, indices: Sequence[int], transform: Any, seed: int, bad: BadImages, training: bool
-    ) -> None:
-        self.source = source
-        self.indices = indices
-        self.transform = transform
-        self.seed = seed
-        self.queue = bad.queue
-        self.limit = bad.limit
-        self.training = training
-        self.held: Held | None = None
-        self.answers: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
-        self.whole: Callable[[Tensor, Sequence[int]], Tensor] = lambda pixels, keys: pixels
-
-    def hold(self, size: tuple[int, int], fit: Any, whole: Callable[[Tensor, Sequence[int]], Tensor] | None) -> None:
-        """Keep every image as `fit` gives it, PIL -> `size`; `whole` then takes the place of `transform`."""
-        self.held = Held(len(self), size, lambda position: self._read(position, fit))
-        self.whole = whole or self.whole
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, key: int) -> tuple[Tensor, int] | None:
-        for position in self._candidates(key):
-            found = self._read(position, lambda image: _under(self.seed, key, self.transform, image))
-            if found is not None:
-                return found
-        return None
-
-    def __getitems__(self, keys: Sequence[int]) -> tuple[Any, ...] | None:
-        """A batch at once: images (B, 3, H, W) and labels (B,), the unreadable ones left out; None: all are."""
-        if self.held is None:
-            samples = [(key, sample) for key in keys if (sample := self[key]) is not None]
-            batch, kept = _collate([sample for _, sample in samples]), [key for key, _ in samples]
-        else:
-            held = self.held
-            places = [(key, next(filter(held.has, self._candidates(key)), None)) for key in keys]
-            kept = [key for key, position in places if position is not None]
-            chosen = torch.tensor([position for _, position in places if position is not None], dtype=torch.long)
-            batch = (self.whole(held.pixels[chosen], kept), held.labels[chosen]) if kept else None
-        return batch if batch is None or self.answers is None else (*batch, self.answers(kept))
-
-    def _candidates(self, key: int) -> Iterator[int]:
-        """Positions to try."""
-        for attempt in range(min(self.limit + 1, len(self)) if self.training else 1):
-            yield (key + attempt) % len(self)
-
-    def _read(self, position: int, transform: Any) -> tuple[Tensor, int] | None:
-        try:
-            image, label = self.source.load(self.indices[position])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            self.queue.put(self.source.describe(self.indices[position]))
-            return None
-        return transform(image), label
-
-
-def seed_words(seed: int, key: int) -> Any:
-    """Two words for the generators of one image."""
-    return np.random.SeedSequence((seed, key)).generate_state(2)
-
-
-def _under(seed: int, key: int, transform: Any, image: Image.Image) -> Tensor:
-    with _seeded(seed, key):
-        return cast(Tensor, transform(image))
-
-
-class _seeded:
-    """Python's, numpy's and torch's generators seeded by (seed, key); put back after, where they are the run's own."""
-
-    def __init__(self, seed: int, key: int) -> None:
-        self.words = seed_words(seed, key)
-        self.saved: Any = None
-
-    def __enter__(self) -> None:
-        if get_worker_info() is None:
-            self.saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(int(self.words[0]))
-        np.random.seed(int(self.words[1]))
-        torch.default_generator.manual_seed(int(self.words[0]))  # torch.manual_seed would visit every device
-
-    def __exit__(self, *_: object) -> None:
-        if self.saved:
-            random.setstate(self.saved[0])
-            np.random.set_state(self.saved[1])
-            torch.set_rng_state(self.saved[2])
+WAITING, ENOUGH = 0.1, 10.0
+"""Share of the time, and seconds, from which waiting for images is worth a word."""
+LINUX = hasattr(os, "sched_getaffinity")
 
 
 class Order(torch.utils.data.Sampler[int]):
@@ -279,13 +108,13 @@ class Loader:
         self.stream = isinstance(images, IterableDataset)
         own_order = training and not self.stream
         self.order = Order(len(images), batch_size, seed, world, balance, views) if own_order else None
-        forks = workers > 0 and getattr(images, "held", None) is not None and "fork" in mp.get_all_start_methods()
+        forks = workers > 0 and getattr(images, "held", None) is not None
         self.loader = DataLoader(
             images,
             batch_size=batch_size // world.size if training else batch_size,
             sampler=self.order,
             num_workers=workers,
-            collate_fn=_collate if self.stream else _as_it_is,
+            collate_fn=collate if self.stream else as_it_is,
             multiprocessing_context="fork" if forks else None,  # what is held is filled by all
             worker_init_fn=leave_to_parent,
             drop_last=training,
@@ -360,25 +189,15 @@ class Loader:
         return f"training waited for images {share:.0%} of the time: {advice} (--workers {workers}, {cores} cores)"
 
 
-WAITING, ENOUGH = 0.1, 10.0
-LINUX = hasattr(os, "sched_getaffinity")
-
-
 def _to(part: Any, device: torch.device) -> Any:
     if isinstance(part, dict):
         return {name: _to(value, device) for name, value in part.items()}
     return part.to(device, non_blocking=True)
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """What `Images` gives is a batch already."""
     return batch
-
-
-def _collate(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] | None:
-    kept = [sample for sample in samples if sample is not None]
-    if not kept:
-        return None
-    return torch.stack([torch.as_tensor(image) for image, _ in kept]), torch.tensor([int(label) for _, label in kept])
 
 
 def train_images(
@@ -396,8 +215,8 @@ def train_images(
         splits.train, splits.train_indices, train_transform(augment, size, interpolation, mean), seed, bad, True
     )
     whole = batched(augment, size, seed)
-    if whole is not None and fits(len(images), size, config.hold_gib):
-        images.hold(size, _then_pixels(_fit(size, interpolation)), whole)
+    if whole is not None and fits(len(images), size, config.hold_gib, config.workers):
+        images.hold(size, then_pixels(fit_to(size, interpolation)), whole)
     return images
 
 
@@ -431,10 +250,6 @@ def train_loader(
     return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world, config.views, balance)
 
 
-def _then_pixels(fit: Any) -> Any:
-    return lambda image: pixels_of(fit(image))
-
-
 def eval_loader(
     splits: Splits,
     config: DataConfig,
@@ -457,6 +272,6 @@ def eval_loader(
     if world is not None:
         indices = indices[world.rank :: world.size]
     images = Images(splits.val, indices, transform, 0, bad, training=False)
-    if fits(len(indices), size, config.hold_gib):
+    if fits(len(indices), size, config.hold_gib, config.workers):
         images.hold(size, lambda image: torch.as_tensor(transform(image)), None)
     return Loader(images, config.eval_batch_size, config.workers, device, 0, False, bad)

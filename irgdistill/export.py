@@ -17,10 +17,11 @@ from torch import Tensor
 
 from irgdistill.checkpoint import find_checkpoint
 from irgdistill.config import DataConfig
-from irgdistill.data import BadImages, eval_loader
+from irgdistill.data import eval_loader
 from irgdistill.errors import UserError, nearest
 from irgdistill.files import read_metadata, write_atomically, write_folder
 from irgdistill.hub import OWN_FILES, WEIGHTS, check_login, save_for_timm, upload
+from irgdistill.images import BadImages
 from irgdistill.model_card import write_card
 from irgdistill.models import Network
 from irgdistill.programs import Logits, export_program, facts, plain, write_onnx, write_program

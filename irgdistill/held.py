@@ -6,6 +6,7 @@ Nothing here changes a number: a batch is what decoding and augmenting its image
 from __future__ import annotations
 
 import mmap
+import multiprocessing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 LARGEST = 64
 """Pixels; larger images take more time in the network than in their decoder."""
+FORKS = "fork" in multiprocessing.get_all_start_methods()
+"""Processes that are started in another way share no memory with this one."""
 UNKNOWN, THERE, UNREADABLE = range(3)
 
 
@@ -44,9 +47,10 @@ class Held:
         return state == THERE
 
 
-def fits(count: int, size: tuple[int, int], gib: float) -> bool:
-    """Whether `count` images of this size are small, and together no more than `gib` GiB."""
-    return max(size) <= LARGEST and count * 3 * size[0] * size[1] <= gib * 2**30
+def fits(count: int, size: tuple[int, int], gib: float, workers: int = 0) -> bool:
+    """Whether `count` images of this size are small, together no more than `gib` GiB, and seen by all `workers`."""
+    small = max(size) <= LARGEST and count * 3 * size[0] * size[1] <= gib * 2**30
+    return small and (workers == 0 or FORKS)
 
 
 def _shared(count: int, dtype: torch.dtype) -> Tensor:

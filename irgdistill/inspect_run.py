@@ -18,9 +18,10 @@ from torch import Tensor
 
 from irgdistill import __version__
 from irgdistill.config import Config
-from irgdistill.data import BadImages, eval_loader
+from irgdistill.data import eval_loader
 from irgdistill.errors import UserError, nearest
 from irgdistill.files import write_atomically, write_text
+from irgdistill.images import BadImages
 from irgdistill.inspect_setup import Meeting, Member, Request, image_name, known_networks, meet
 from irgdistill.inspection import (
     Graph,

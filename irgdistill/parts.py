@@ -8,10 +8,11 @@ import torch
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
-from irgdistill.data import BadImages, eval_loader, train_loader
+from irgdistill.data import eval_loader, train_loader
 from irgdistill.distributed import World, statistics_of, synchronised
 from irgdistill.errors import UserError
 from irgdistill.evaluate import evaluate
+from irgdistill.images import BadImages
 from irgdistill.losses import Learner, build_loss
 from irgdistill.models import fold_batch_norm
 from irgdistill.optim import build_mix, build_optimizer, build_scheduler

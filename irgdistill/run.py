@@ -15,10 +15,11 @@ import torch
 
 from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
 from irgdistill.config import Config, DataConfig, dump, validate
-from irgdistill.data import BadImages, eval_loader
+from irgdistill.data import eval_loader
 from irgdistill.distributed import World, joined, ranks, restarts, run_workers
 from irgdistill.errors import Interrupted, UserError, nearest
 from irgdistill.evaluate import Metrics, evaluate
+from irgdistill.images import BadImages
 from irgdistill.matching import Plan, ends
 from irgdistill.models import Network, build_network, known_models, multiply_adds, parameters
 from irgdistill.report import Report, table

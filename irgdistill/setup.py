@@ -14,8 +14,9 @@ from irgdistill.balance import balanced_weights
 from irgdistill.cache import Cache, describe_data, describe_teacher, describe_views
 from irgdistill.checkpoint import find_checkpoint, restore
 from irgdistill.config import Config
-from irgdistill.data import BadImages, train_images
+from irgdistill.data import train_images
 from irgdistill.errors import UserError
+from irgdistill.images import BadImages
 from irgdistill.levels import Level
 from irgdistill.loggers import check_loggers
 from irgdistill.matching import Plan, match

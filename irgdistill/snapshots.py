@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from irgdistill.config import dump
-from irgdistill.data import BadImages, eval_loader
+from irgdistill.data import eval_loader
+from irgdistill.images import BadImages
 from irgdistill.inspection import LOGITS, Graph, Stage, draw_evenly, graph_of, likeness, look, stages_of
 from irgdistill.loggers import Loggers
 from irgdistill.plot import Blocks, StageView, render, stage_figure

@@ -15,10 +15,11 @@ from conftest import write_images
 from torchvision import datasets
 
 from irgdistill.config import AugmentConfig, DataConfig
-from irgdistill.data import BadImages, Images, Loader, Order, eval_loader, train_loader
+from irgdistill.data import Loader, Order, eval_loader, train_loader
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
 from irgdistill.held import fits
+from irgdistill.images import BadImages, Images
 from irgdistill.sources import CoarseCifar100, open_splits
 
 MEAN = (0.5, 0.5, 0.5)
@@ -170,6 +171,15 @@ def test_a_loader_that_is_waited_for_says_so_once(folder: Path, monkeypatch: pyt
 def test_what_is_held_has_a_limit() -> None:
     assert fits(50_000, (32, 32), gib=0.15) and not fits(50_000, (32, 32), gib=0.14)
     assert fits(1, (64, 64), gib=1) and not fits(1, (65, 64), gib=1)
+
+
+def test_images_that_are_not_held_can_be_sent_to_other_processes(folder: Path) -> None:
+    """As loaders do where processes do not fork."""
+    images = loader(DataConfig(source=str(folder), batch_size=24, hold_gib=0)).loader.dataset
+    images.queue = None  # belongs to the process that starts the others
+    again = pickle.loads(pickle.dumps(images))
+    for a, b in zip(images.__getitems__([3, 80]), again.__getitems__([3, 80]), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_evaluation_from_memory_is_evaluation_from_files(folder: Path) -> None:

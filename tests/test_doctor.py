@@ -15,7 +15,7 @@ from torch import nn
 
 from irgdistill import doctor, trial
 from irgdistill.config import load_config
-from irgdistill.data import Images
+from irgdistill.images import Images
 from irgdistill.setup import prepare
 from irgdistill.trial import LiveBytes, try_run
 
@@ -113,16 +113,16 @@ def test_a_slow_loader_is_told_how_many_workers_it_takes(run: Run, monkeypatch: 
     load = Images.__getitems__
 
     def slow(self: Images, keys: Sequence[int]) -> Any:
-        time.sleep(0.015 * len(keys))
+        time.sleep(0.1 * len(keys))
         return load(self, keys)
 
     monkeypatch.setattr(Images, "__getitems__", slow)
     monkeypatch.setattr(doctor, "_cores", lambda: 1000)
-    shown = run("doctor", *PLAN, "--json")
+    shown = run("doctor", *PLAN, "--batch-size", 8, "--json")
     (verdict,) = (v["text"] for v in json.loads(shown.out)["verdicts"] if v["kind"] == "change")
     assert shown.code == 0 and verdict.startswith("training waits for images") and "--workers " in verdict
     monkeypatch.setattr(doctor, "_cores", lambda: 1)
-    assert "more than there are cores" in run("doctor", *PLAN, "--workers", 1).out
+    assert "more than there are cores" in run("doctor", *PLAN, "--batch-size", 8, "--workers", 1).out
 
 
 def test_a_run_without_labels_is_tried_too(run: Run) -> None:

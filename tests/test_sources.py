@@ -22,9 +22,10 @@ from torchvision import datasets as torchvision_datasets
 from irgdistill import named
 from irgdistill.archive import TarSource
 from irgdistill.config import AugmentConfig, DataConfig
-from irgdistill.data import BadImages, eval_loader, train_loader
+from irgdistill.data import eval_loader, train_loader
 from irgdistill.errors import UserError
 from irgdistill.files import read_metadata
+from irgdistill.images import BadImages
 from irgdistill.sources import open_splits
 
 Run = Callable[..., Result]
