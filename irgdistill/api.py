@@ -126,15 +126,13 @@ class Distiller(nn.Module):
         The loss is a scalar, Σ weight · term; the terms are the raw means by name, detached. `teacher_images`
         (B, 3, H', W'): the same crops at the size and normalisation that the teacher expects, where these are others.
         """
-        blocks = self.config.losses.edges.blocks if "edges" in self.loss.terms else 1
-        taps = self.plan.student_taps(blocks) if self.plan is not None else ()
-        student = _look(self.student, images, taps, self.loss.student_maps(), self.adapters)
+        where = self.loss.where
+        student = _look(self.student, images, where("student_taps"), where("student_maps"), self.adapters)
         teacher = None
         for model in self._teacher:
-            taps = self.plan.teacher_taps() if self.plan is not None else ()
             with torch.no_grad():
                 seen = images if teacher_images is None else teacher_images
-                teacher = _look(model.eval(), seen, taps, self.loss.teacher_maps())
+                teacher = _look(model.eval(), seen, where("teacher_taps"), where("teacher_maps"))
         with torch.autocast(images.device.type, enabled=False):
             raw = self.loss(Batch(student, labels, teacher))
             return self.loss.total(raw), {name: value.detach() for name, value in raw.items()}

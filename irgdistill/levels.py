@@ -107,7 +107,24 @@ def pool(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
     if tap.prefix:
         output = output[:, tap.prefix :]
     axes = [axis for axis, letter in enumerate(tap.layout) if axis > 0 and letter != "C"]
-    return output.mean(axes, dtype=torch.promote_types(output.dtype, torch.float32))
+    pooled: Tensor = _MapMean.apply(output, axes)
+    return pooled
+
+
+class _MapMean(torch.autograd.Function):
+    """Mean over `axes`; its gradient is one vector, seen at each pixel, where torch's own fills a float32 map."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axes: list[int]) -> Tensor:
+        ctx.axes, ctx.shape, ctx.dtype = axes, x.shape, x.dtype
+        return x.mean(axes, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        share = (outer / (ctx.shape.numel() // outer.numel())).to(ctx.dtype)
+        for axis in ctx.axes:
+            share = share.unsqueeze(axis)
+        return share.expand(ctx.shape), None
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ nothing of the tapping appears.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +89,7 @@ class View(nn.Module):
 class Tapped(nn.Module):
     """A network behind its view, with pooled taps. `forward` (B, 3, H, W) raw images -> `Output`.
 
-    `maps`: those of the taps that also give their whole map. Without a view, images are taken as they are.
+    `taps` are pooled, `maps` kept whole. Without a view, images are taken as they are.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class Tapped(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._pooled: dict[str, Tensor] = {}
         self._maps: dict[str, Tensor] = {}
-        self._whole = {tap_name(tap) for tap in maps}
-        self._hooks = [self._install(tap) for tap in taps]
+        self._hooks = [self._install(tap, self._pooled, pool) for tap in taps]
+        self._hooks += [self._install(tap, self._maps, feature_map) for tap in maps]
 
     def forward(self, images: Tensor) -> Output:
         self._pooled.clear()
@@ -128,15 +128,13 @@ class Tapped(nn.Module):
         self._hooks.clear()
         return self.model
 
-    def _install(self, tap: Tap) -> Any:
+    def _install(self, tap: Tap, kept: dict[str, Tensor], take: Callable[[Any, Tap], Tensor]) -> Any:
         module, name = self.model.get_submodule(tap.module), tap_name(tap)
 
         def keep(value: Any) -> None:
             # Gradient checkpointing runs the block, and this hook, again in backward: the first value counts.
-            if name not in self._pooled:
-                self._pooled[name] = pool(value, tap)
-                if name in self._whole:
-                    self._maps[name] = feature_map(value, tap)
+            if name not in kept:
+                kept[name] = take(value, tap)
 
         if tap.source == "input":
             return module.register_forward_pre_hook(lambda _module, args: keep(args[0]))
@@ -152,5 +150,5 @@ def has_unused_parameters(network: Tapped) -> bool:
     image = torch.empty(2, network.view.mean.shape[1], *network.view.size, device="meta")
     with torch.random.fork_rng(devices=[]):
         output = torch.func.functional_call(network, meta, (image,))
-        total = output.logits.sum() + sum(feature.sum() for feature in output.features.values())
+        total = sum((x.sum() for x in (*output.features.values(), *output.maps.values())), start=output.logits.sum())
         return None in torch.autograd.grad(total, wanted, allow_unused=True)

@@ -328,6 +328,22 @@ def test_pool_by_hand(layout: str, prefix: int, shape: tuple[int, ...], mean: Ca
 # -- the model stays as it was ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("layout", "prefix"), [("NCHW", 0), ("NHWC", 0), ("BLC", 1)])
+def test_pooling_has_the_gradient_of_the_mean(layout: str, prefix: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5, 4, 6, dtype=dtype) if prefix == 0 else torch.randn(3, 5, 6, dtype=dtype)
+    tap = Tap("m", 6, 4, 5, layout, prefix)
+    axes = [axis for axis, letter in enumerate(layout) if axis > 0 and letter != "C"]
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found = pool(mine, tap)
+    expected = theirs[:, prefix:].mean(axes, dtype=torch.promote_types(dtype, torch.float32))
+    weights = torch.randn_like(found)
+    for a, b in ((found, mine), (expected, theirs)):
+        ((a * weights).sum() + (b.float() ** 2).sum()).backward()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=0)
+
+
 def test_model_is_left_untouched() -> None:
     model = ResNet().train()
     model.layer2.eval()

@@ -134,3 +134,20 @@ def test_unset_weights_come_from_the_method_and_set_ones_win() -> None:
     assert unset.pop("ce") == 1.0 and {"kd", "logits", "edges", "transform"} < set(unset) and not any(unset.values())
     config = load_config(settings=["losses.kd.weight=0.25"], flags={"method": "irg"})
     assert config.losses.weights()["kd"] == 0.25 and config.losses.weights()["edges"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "student", "teacher"),
+    [
+        ({"method": "kd"}, [], []),
+        ({"method": "irg"}, ["s3.2"], ["t3.1"]),
+        ({"method": "irg", "losses.edges.blocks": 2}, ["s3.1", "s3.2"], ["t3.1"]),
+        ({"method": "mtk"}, ["s3.2", "s2.0", "s2.2", "s3.0"], ["t3.1", "t2.0", "t2.1", "t3.0"]),
+    ],
+)
+def test_only_what_a_term_compares_is_tapped(
+    settings: dict[str, object], student: list[str], teacher: list[str]
+) -> None:
+    loss = build_loss(load_config(flags=settings).losses, PLAN)
+    assert [tap.module for tap in loss.where("student_taps")] == student
+    assert [tap.module for tap in loss.where("teacher_taps")] == teacher

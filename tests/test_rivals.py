@@ -288,14 +288,18 @@ def test_every_term_is_its_function_over_the_stages(method: str) -> None:
     else:
         expected = FEATURES[method](student.features["s4.1"], teacher.features["t4.1"])
     torch.testing.assert_close(found[method], expected)
-    taps = {tap for role in (loss.student_maps(), loss.teacher_maps()) for tap in role}
-    assert bool(taps) == (method in ("fitnet", "at", "fsp", "sp"))
+    assert (
+        bool(loss.where("student_maps"))
+        == bool(loss.where("teacher_maps"))
+        == (method in ("fitnet", "at", "fsp", "sp"))
+    )
+    assert bool(loss.where("student_taps")) == bool(loss.where("teacher_taps")) == (method in ("rkd", "pkt"))
 
 
 def test_maps_that_cannot_be_laid_out_are_left_out_or_refused() -> None:
     tiles = Pair("/4", level("t", 2, 6, 8, "BTNC"), level("s", 2, 4, 8))
     config = load_config(flags={"method": "at"}).losses
-    assert len(build_loss(config, Plan((tiles, PLAN.pairs[1]))).teacher_maps()) == 1
+    assert len(build_loss(config, Plan((tiles, PLAN.pairs[1]))).where("teacher_maps")) == 1
     with pytest.raises(UserError, match="at compares feature maps, and no matched stage has one"):
         build_loss(config, Plan((tiles,)))
 

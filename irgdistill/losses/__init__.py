@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from irgdistill.taps import Tapped
 
 __all__ = ["Batch", "DistillLoss", "Learner", "Term", "build_loss", "gradient_shares"]
 
+Places = Literal["teacher_taps", "student_taps", "teacher_maps", "student_maps"]
+
 
 class DistillLoss:
     """The weighted sum of terms. Raw values are kept apart from what is summed."""
@@ -39,13 +42,9 @@ class DistillLoss:
         zero = next(iter(raw.values())).new_zeros(())
         return sum((self.weights[name] * value for name, value in raw.items()), start=zero)
 
-    def teacher_maps(self) -> set[Tap]:
-        """Taps of which a term needs the whole map."""
-        return {tap for term in self.terms.values() for tap in term.teacher_maps}
-
-    def student_maps(self) -> set[Tap]:
-        """The same in the student."""
-        return {tap for term in self.terms.values() for tap in term.student_maps}
+    def where(self, places: Places) -> list[Tap]:
+        """The taps, or those of whole maps, that the terms need of one network."""
+        return list(dict.fromkeys(tap for term in self.terms.values() for tap in getattr(term, places)))
 
     def adapters(self) -> nn.ModuleDict:
         """What is trained beside the student, by term."""

@@ -30,14 +30,13 @@ class Edges(Term):
     """
 
     def __init__(self, plan: Plan, blocks: int = 1, world: World | None = None) -> None:
-        self.teacher = tap_name(plan.pairs[-1].teacher.exit)
-        self.students = [tap_name(tap) for tap in plan.student_tail(blocks)]
+        self.teacher_taps, self.student_taps = (plan.pairs[-1].teacher.exit,), plan.student_tail(blocks)
         self.world = world or World()
 
     def __call__(self, batch: Batch) -> Tensor:
         rows = self.world.rows(len(batch.student.logits))
-        teacher = self.world.gather(batch.teacher.features[self.teacher])
-        students = [self.world.gather(batch.student.features[name]) for name in self.students]
+        [teacher] = [self.world.gather(batch.teacher.features[tap_name(tap)]) for tap in self.teacher_taps]
+        students = [self.world.gather(batch.student.features[tap_name(tap)]) for tap in self.student_taps]
         return torch.stack([edge_loss(student, teacher, rows, self.world.maximum) for student in students]).mean()
 
 
@@ -49,6 +48,8 @@ class Transformations(Term):
     """
 
     def __init__(self, stages: Sequence[tuple[Ends, Ends]], world: World | None = None) -> None:
+        self.teacher_taps = [tap for teacher, _ in stages for tap in teacher]
+        self.student_taps = [tap for _, student in stages for tap in student]
         self.stages = [tuple((tap_name(first), tap_name(last)) for first, last in stage) for stage in stages]
         self.world = world or World()
 

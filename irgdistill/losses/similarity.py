@@ -96,7 +96,13 @@ class _LastStage(Term):
         return self.world.gather(own), self.world.gather(other), self.world.rows(len(own))
 
 
-class Relational(_LastStage):
+class _PooledLastStage(_LastStage):
+    def __init__(self, plan: Plan, world: World | None = None) -> None:
+        super().__init__(plan, world)
+        self.teacher_taps, self.student_taps = (self.teacher,), (self.student,)
+
+
+class Relational(_PooledLastStage):
     """`rkd_loss` of the pooled features. Weight 25 with `angle` 2: the authors' 25 on distances, 50 on angles."""
 
     def __init__(self, plan: Plan, angle: float = 2.0, world: World | None = None) -> None:
@@ -121,7 +127,7 @@ class Similarity(_LastStage):
         return similarity_loss(student, teacher, rows)
 
 
-class Probabilities(_LastStage):
+class Probabilities(_PooledLastStage):
     """`probability_loss` of the pooled features. Weight 470: RepDistiller's 30,000 on the mean over (64, 64)."""
 
     def __call__(self, batch: Batch) -> Tensor:

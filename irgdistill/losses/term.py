@@ -37,8 +37,11 @@ class Batch:
 class Term(ABC):
     """One raw scalar, a mean over its elements."""
 
+    teacher_taps: Sequence[Tap] = ()
+    """Taps that the term compares pooled, in `Output.features`."""
+    student_taps: Sequence[Tap] = ()
     teacher_maps: Sequence[Tap] = ()
-    """Taps of which the term needs the unpooled map, in `Output.maps`."""
+    """Taps that it compares as whole maps, in `Output.maps`."""
     student_maps: Sequence[Tap] = ()
     adapter: nn.Module | None = None
     """Trained beside the student and not part of it: (images, student's output) -> tensors by name, which the term
