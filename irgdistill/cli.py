@@ -212,7 +212,7 @@ def _refuse_fixed(given: dict[str, Any]) -> None:
     epilog=examples(
         "irgdistill compare --teacher resnet50 --student resnet18 --data ./imagenet --batch-size 256",
         "irgdistill compare --preset quickstart --methods none,irg+kd --seeds 2 --student cifar_resnet14_x0_5 "
-        "--teacher-checkpoint runs/teacher",
+        "--teacher-checkpoint runs/teacher --output runs/digits",
     ),
 )
 def compare(

@@ -48,8 +48,14 @@ class Run:
 def tell(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) -> None:
     """Compare what the students say of the validation images, then print and save."""
     config = runs[0].config
-    named = config.teacher.name is not None or config.teacher.checkpoint is not None
-    teacher = build_teacher(config) if named else None
+    spec = config.teacher
+    teacher = None
+    if spec.checkpoint is not None or (spec.name is not None and spec.cache is None):
+        teacher = build_teacher(config)
+    elif spec.cache is not None:
+        Report().line(
+            "agreement with the teacher is left out: a cache does not hold its weights, --teacher-checkpoint does"
+        )
     students = {run: restore(run.folder.last)[0] for run in runs}
     student, device = students[runs[0]], choose_device(config.runtime.device)
     size = student.size if teacher is None else max(student.size, teacher.size)

@@ -43,20 +43,6 @@ def test_every_option_is_in_a_panel_and_every_example_is_understood(command: str
         COMMANDS[name].make_context(name, arguments, parent=typer.main.get_command(app).make_context("irgdistill", []))
 
 
-@pytest.mark.slow
-def test_the_examples_that_need_no_images_of_yours_work(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the order of a user who has read them all; one epoch each."""
-    monkeypatch.chdir(tmp_path)
-    lines = [line for name in COMMANDS for line in examples(name) if "./imagenet" not in line]
-    assert len(lines) >= 10
-    for line in lines:
-        _, name, *arguments = shlex.split(line.partition(" > ")[0])
-        result = run(name, *arguments, *(("--epochs", 1) if name in ("distill", "compare") else ()))
-        assert result.code == 0, f"{line}\n{result.err}"
-
-
 def test_help_of_every_command_starts_without_torch() -> None:
     code = "\n".join(
         [
