@@ -13,7 +13,7 @@ Shapes: B images, K classes, D the width of a tap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +126,12 @@ class Distiller(nn.Module):
         The loss is a scalar, Σ weight · term; the terms are the raw means by name, detached. `teacher_images`
         (B, 3, H', W'): the same crops at the size and normalisation that the teacher expects, where these are others.
         """
-        where = self.loss.where
-        student = _look(self.student, images, where("student_taps"), where("student_maps"), self.adapters)
+        student = _look(self.student, images, self.loss.where("student"), self.adapters)
         teacher = None
         for model in self._teacher:
             with torch.no_grad():
                 seen = images if teacher_images is None else teacher_images
-                teacher = _look(model.eval(), seen, where("teacher_taps"), where("teacher_maps"))
+                teacher = _look(model.eval(), seen, self.loss.where("teacher"))
         with torch.autocast(images.device.type, enabled=False):
             raw = self.loss(Batch(student, labels, teacher))
             return self.loss.total(raw), {name: value.detach() for name, value in raw.items()}
@@ -145,11 +144,11 @@ class Distiller(nn.Module):
 
 
 def _look(
-    model: nn.Module, images: Tensor, taps: Iterable[Tap], maps: Iterable[Tap], adapters: nn.ModuleDict | None = None
+    model: nn.Module, images: Tensor, where: Mapping[str, Sequence[Tap]], adapters: nn.ModuleDict | None = None
 ) -> Output:
     """One forward with taps, which are gone after it."""
     last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-    tapped = Tapped(model, None, taps, last, maps)
+    tapped = Tapped(model, None, channels_last=last, **where)
     try:
         output: Output = Learner(tapped, adapters)(images) if adapters else tapped(images)
         return output

@@ -59,13 +59,13 @@ class Parts:
 
     def _build_networks(self) -> None:
         setup, config = self.setup, self.config
-        where, last = self.loss.where, config.runtime.channels_last
+        last = config.runtime.channels_last
         model = self._place(setup.student.model)
         self.ema = None if config.optim.ema is None else ModelEmaV3(model, decay=config.optim.ema, use_warmup=True)
         if config.runtime.sync_bn:
             model = synchronised(model, self.world)
         view = setup.student.view().to(self.device)
-        self.tapped = Tapped(model, view, where("student_taps"), last, where("student_maps"))
+        self.tapped = Tapped(model, view, channels_last=last, **self.loss.where("student"))
         network = self._compiled(self.tapped)
         self.adapters = self.loss.adapters().to(self.device)
         if config.runtime.sync_bn and list(self.adapters.parameters()):
@@ -77,10 +77,12 @@ class Parts:
         self.teacher = None
         if setup.teacher is not None and setup.cache is None:
             model, view = self._place(setup.teacher.model), setup.teacher.view().to(self.device)
-            taps, maps = where("teacher_taps"), where("teacher_maps")
+            where = self.loss.where("teacher")
             if config.runtime.fold:
-                fold_batch_norm(model.eval(), setup.teacher.size, {tap.module for tap in (*taps, *maps)})
-            teacher = Tapped(model, view, taps, last, maps)
+                fold_batch_norm(
+                    model.eval(), setup.teacher.size, {tap.module for taps in where.values() for tap in taps}
+                )
+            teacher = Tapped(model, view, channels_last=last, **where)
             self.teacher = self._compiled(teacher.requires_grad_(False).eval())
 
     def _booster(self) -> Tapped | None:

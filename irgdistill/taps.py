@@ -9,7 +9,7 @@ nothing of the tapping appears.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ class Output(NamedTuple):
     """Tap name -> (B, C), float32"""
     maps: dict[str, Tensor] = {}  # noqa: RUF012  never changed
     """Tap name -> (B, C, H, W), where asked for"""
+    energies: dict[str, Tensor] = {}  # noqa: RUF012
+    """Tap name -> (B, H, W), float32: squares summed over the channels, where asked for"""
     adapted: dict[str, dict[str, Tensor]] = {}  # noqa: RUF012
     """Term -> what its adapter makes of this output; see `losses.Learner`"""
 
@@ -55,12 +57,47 @@ def feature_map(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
         return output.clone()
     if tap.layout == "NHWC":
         return output.permute(0, 3, 1, 2).clone()
-    tokens: Tensor = output[:, tap.prefix :].transpose(1, 2)
-    count = tokens.shape[2]
+    return _unrolled(output[:, tap.prefix :].transpose(1, 2), tap).clone()
+
+
+def energy_map(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
+    """Squares of what stands at `tap`, summed over the channels -> (B, H, W), float32; see `feature_map`.
+
+    Nothing wider than that is made; for the way back the map is kept as it is.
+    """
+    if not isinstance(output, Tensor):
+        items = output if tap.index is None else [output[tap.index]]
+        return torch.stack([energy_map(item, tap) for item in items if isinstance(item, Tensor)]).sum(0)
+    if tap.layout == "BLC":
+        output = output[:, tap.prefix :]
+    energies: Tensor = _Energy.apply(output, 1 if tap.layout == "NCHW" else -1)
+    return _unrolled(energies, tap) if tap.layout == "BLC" else energies
+
+
+def _unrolled(tokens: Tensor, tap: Tap) -> Tensor:
+    """(…, L) -> (…, H, W)."""
+    count = tokens.shape[-1]
     height = round((count * tap.height / tap.width) ** 0.5)
     if count % height:
         raise UserError(f"{tap.module}: {count} tokens fill no map in the proportion {tap.height}×{tap.width}")
-    return tokens.reshape(*tokens.shape[:2], height, count // height).clone()
+    return tokens.reshape(*tokens.shape[:-1], height, count // height)
+
+
+class _Energy(torch.autograd.Function):
+    """Sum of squares along an axis. Its input is copied, since what comes after a tap may overwrite it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int) -> Tensor:
+        ctx.axis = axis
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(x.clone())
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return cast(Tensor, torch.linalg.vector_norm(x, dim=axis, dtype=wide)).square()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return x * (2 * outer).to(x.dtype).unsqueeze(ctx.axis), None
 
 
 class View(nn.Module):
@@ -89,7 +126,8 @@ class View(nn.Module):
 class Tapped(nn.Module):
     """A network behind its view, with pooled taps. `forward` (B, 3, H, W) raw images -> `Output`.
 
-    `taps` are pooled, `maps` kept whole. Without a view, images are taken as they are.
+    `taps` are pooled, `maps` kept whole, `energies` summed over the channels. Without a view, images are taken as they
+    are.
     """
 
     def __init__(
@@ -99,27 +137,34 @@ class Tapped(nn.Module):
         taps: Iterable[Tap] = (),
         channels_last: bool = False,
         maps: Iterable[Tap] = (),
+        energies: Iterable[Tap] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.view = view
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._pooled: dict[str, Tensor] = {}
-        self._maps: dict[str, Tensor] = {}
-        self._hooks = [self._install(tap, self._pooled, pool) for tap in taps]
-        self._hooks += [self._install(tap, self._maps, feature_map) for tap in maps]
+        self._kept: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+        wanted = ((taps, pool), (maps, feature_map), (energies, energy_map))
+        self._hooks = [
+            self._install(tap, kept, take)
+            for kept, (places, take) in zip(self._kept, wanted, strict=True)
+            for tap in places
+        ]
 
     def forward(self, images: Tensor) -> Output:
-        self._pooled.clear()
-        self._maps.clear()
+        self._forget()
         seen = images if self.view is None else self.view(images)
         logits = self.model(seen.contiguous(memory_format=self.memory_format))
         if isinstance(logits, (tuple, list)):
             logits = logits[0]
-        output = Output(logits, dict(self._pooled), dict(self._maps))
-        self._pooled.clear()
-        self._maps.clear()
+        features, maps, energies = (dict(kept) for kept in self._kept)
+        output = Output(logits, features, maps, energies)
+        self._forget()
         return output
+
+    def _forget(self) -> None:
+        for kept in self._kept:
+            kept.clear()
 
     def release(self) -> nn.Module:
         """Remove the hooks and give back the plain model."""
@@ -150,5 +195,5 @@ def has_unused_parameters(network: Tapped) -> bool:
     image = torch.empty(2, network.view.mean.shape[1], *network.view.size, device="meta")
     with torch.random.fork_rng(devices=[]):
         output = torch.func.functional_call(network, meta, (image,))
-        total = sum((x.sum() for x in (*output.features.values(), *output.maps.values())), start=output.logits.sum())
+        total = sum((x.sum() for found in output[1:4] for x in found.values()), start=output.logits.sum())
         return None in torch.autograd.grad(total, wanted, allow_unused=True)

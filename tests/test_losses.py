@@ -149,5 +149,5 @@ def test_only_what_a_term_compares_is_tapped(
     settings: dict[str, object], student: list[str], teacher: list[str]
 ) -> None:
     loss = build_loss(load_config(flags=settings).losses, PLAN)
-    assert [tap.module for tap in loss.where("student_taps")] == student
-    assert [tap.module for tap in loss.where("teacher_taps")] == teacher
+    assert [tap.module for tap in loss.where("student")["taps"]] == student
+    assert [tap.module for tap in loss.where("teacher")["taps"]] == teacher

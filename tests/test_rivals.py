@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from irgdistill.losses.maps import attention_loss, fsp_loss, hint_loss
 from irgdistill.losses.rocket import rocket_hint
 from irgdistill.losses.similarity import probability_loss, rkd_loss, similarity_loss
 from irgdistill.matching import Pair, Plan
-from irgdistill.taps import Output, feature_map, pool, tap_name
+from irgdistill.taps import Output, energy_map, feature_map, pool, tap_name
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -80,15 +81,23 @@ def test_hint_by_hand() -> None:
 
 def test_attention_by_hand() -> None:
     student, teacher = random(2, 3, 4, 8), random(2, 5, 2, 2, seed=1)
-    small, total = pooled(student, 2, 2), 0.0
+    energies = [
+        torch.tensor([[[sum(v**2 for v in column) for column in zip(*row, strict=True)]
+                       for row in zip(*image, strict=True)] for image in x.tolist()], dtype=torch.float64)
+        for x in (student, teacher)
+    ]  # fmt: skip
+    small, total = [pooled(x[:, None], 2, 2)[:, 0] for x in energies], 0.0
     for i in range(2):
         maps = []
-        for x in (small, teacher):
-            values = [sum(x[i, c, h, w].item() ** 2 for c in range(x.shape[1])) for h in range(2) for w in range(2)]
+        for x in small:
+            values = [x[i, h, w].item() for h in range(2) for w in range(2)]
             length = math.sqrt(sum(value**2 for value in values))
             maps.append([value / length for value in values])
         total += sum((a - b) ** 2 for a, b in zip(*maps, strict=True))
-    assert attention_loss(student, teacher).item() == pytest.approx(total / (2 * 4), rel=1e-12)
+    tap = Tap("x", 3, 4, 8, "NCHW")
+    assert attention_loss(energy_map(student, tap), energy_map(teacher, tap)).item() == pytest.approx(
+        total / (2 * 4), rel=1e-12
+    )
 
 
 def test_fsp_by_hand() -> None:
@@ -169,9 +178,10 @@ FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sp": similarity_loss,
     "pkt": probability_loss,
 }
+NCHW = Tap("x", 4, 3, 3, "NCHW")
 MAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "fitnet": hint_loss,
-    "at": attention_loss,
+    "at": lambda s, t: attention_loss(energy_map(s, NCHW), energy_map(t, NCHW)),
     "fsp": lambda s, t: fsp_loss((s, s.square()), (t, t.square())),
 }
 
@@ -220,9 +230,22 @@ def test_a_map_pools_to_what_the_tap_gives(tap: Tap, shape: tuple[int, ...]) -> 
     torch.testing.assert_close(found.mean((2, 3)), pool(output, tap))
     if tap.layout == "BLC" and tap.prefix:
         torch.testing.assert_close(found[1, :, 1, 2], output[1, 2 + 3 + 2])
+    energies = energy_map(output, tap)
+    torch.testing.assert_close(energies, found.square().sum(1))
     kept = found.clone()
     output.zero_()
     assert torch.equal(found, kept)
+
+
+@pytest.mark.parametrize(("layout", "shape"), [("NCHW", (2, 5, 2, 3)), ("NHWC", (2, 2, 3, 5)), ("BLC", (2, 7, 5))])
+def test_energies_have_the_gradient_of_the_sum_of_squares(layout: str, shape: tuple[int, ...]) -> None:
+    tap, x = Tap("x", 5, 2, 3, layout, prefix=1 if layout == "BLC" else 0), random(*shape).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: energy_map(x, tap), (x,))
+    held = x * 1
+    found = energy_map((None, held), replace(tap, index=1)).sum()
+    held.zero_()  # as networks do that work in place
+    (gradient,) = torch.autograd.grad(found, x)
+    assert gradient.abs().sum() > 0
 
 
 def test_tokens_that_fill_no_map_are_refused() -> None:
@@ -253,7 +276,12 @@ def outputs() -> tuple[Output, Output]:
             tap_name(tap): random(6, tap.channels, tap.height, tap.width, seed=seed + i).float().requires_grad_()
             for i, tap in enumerate(taps)
         }
-        return Output(random(6, 10, seed=seed).float(), {n: x.mean((2, 3)) for n, x in maps.items()}, maps)
+        return Output(
+            random(6, 10, seed=seed).float(),
+            {n: x.mean((2, 3)) for n, x in maps.items()},
+            maps,
+            {n: x.square().sum(1) for n, x in maps.items()},
+        )
 
     return network(PLAN.student_taps(), 10), network(PLAN.teacher_taps(), 20)
 
@@ -274,6 +302,7 @@ def test_every_term_is_its_function_over_the_stages(method: str) -> None:
         expected = hint_loss(layer(s["s3.1"]), t["t3.1"])
         assert layer[0].weight.shape == (7, 7, 1, 1)
     elif method == "at":
+        s, t = student.energies, teacher.energies
         expected = sum(attention_loss(s[f"s{k}.1"], t[f"t{k}.1"]) for k in (2, 3, 4)) / 3
     elif method == "fsp":
         ends = [s[f"s{k}.{i}"] for k in (2, 3, 4) for i in (0, 1)]
@@ -288,18 +317,17 @@ def test_every_term_is_its_function_over_the_stages(method: str) -> None:
     else:
         expected = FEATURES[method](student.features["s4.1"], teacher.features["t4.1"])
     torch.testing.assert_close(found[method], expected)
-    assert (
-        bool(loss.where("student_maps"))
-        == bool(loss.where("teacher_maps"))
-        == (method in ("fitnet", "at", "fsp", "sp"))
-    )
-    assert bool(loss.where("student_taps")) == bool(loss.where("teacher_taps")) == (method in ("rkd", "pkt"))
+    kinds = {"taps": ("rkd", "pkt"), "maps": ("fitnet", "fsp", "sp"), "energies": ("at",)}
+    for role in ("student", "teacher"):
+        assert {kind: bool(taps) for kind, taps in loss.where(role).items()} == {
+            k: method in m for k, m in kinds.items()
+        }
 
 
 def test_maps_that_cannot_be_laid_out_are_left_out_or_refused() -> None:
     tiles = Pair("/4", level("t", 2, 6, 8, "BTNC"), level("s", 2, 4, 8))
     config = load_config(flags={"method": "at"}).losses
-    assert len(build_loss(config, Plan((tiles, PLAN.pairs[1]))).where("teacher_maps")) == 1
+    assert len(build_loss(config, Plan((tiles, PLAN.pairs[1]))).where("teacher")["energies"]) == 1
     with pytest.raises(UserError, match="at compares feature maps, and no matched stage has one"):
         build_loss(config, Plan((tiles,)))
 

@@ -23,8 +23,6 @@ from irgdistill.taps import Tapped
 
 __all__ = ["Batch", "DistillLoss", "Learner", "Term", "build_loss", "gradient_shares"]
 
-Places = Literal["teacher_taps", "student_taps", "teacher_maps", "student_maps"]
-
 
 class DistillLoss:
     """The weighted sum of terms. Raw values are kept apart from what is summed."""
@@ -42,9 +40,12 @@ class DistillLoss:
         zero = next(iter(raw.values())).new_zeros(())
         return sum((self.weights[name] * value for name, value in raw.items()), start=zero)
 
-    def where(self, places: Places) -> list[Tap]:
-        """The taps, or those of whole maps, that the terms need of one network."""
-        return list(dict.fromkeys(tap for term in self.terms.values() for tap in getattr(term, places)))
+    def where(self, role: Literal["teacher", "student"]) -> dict[str, list[Tap]]:
+        """What the terms need of one network: `taps`, `maps` and `energies` of `Tapped`."""
+        return {
+            kind: list(dict.fromkeys(tap for term in self.terms.values() for tap in getattr(term, f"{role}_{kind}")))
+            for kind in ("taps", "maps", "energies")
+        }
 
     def adapters(self) -> nn.ModuleDict:
         """What is trained beside the student, by term."""

@@ -21,9 +21,9 @@ from irgdistill.taps import MAP_LAYOUTS, Output, tap_name
 
 
 def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps (B, ·, H, W) -> both pooled to the smaller height and width of the two."""
-    size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
-    a, b = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
+    """Two maps (…, H, W) -> both pooled to the smaller height and width of the two."""
+    size = min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1])
+    a, b = (x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
     return a, b
 
 
@@ -37,18 +37,14 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(widen(student), widen(teacher))
 
 
-def attention(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H·W): squares summed over channels, unit length. Zagoruyko & Komodakis 2017, section 3.1."""
-    return unit(widen(features).square().sum(1).flatten(1))
-
-
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over (B, H·W) of the squared difference of two attention maps. Zagoruyko & Komodakis 2017, equation 2.
 
-    As in the authors' code: squared, without the root and the ½ of the equation.
+    Given are (B, H, W), squares summed over channels (section 3.1); they are brought to one size and unit length. As in
+    the authors' code: squared, without the root and the ½ of the equation.
     """
     student, teacher = same_size(student, teacher)
-    return (attention(student) - attention(teacher)).square().mean()
+    return (unit(widen(student).flatten(1)) - unit(widen(teacher).flatten(1))).square().mean()
 
 
 def fsp_matrix(first: Tensor, last: Tensor) -> Tensor:
@@ -120,11 +116,11 @@ class Attention(Term):
 
     def __init__(self, plan: Plan) -> None:
         stages = mappable([(pair.teacher.exit, pair.student.exit) for pair in plan.pairs], "at")
-        self.teacher_maps, self.student_maps = zip(*stages, strict=True)
+        self.teacher_energies, self.student_energies = zip(*stages, strict=True)
         self.stages = [(tap_name(teacher), tap_name(student)) for teacher, student in stages]
 
     def __call__(self, batch: Batch) -> Tensor:
-        student, teacher = batch.student.maps, batch.teacher.maps
+        student, teacher = batch.student.energies, batch.teacher.energies
         return torch.stack([attention_loss(student[s], teacher[t]) for t, s in self.stages]).mean()
 
 

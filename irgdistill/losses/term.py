@@ -43,6 +43,9 @@ class Term(ABC):
     teacher_maps: Sequence[Tap] = ()
     """Taps that it compares as whole maps, in `Output.maps`."""
     student_maps: Sequence[Tap] = ()
+    teacher_energies: Sequence[Tap] = ()
+    """Taps of which it compares the squares summed over channels, in `Output.energies`."""
+    student_energies: Sequence[Tap] = ()
     adapter: nn.Module | None = None
     """Trained beside the student and not part of it: (images, student's output) -> tensors by name, which the term
     finds in `Output.adapted`."""
