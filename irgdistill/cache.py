@@ -1,7 +1,7 @@
 """What a teacher says of every view of every training image, on disk: written once, read by any number of students.
 
 DIR/cache.json                    what was cached: teacher, data, augmentation, taps, storage
-DIR/00000.safetensors, 00001…     SHARD rows each, checksummed: logits and pooled taps
+DIR/00000.safetensors, 00001…     SHARD rows each, checksummed: logits, pooled taps, attention maps
 
 A row is a view of an image: its number is view · N + image, the key under which `data.Images` augments it. Reading
 maps the files into memory, so that only rows that are asked for are ever loaded.
@@ -27,7 +27,7 @@ from irgdistill.images import Images
 from irgdistill.matching import Plan
 from irgdistill.models import Network, build_network
 from irgdistill.sources import Splits
-from irgdistill.taps import Output, tap_name
+from irgdistill.taps import MAP_LAYOUTS, Output, tap_name
 
 FORMAT = 1
 SHARD = 4096
@@ -35,8 +35,8 @@ SHARD = 4096
 TRIED = 64
 """Views whose pixels are compared when a cache is used."""
 TYPES = {"fp16": torch.float16, "fp32": torch.float32}
-WHOLE_MAPS = ("fitnet", "at", "fsp", "sp")
-"""Terms that compare more than pooled features."""
+WHOLE_MAPS = ("fitnet", "fsp", "sp")
+"""Terms that compare more than pooled features and attention maps."""
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -142,7 +142,7 @@ class Cache:
         if maps:
             raise UserError(
                 f"{' and '.join(maps)} compare{'s' * (len(maps) == 1)} whole maps, of which a teacher cache keeps only "
-                "the means: leave out --teacher-cache"
+                "means over positions and over channels: leave out --teacher-cache"
             )
         if weights["logits"] > 0 and self.about["storage"]["logits"] != "all":
             raise UserError(
@@ -150,6 +150,10 @@ class Cache:
                 "--set losses.logits.weight=0, or a cache made with --logits all"
             )
         missing = [name for tap in (plan.teacher_taps() if plan else ()) if (name := tap_name(tap)) not in self.taps]
+        if plan is not None and weights["at"] > 0:
+            exits = [pair.teacher.exit for pair in plan.pairs]
+            attended = self.about.get("attention", ())
+            missing += [name for tap in exits if tap.layout in MAP_LAYOUTS and (name := tap_name(tap)) not in attended]
         if missing:
             raise UserError(
                 f"the run taps {', '.join(missing)} of the teacher, which {self.folder} does not hold; "
@@ -199,8 +203,13 @@ class Cache:
 
     def output(self, rows: Mapping[str, Tensor]) -> Output:
         """What the teacher would have given, in float32."""
-        features = {name.removeprefix("tap "): value.float() for name, value in rows.items() if name.startswith("tap ")}
-        return Output(unpack_logits(rows, self.about["teacher"]["num_classes"]), features)
+        kinds: dict[str, dict[str, Tensor]] = {"tap": {}, "attention": {}}
+        for key, value in rows.items():
+            kind, _, name = key.partition(" ")
+            if name:
+                kinds[kind][name] = value.float()
+        logits = unpack_logits(rows, self.about["teacher"]["num_classes"])
+        return Output(logits, kinds["tap"], energies=kinds["attention"])
 
 
 _OTHER = {"teacher": "another teacher", "data": "other images", "views": "views of another recipe"}

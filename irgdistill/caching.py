@@ -27,6 +27,7 @@ from irgdistill.config import Config
 from irgdistill.data import as_it_is, train_images
 from irgdistill.errors import Interrupted, UserError, nearest
 from irgdistill.files import read_tensors, save_tensors, write_text
+from irgdistill.graph import unit
 from irgdistill.images import BadImages
 from irgdistill.levels import Tap
 from irgdistill.matching import ends, match
@@ -35,7 +36,7 @@ from irgdistill.report import Report
 from irgdistill.setup import autocast, build_teacher, check_classes, choose_device, resolved
 from irgdistill.signals import Stopped, leave_to_parent
 from irgdistill.sources import open_splits
-from irgdistill.taps import Output, Tapped, tap_name
+from irgdistill.taps import MAP_LAYOUTS, Output, Tapped, tap_name
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def cache_teacher(request: Request, config: Config) -> None:
         splits, config.data, config.augment, size, like.interpolation, like.mean, seed,
         BadImages(config.data.max_bad_images, report.warn),
     )  # fmt: skip
-    taps = _taps(config, teacher, student)
+    taps, attended = _taps(config, teacher, student)
     about: dict[str, Any] = {
         "format": FORMAT,
         "name": teacher.name,
@@ -81,6 +82,7 @@ def cache_teacher(request: Request, config: Config) -> None:
         "data": describe_data(images, splits, request.views),
         "views": views,
         "taps": [tap_name(tap) for tap in taps],
+        "attention": [tap_name(tap) for tap in attended],
         "storage": {"type": request.store, "logits": "all" if largest is None else largest},
     }
     about = json.loads(json.dumps(about))  # as it will be read
@@ -98,7 +100,8 @@ def cache_teacher(request: Request, config: Config) -> None:
         model = model.to(memory_format=torch.channels_last)
     if config.runtime.fold:
         fold_batch_norm(model.eval(), teacher.size, {tap.module for tap in taps})
-    network = Tapped(model, teacher.view().to(device), taps, config.runtime.channels_last).requires_grad_(False).eval()
+    network = Tapped(model, teacher.view().to(device), taps, config.runtime.channels_last, energies=attended)
+    network.requires_grad_(False).eval()
     try:
         _write(request.output, about, images, network, config, largest, TYPES[request.store], report)
     except Stopped as stop:
@@ -119,13 +122,16 @@ def _student(config: Config) -> Network:
     return build_network(name, input_size=config.student.input_size, args=config.student.args, meta=True)
 
 
-def _taps(config: Config, teacher: Network, student: Network | None) -> list[Tap]:
-    """What any student may ask for: both ends of every level; and what the given one does."""
+def _taps(config: Config, teacher: Network, student: Network | None) -> tuple[list[Tap], list[Tap]]:
+    """What any student may ask for: both ends of every level; and what the given one does. And the exits with a map."""
     levels = teacher.levels()
     taps = [tap for level in levels for tap in (*(ends(level) or ()), level.exit)]
+    exits = [level.exit for level in levels]
     if student is not None:
-        taps += match(levels, student.levels(), config.matching).teacher_taps()
-    return list(dict.fromkeys(taps))
+        plan = match(levels, student.levels(), config.matching)
+        taps += plan.teacher_taps()
+        exits += [pair.teacher.exit for pair in plan.pairs]
+    return list(dict.fromkeys(taps)), [tap for tap in dict.fromkeys(exits) if tap.layout in MAP_LAYOUTS]
 
 
 def _write(
@@ -195,4 +201,6 @@ def _shard(
 def _rows(output: Output, largest: int | None, dtype: torch.dtype) -> dict[str, Any]:
     rows = pack_logits(output.logits, largest, dtype)
     rows |= {f"tap {name}": value.to(dtype) for name, value in output.features.items()}
+    attention = {name: unit(value.flatten(1)).view_as(value) for name, value in output.energies.items()}
+    rows |= {f"attention {name}": value.to(dtype) for name, value in attention.items()}
     return {name: value.cpu() for name, value in rows.items()}

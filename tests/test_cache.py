@@ -77,6 +77,8 @@ def losses(folder: Path) -> torch.Tensor:
         ("kd", "fp32-all", 0.1, 2e-5),
         ("kd", "fp32-8", 1e-6, 0.2),
         ("rkd", "fp32-all", 0.1, 2e-5),
+        ("at", "fp32-all", 1e-6, 2e-5),
+        ("at", "fp16-all", 1e-6, 1e-3),
     ],
 )
 def test_losses_are_those_of_the_live_teacher(
@@ -170,12 +172,13 @@ def test_an_interrupted_cache_is_finished_and_is_the_same(
         (("--set", "data.train_images=500"), "was made of other images: images 500, was"),
         (("--val-fraction", 0.2), "was made of other images: images"),
         (("--mixup", 0.2), "its answer on a mix is not the mix of its answers"),
-        (("--method", "at"), "at compares whole maps"),
-        (("--set", "losses.sp.weight=1", "--set", "losses.at.weight=1"), "at and sp compare whole maps"),
+        (("--method", "fsp"), "fsp compares whole maps"),
+        (("--set", "losses.sp.weight=1", "--set", "losses.fsp.weight=1"), "fsp and sp compare whole maps"),
         (("--teacher", "cifar_resnet20"), "was made of another teacher: architecture"),
         (("--teacher-checkpoint", "OTHER"), "was made of another teacher: architecture"),
         (("--teacher-checkpoint", "SAME"), "was made of another teacher: weights"),
         (("--taps-teacher", "layer2.1,layer3.2"), "taps layer2.1 of the teacher, which"),
+        (("--method", "at", "--taps-teacher", "layer2.0,layer3.2"), "taps layer2.0 of the teacher, which"),
     ],
 )
 def test_a_cache_of_something_else_is_refused(
