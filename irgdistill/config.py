@@ -21,6 +21,7 @@ METHODS: dict[str, dict[str, float]] = {
     "irg": {"logits": 0.5, "edges": 5.0},
     "mtk": {"logits": 0.5, "edges": 5.0, "transform": 1.0},
     "irg+kd": {"logits": 0.1, "edges": 5.0, "transform": 1.0, "kd": 1.0},
+    "irg+kd+at": {"edges": 5.0, "transform": 1.0, "kd": 1.0, "at": 3000.0},
     "logits": {"logits": 0.5},
     "dkd": {"dkd": 1.0},
     "fitnet": {"fitnet": 100.0},
@@ -45,7 +46,21 @@ MOVABLE = {
 """What may change when a run goes on: where things are and when it is saved, never what is computed."""
 
 Method = Literal[
-    "none", "kd", "irg", "mtk", "irg+kd", "logits", "dkd", "fitnet", "at", "fsp", "rocket", "rkd", "sp", "pkt"
+    "none",
+    "kd",
+    "irg",
+    "mtk",
+    "irg+kd",
+    "irg+kd+at",
+    "logits",
+    "dkd",
+    "fitnet",
+    "at",
+    "fsp",
+    "rocket",
+    "rkd",
+    "sp",
+    "pkt",
 ]
 
 
@@ -326,7 +341,7 @@ class RuntimeConfig(Section):
 class Config(Section):
     """Everything that defines a run."""
 
-    method: Method = "irg+kd"
+    method: Method = "irg+kd+at"
     """Which hints are on; see `METHODS`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Initial weights, data order and augmentation."""

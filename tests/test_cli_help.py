@@ -218,7 +218,7 @@ def test_completion(
         expected = ["cifar_shufflenet_x0_5"] if not line.startswith("doctor") else []
         assert offered(f"irgdistill {line} cifar_shuf") == expected
     assert offered("irgdistill distill --preset imagenet-m") == ["imagenet-modern"]
-    assert offered("irgdistill distill --method irg") == ["irg", "irg+kd"]
+    assert offered("irgdistill distill --method irg") == ["irg", "irg+kd", "irg+kd+at"]
     assert offered("irgdistill compare --methods none,m") == ["none,mtk"]
     assert offered("irgdistill presets qu") == ["quickstart"]
     assert offered("irgdistill do") == ["doctor"]

@@ -330,6 +330,8 @@ def test_maps_that_cannot_be_laid_out_are_left_out_or_refused() -> None:
     assert len(build_loss(config, Plan((tiles, PLAN.pairs[1]))).where("teacher")["energies"]) == 1
     with pytest.raises(UserError, match="at compares feature maps, and no matched stage has one"):
         build_loss(config, Plan((tiles,)))
+    beside = load_config(flags={"method": "irg+kd+at"}).losses
+    assert list(build_loss(beside, Plan((tiles,))).terms) == ["ce", "kd", "edges", "transform"]
 
 
 # --- many processes ---------------------------------------------------------------------------------------------------
@@ -391,7 +393,7 @@ def test_what_is_trained_beside_the_student_is_the_same_on_two_processes(
 # --- training ---------------------------------------------------------------------------------------------------------
 
 QUICK = ("--preset", "quickstart", "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 128, "--device", "cpu")
-RIVALS = [name for name in METHODS if name not in ("none", "irg", "mtk", "irg+kd")]
+RIVALS = [name for name in METHODS if name not in ("none", "irg", "mtk", "irg+kd", "irg+kd+at")]
 
 
 @pytest.fixture(scope="module")

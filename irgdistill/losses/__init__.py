@@ -13,7 +13,7 @@ from irgdistill.distributed import World
 from irgdistill.levels import Tap
 from irgdistill.losses.learner import Learner
 from irgdistill.losses.logits import CrossEntropy, DecoupledTargets, LogitRegression, SoftTargets
-from irgdistill.losses.maps import Attention, FlowMatrices, Hint
+from irgdistill.losses.maps import Attention, FlowMatrices, Hint, attended
 from irgdistill.losses.relation import Edges, Transformations
 from irgdistill.losses.rocket import BoosterLabels, Rocket
 from irgdistill.losses.similarity import Probabilities, Relational, Similarity
@@ -60,7 +60,9 @@ def build_loss(
     labels: bool = True,
     class_weights: Tensor | None = None,
 ) -> DistillLoss:
-    """Cross-entropy and the terms with a weight; transformations are left out where no stage of the plan has them.
+    """Cross-entropy and the terms with a weight.
+
+    Transformations are left out where no stage of the plan has them, and beside relations so is attention.
 
     Relations span the images of all processes of `world`; `booster` is the network that `rocket` trains beside the
     student. Without `labels` there is no cross-entropy; with `class_weights` (K,) it is weighted. Raises UserError
@@ -83,6 +85,8 @@ def build_loss(
     if "dkd" in on:
         terms["dkd"] = DecoupledTargets(config.dkd.temperature, config.dkd.beta)
     if plan is not None:
+        if on & {"edges", "transform"} and not attended(plan):
+            on -= {"at"}
         terms |= {name: build() for name, build in _of_stages(config, plan, world).items() if name in on}
     if "rocket" in on:
         assert booster is not None

@@ -83,9 +83,18 @@ class Widen(nn.Module):
         return {str(i): layer(x) for i, (x, layer) in enumerate(zip(maps, self.layers, strict=True))}
 
 
+def _with_map(stages: Sequence[tuple[Tap, ...]]) -> list[tuple[Tap, ...]]:
+    return [taps for taps in stages if all(tap.layout in MAP_LAYOUTS for tap in taps)]
+
+
+def attended(plan: Plan) -> list[tuple[Tap, ...]]:
+    """Ends of the stages (teacher, student) that have a map in both networks."""
+    return _with_map([(pair.teacher.exit, pair.student.exit) for pair in plan.pairs])
+
+
 def mappable(stages: Sequence[tuple[Tap, ...]], term: str) -> list[tuple[Tap, ...]]:
     """The stages whose taps all have a map. Raises UserError where no stage is left for `term`."""
-    kept = [taps for taps in stages if all(tap.layout in MAP_LAYOUTS for tap in taps)]
+    kept = _with_map(stages)
     if not kept:
         raise UserError(f"{term} compares feature maps, and no matched stage has one in both networks")
     return kept
@@ -115,7 +124,7 @@ class Attention(Term):
     """
 
     def __init__(self, plan: Plan) -> None:
-        stages = mappable([(pair.teacher.exit, pair.student.exit) for pair in plan.pairs], "at")
+        stages = mappable(attended(plan), "at")
         self.teacher_energies, self.student_energies = zip(*stages, strict=True)
         self.stages = [(tap_name(teacher), tap_name(student)) for teacher, student in stages]
 
