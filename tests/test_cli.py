@@ -17,6 +17,7 @@ import torch
 from conftest import Result, write_images
 from safetensors.torch import load_file, save_file
 
+import irgdistill.models  # noqa: F401  registers the CIFAR networks
 from irgdistill.files import read_metadata
 
 Run = Callable[..., Result]
