@@ -21,7 +21,7 @@ METHODS: dict[str, dict[str, float]] = {
     "irg": {"logits": 0.5, "edges": 5.0},
     "mtk": {"logits": 0.5, "edges": 5.0, "transform": 1.0},
     "irg+kd": {"logits": 0.1, "edges": 5.0, "transform": 1.0, "kd": 1.0},
-    "irg+kd+at": {"edges": 5.0, "transform": 1.0, "kd": 1.0, "at": 3000.0},
+    "irg+kd+at": {"edges": 5.0, "transform": 1.0, "kd": 1.0, "at": 10000.0},
     "logits": {"logits": 0.5},
     "dkd": {"dkd": 1.0},
     "fitnet": {"fitnet": 100.0},
