@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,11 @@ def _write(
     with report.progress(rows, rows - len(left) * SHARD):
         for done, number in enumerate(left):
             keys = range(number * SHARD, min((number + 1) * SHARD, rows))
+            since = time.perf_counter()
             tensors = _shard(images, keys, network, config, precision, largest, dtype)
             save_tensors(shard_path(folder, number), tensors, {"format": 2, "cache": mark})
-            report.advance(rows - (len(left) - done - 1) * SHARD, f"file {number + 1}/{count}", {}, 0)
+            rate = len(keys) / (time.perf_counter() - since)
+            report.advance(rows - (len(left) - done - 1) * SHARD, f"file {number + 1}/{count}", {}, rate)
     report.line(f"cached {count} files in {folder}: irgdistill distill --teacher-cache {folder} …")
 
 
