@@ -117,7 +117,7 @@ def distill(
     taps_student: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
     method: Annotated[
         str | None,
-        option(METHOD, help="irg+kd+at (default), irg+kd, mtk, irg, none, or a rival: kd, at, …", complete=complete_method),
+        option(METHOD, help="irg+kd+at (default), irg+kd, mtk, irg, none, kd, at, …", complete=complete_method),
     ] = None,
     kd_weight: Annotated[float | None, option(METHOD, help="Soft targets.")] = None,
     logits_weight: Annotated[float | None, option(METHOD, help="Logit regression.")] = None,
