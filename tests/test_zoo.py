@@ -97,13 +97,13 @@ def test_trains_from_relations_alone(name: str, size: int | None, partner: list[
     stages = [pair for pair in plan.pairs if pair.transformation()]
     assert bool(stages) == (name not in WIDER_AT_EVERY_BLOCK)
     off = {} if stages else {"transform": {"weight": 0}}
-    loss = build_loss(validate({"method": "mtk", "losses": off}).losses, plan)
+    loss = build_loss(validate({"method": "irg+kd+at", "losses": off}).losses, plan)
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     keys = list(student.model.state_dict())
     with torch.no_grad():
-        target = Tapped(teacher.model, teacher.view(), plan.teacher_taps()).eval()(images)
+        target = Tapped(teacher.model, teacher.view(), **loss.where("teacher")).eval()(images)
         plain = _logits(student, images)
-    tapped = Tapped(student.model, student.view(), plan.student_taps())
+    tapped = Tapped(student.model, student.view(), **loss.where("student"))
     assert torch.equal(tapped.eval()(images).logits, plain)
     raw = loss(Batch(tapped.train()(images), torch.arange(4), target))
     assert all(value.isfinite() for value in raw.values())
