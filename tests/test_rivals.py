@@ -393,7 +393,7 @@ def test_what_is_trained_beside_the_student_is_the_same_on_two_processes(
 # --- training ---------------------------------------------------------------------------------------------------------
 
 QUICK = ("--preset", "quickstart", "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 128, "--device", "cpu")
-RIVALS = [name for name in METHODS if name not in ("none", "irg", "mtk", "irg+kd", "irg+kd+at")]
+RIVALS = [name for name in METHODS if name not in ("none", "irg", "mtk", "irg+kd", "kd+at", "irg+kd+at")]
 
 
 @pytest.fixture(scope="module")
