@@ -150,7 +150,7 @@ class Cache:
                 "--set losses.logits.weight=0, or a cache made with --logits all"
             )
         missing = [name for tap in (plan.teacher_taps() if plan else ()) if (name := tap_name(tap)) not in self.taps]
-        if plan is not None and weights["at"] > 0:
+        if plan is not None and (weights["at"] > 0 or weights["attention"] > 0):
             exits = [pair.teacher.exit for pair in plan.pairs]
             attended = self.about.get("attention", ())
             missing += [name for tap in exits if tap.layout in MAP_LAYOUTS and (name := tap_name(tap)) not in attended]

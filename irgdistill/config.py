@@ -21,8 +21,8 @@ METHODS: dict[str, dict[str, float]] = {
     "irg": {"logits": 0.5, "edges": 5.0},
     "mtk": {"logits": 0.5, "edges": 5.0, "transform": 1.0},
     "irg+kd": {"logits": 0.1, "edges": 5.0, "transform": 1.0, "kd": 1.0},
-    "kd+at": {"kd": 1.0, "at": 10000.0},
-    "irg+kd+at": {"edges": 5.0, "transform": 1.0, "kd": 1.0, "at": 10000.0},
+    "kd+at": {"kd": 1.0, "attention": 100.0},
+    "irg+kd+at": {"edges": 5.0, "transform": 1.0, "kd": 1.0, "attention": 100.0},
     "logits": {"logits": 0.5},
     "dkd": {"dkd": 1.0},
     "fitnet": {"fitnet": 100.0},
@@ -287,12 +287,14 @@ class LossesConfig(Section):
     """Edge matrices of the last stage."""
     transform: TermConfig = TermConfig()
     """Transformations between the first and last block of every stage, averaged over the stages."""
+    attention: TermConfig = TermConfig()
+    """Attention maps of every stage (Zagoruyko & Komodakis 2017), whatever their size."""
     dkd: DKDConfig = DKDConfig()
     """Decoupled targets (Zhao et al. 2022)."""
     fitnet: TermConfig = TermConfig()
     """The middle stage's map through a 1×1 convolution (Romero et al. 2015)."""
     at: TermConfig = TermConfig()
-    """Attention maps of every stage (Zagoruyko & Komodakis 2017)."""
+    """Attention maps of every stage as their authors weigh them: a mean over positions."""
     fsp: TermConfig = TermConfig()
     """FSP matrices of every stage (Yim et al. 2017)."""
     rocket: TermConfig = TermConfig()

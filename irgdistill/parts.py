@@ -49,7 +49,7 @@ class Parts:
         )
         if config.losses.weights()["transform"] > 0 and "transform" not in self.loss.terms:
             report.warn("no transformation term: no matched stage has two taps of equal width in both networks")
-        if config.losses.weights()["at"] > 0 and "at" not in self.loss.terms:
+        if config.losses.weights()["attention"] > 0 and "attention" not in self.loss.terms:
             report.warn("no attention term: no matched stage has a feature map in both networks")
         if setup.untaught_logits:
             report.warn("no term on logits: the student's classifier stays as it began, only relations are learnt")

@@ -27,7 +27,7 @@ from irgdistill.student import build_student, resolve_student
 LOGIT_TERMS = ("kd", "logits", "dkd")
 LABEL_TERMS = ("ce", "dkd", "rocket")
 RELATION_TERMS = ("edges", "transform")
-STAGE_TERMS = (*RELATION_TERMS, "fitnet", "at", "fsp", "rkd", "sp", "pkt")
+STAGE_TERMS = (*RELATION_TERMS, "attention", "fitnet", "at", "fsp", "rkd", "sp", "pkt")
 """Terms that compare matched stages."""
 
 

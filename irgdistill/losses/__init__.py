@@ -86,7 +86,7 @@ def build_loss(
         terms["dkd"] = DecoupledTargets(config.dkd.temperature, config.dkd.beta)
     if plan is not None:
         if on & {"edges", "transform"} and not attended(plan):
-            on -= {"at"}
+            on -= {"attention"}
         terms |= {name: build() for name, build in _of_stages(config, plan, world).items() if name in on}
     if "rocket" in on:
         assert booster is not None
@@ -98,7 +98,8 @@ def _of_stages(config: LossesConfig, plan: Plan, world: World | None) -> dict[st
     """How the other terms on matched stages are made."""
     return {
         "fitnet": lambda: Hint(plan),
-        "at": lambda: Attention(plan),
+        "at": lambda: Attention(plan, over_positions=True),
+        "attention": lambda: Attention(plan, over_positions=False),
         "fsp": lambda: FlowMatrices(plan),
         "rkd": lambda: Relational(plan, config.rkd.angle, world),
         "sp": lambda: Similarity(plan, world),

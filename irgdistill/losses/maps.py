@@ -37,14 +37,20 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(widen(student), widen(teacher))
 
 
-def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over (B, H·W) of the squared difference of two attention maps. Zagoruyko & Komodakis 2017, equation 2.
+def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of two attention maps, 2 - 2·cosine, mean over images. Zagoruyko & Komodakis 2017, equation 2.
 
-    Given are (B, H, W), squares summed over channels (section 3.1); they are brought to one size and unit length. As in
-    the authors' code: squared, without the root and the ½ of the equation.
+    Given are (B, H, W), squares summed over channels (section 3.1); they are brought to one size and unit length.
+    Squared, as in the authors' code, without the root and the ½ of the equation.
     """
     student, teacher = same_size(student, teacher)
-    return (unit(widen(student).flatten(1)) - unit(widen(teacher).flatten(1))).square().mean()
+    return (unit(widen(student).flatten(1)) - unit(widen(teacher).flatten(1))).square().sum(1).mean()
+
+
+def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """`attention_distance` over the number of positions, as in the authors' code: small maps count for more."""
+    student, teacher = same_size(student, teacher)
+    return attention_distance(student, teacher) / student[0].numel()
 
 
 def fsp_matrix(first: Tensor, last: Tensor) -> Tensor:
@@ -118,19 +124,21 @@ class Hint(Term):
 
 
 class Attention(Term):
-    """`attention_loss`, mean over the stages.
+    """`attention_distance`, or `attention_loss` where a mean over positions is asked for; mean over the stages.
 
-    Weight 3000: the authors' beta of 1000 on the sum over three stages, each a mean over images and positions.
+    Weight 3000 of the latter (`at`): the authors' beta of 1000 on the sum over three stages, each a mean over images
+    and positions. The former (`attention`) weighs a stage the same at any size of its map.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        stages = mappable(attended(plan), "at")
+    def __init__(self, plan: Plan, over_positions: bool) -> None:
+        stages = mappable(attended(plan), "at" if over_positions else "attention")
+        self.compare = attention_loss if over_positions else attention_distance
         self.teacher_energies, self.student_energies = zip(*stages, strict=True)
         self.stages = [(tap_name(teacher), tap_name(student)) for teacher, student in stages]
 
     def __call__(self, batch: Batch) -> Tensor:
         student, teacher = batch.student.energies, batch.teacher.energies
-        return torch.stack([attention_loss(student[s], teacher[t]) for t, s in self.stages]).mean()
+        return torch.stack([self.compare(student[s], teacher[t]) for t, s in self.stages]).mean()
 
 
 class FlowMatrices(Term):
