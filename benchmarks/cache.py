@@ -3,7 +3,7 @@
     python benchmarks/cache.py --data ./cifar10 --teacher cifar_resnet20 --teacher-checkpoint FILE \
         --student cifar_resnet20_x0_5 --images 10000 --json benchmarks/results/cache.json
 
-All three train on the same views, in the same order, through the same loader. Each round runs an epoch of each, in an
+All three train on the same views, in the same order, through the same loader, which is also run alone. Each round runs an epoch of each, in an
 order that changes; the first one, which fills the memory with decoded images, is not counted. `over_plain` is the
 median of the rounds' ratios of whole epochs (loading, step, logging; no evaluation).
 """
@@ -36,7 +36,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--method", default="irg+kd")
+    parser.add_argument("--method", default="irg+kd+at")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--amp", default="bf16")
     parser.add_argument("--rounds", type=int, default=5)
@@ -65,15 +65,19 @@ def main() -> None:
             config = load_config(flags={**common, **flags})
             run = RunFolder(Path(folder) / kind)
             trainers[kind] = Trainer(prepare(config), run, Report(quiet=True))
-        times: dict[str, list[float]] = {kind: [] for kind in trainers}
-        order = list(trainers)
+        order = ["loader", *trainers]
+        times: dict[str, list[float]] = {kind: [] for kind in order}
         for number in range(arguments.rounds + 1):
             random.Random(number).shuffle(order)
             for kind in order:
-                trainer = trainers[kind]
+                trainer = trainers.get(kind, trainers["plain"])
                 trainer.epoch, trainer.batch, trainer.sums = number, 0, {}
                 started = time.perf_counter()
-                trainer._train_epoch()
+                if kind == "loader":
+                    for _ in trainer.train.epoch(number):
+                        pass
+                else:
+                    trainer._train_epoch()
                 if number:
                     times[kind].append(time.perf_counter() - started)
     rows = []

@@ -44,7 +44,7 @@ PAIRS = {
     "mobilenet": ("resnet50", "mobilenetv2_100", 224),
     "resnet18": ("vit_small_patch16_224", "resnet18", 224),
 }
-METHODS = ("none", "kd", "irg", "mtk", "irg+kd", "rkd", "sp", "pkt", "at", "fitnet", "fsp", "dkd")
+METHODS = ("none", "kd", "irg", "mtk", "irg+kd", "kd+at", "irg+kd+at", "rkd", "sp", "pkt", "at", "fitnet", "fsp", "dkd")
 Step = Callable[[], object]
 
 

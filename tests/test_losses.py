@@ -91,8 +91,8 @@ def test_full_loss_is_the_sum_of_weighted_means() -> None:
         ("irg", ["ce", "logits", "edges"]),
         ("mtk", ["ce", "logits", "edges", "transform"]),
         ("irg+kd", ["ce", "kd", "logits", "edges", "transform"]),
-        ("kd+at", ["ce", "kd", "at"]),
-        ("irg+kd+at", ["ce", "kd", "edges", "transform", "at"]),
+        ("kd+at", ["ce", "kd", "attention"]),
+        ("irg+kd+at", ["ce", "kd", "edges", "transform", "attention"]),
     ],
 )
 def test_methods_are_sets_of_terms(method: str, terms: list[str]) -> None:

@@ -23,7 +23,7 @@ from irgdistill.errors import UserError
 from irgdistill.levels import Level, Tap
 from irgdistill.losses import Batch, Learner, build_loss
 from irgdistill.losses.logits import decoupled_targets
-from irgdistill.losses.maps import attention_loss, fsp_loss, hint_loss
+from irgdistill.losses.maps import attention_distance, attention_loss, fsp_loss, hint_loss
 from irgdistill.losses.rocket import rocket_hint
 from irgdistill.losses.similarity import probability_loss, rkd_loss, similarity_loss
 from irgdistill.matching import Pair, Plan
@@ -182,6 +182,7 @@ NCHW = Tap("x", 4, 3, 3, "NCHW")
 MAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "fitnet": hint_loss,
     "at": lambda s, t: attention_loss(energy_map(s, NCHW), energy_map(t, NCHW)),
+    "attention": lambda s, t: attention_distance(energy_map(s, NCHW), energy_map(t, NCHW)),
     "fsp": lambda s, t: fsp_loss((s, s.square()), (t, t.square())),
 }
 
@@ -322,6 +323,19 @@ def test_every_term_is_its_function_over_the_stages(method: str) -> None:
         assert {kind: bool(taps) for kind, taps in loss.where(role).items()} == {
             k: method in m for k, m in kinds.items()
         }
+
+
+def test_attention_counts_a_stage_the_same_at_any_size() -> None:
+    student, teacher = outputs()
+    config = load_config(flags={"method": "none", "losses.attention.weight": 1.0}).losses
+    found = build_loss(config, PLAN)(Batch(student, torch.arange(6), teacher))
+    stages = []
+    for k in (2, 3, 4):
+        s, t = student.energies[f"s{k}.1"], teacher.energies[f"t{k}.1"]
+        small = F.adaptive_avg_pool2d(s, t.shape[-2:]) if k == 4 else s
+        stages.append((2 - 2 * F.cosine_similarity(small.flatten(1), t.flatten(1))).mean())
+    assert list(found) == ["ce", "attention"]
+    torch.testing.assert_close(found["attention"], sum(stages) / 3)
 
 
 def test_maps_that_cannot_be_laid_out_are_left_out_or_refused() -> None:
