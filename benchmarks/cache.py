@@ -3,9 +3,9 @@
     python benchmarks/cache.py --data ./cifar10 --teacher cifar_resnet20 --teacher-checkpoint FILE \
         --student cifar_resnet20_x0_5 --images 10000 --json benchmarks/results/cache.json
 
-All three train on the same views, in the same order, through the same loader, which is also run alone. Each round runs an epoch of each, in an
-order that changes; the first one, which fills the memory with decoded images, is not counted. `over_plain` is the
-median of the rounds' ratios of whole epochs (loading, step, logging; no evaluation).
+All three train on the same views, in the same order, through the same loader, which is also run alone. Each round runs
+an epoch of each, in an order that changes; the first one, which fills the memory with decoded images, is not counted.
+`over_plain` is the median of the rounds' ratios of whole epochs (loading, step, logging; no evaluation).
 """
 
 from __future__ import annotations
