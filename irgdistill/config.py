@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, float]] = {
     "mtk": {"logits": 0.5, "edges": 5.0, "transform": 1.0},
     "irg+kd": {"logits": 0.1, "edges": 5.0, "transform": 1.0, "kd": 1.0},
     "kd+at": {"kd": 1.0, "attention": 100.0},
-    "irg+kd+at": {"edges": 5.0, "transform": 1.0, "kd": 1.0, "attention": 100.0},
+    "irg+kd+at": {"edges": 2.5, "transform": 0.5, "kd": 1.0, "attention": 100.0},
     "logits": {"logits": 0.5},
     "dkd": {"dkd": 1.0},
     "fitnet": {"fitnet": 100.0},
