@@ -29,8 +29,8 @@ Run = Callable[..., Result]
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FEWER = {
-    "distill": ("--epochs", 1),
-    "compare": ("--epochs", 1, "--seeds", 1, "--jobs", 1),
+    "distill": ("--epochs", 1, "--lr", 0.01),
+    "compare": ("--epochs", 1, "--lr", 0.01, "--seeds", 1, "--jobs", 1),
     "cache-teacher": ("--views", 1),
     "inspect-graph": ("--images", 12),
 }
@@ -116,7 +116,7 @@ def furnish(place: Path, run: Run) -> None:
     write_images(place / "cifar10" / "val", dict.fromkeys(tens, 4), size=32, seed=1)
 
     def made(name: str, *arguments: object) -> Path:
-        result = run("distill", "--epochs", 1, *arguments, "--output", f"earlier/runs/{name}")
+        result = run("distill", "--epochs", 1, "--lr", 0.01, *arguments, "--output", f"earlier/runs/{name}")
         assert result.code == 0, result.err
         return place / "earlier" / "runs" / name / "last.safetensors"
 
