@@ -29,8 +29,8 @@ Run = Callable[..., Result]
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FEWER = {
-    "distill": ("--epochs", 1, "--lr", 0.01),
-    "compare": ("--epochs", 1, "--lr", 0.01, "--seeds", 1, "--jobs", 1),
+    "distill": ("--epochs", 1),
+    "compare": ("--epochs", 1, "--seeds", 1, "--jobs", 1),
     "cache-teacher": ("--views", 1),
     "inspect-graph": ("--images", 12),
 }
@@ -116,13 +116,23 @@ def furnish(place: Path, run: Run) -> None:
     write_images(place / "cifar10" / "val", dict.fromkeys(tens, 4), size=32, seed=1)
 
     def made(name: str, *arguments: object) -> Path:
-        result = run("distill", "--epochs", 1, "--lr", 0.01, *arguments, "--output", f"earlier/runs/{name}")
+        result = run("distill", "--epochs", 1, *arguments, "--output", f"earlier/runs/{name}")
         assert result.code == 0, result.err
         return place / "earlier" / "runs" / name / "last.safetensors"
 
     alone = ("--method", "none", "--batch-size", 12, "--lr", 0.05, "--workers", 0)
     assert made("resnet50", *alone, "--data", "imagenet", "--student", "resnet50") == place / WEIGHTS
-    made("mobilenetv2_100-irg-kd-at-1", "--data", "imagenet", "--teacher", "resnet50", "--student", "mobilenetv2_100")
+    made(
+        "mobilenetv2_100-irg-kd-at-1",
+        "--data",
+        "imagenet",
+        "--teacher",
+        "resnet50",
+        "--student",
+        "mobilenetv2_100",
+        "--lr",
+        0.01,
+    )
     cifar = made("none", *alone, "--epochs", 4, "--data", "cifar10", "--student", "cifar_resnet20")
     shutil.copy(cifar, place / "cifar_resnet20.safetensors")
     taught = ("--teacher-checkpoint", "cifar_resnet20.safetensors", "--student", "cifar_resnet20_x0_5")
@@ -136,6 +146,7 @@ def arguments_of(line: str) -> tuple[str, list[object]]:
     """The command as it stands there, and what makes it small."""
     _, name, *arguments = shlex.split(line.partition(" > ")[0])
     fewer: list[object] = [] if "--plan-only" in line else [*FEWER.get(name, ())]
+    fewer += ("--lr", 0.01) if name in ("distill", "compare") and "--preset" not in line else ()
     fewer += PRESET if "--preset cifar10-small" in line else ()
     fewer += ("--logits", 2) if "--logits" in line else ()
     return name, [*arguments, *fewer]
