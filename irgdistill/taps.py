@@ -9,7 +9,7 @@ nothing of the tapping appears.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,47 +57,32 @@ def feature_map(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
         return output.clone()
     if tap.layout == "NHWC":
         return output.permute(0, 3, 1, 2).clone()
-    return _unrolled(output[:, tap.prefix :].transpose(1, 2), tap).clone()
-
-
-def energy_map(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
-    """Squares of what stands at `tap`, summed over the channels -> (B, H, W), float32; see `feature_map`.
-
-    Nothing wider than that is made; for the way back the map is kept as it is.
-    """
-    if not isinstance(output, Tensor):
-        items = output if tap.index is None else [output[tap.index]]
-        return torch.stack([energy_map(item, tap) for item in items if isinstance(item, Tensor)]).sum(0)
-    if tap.layout == "BLC":
-        output = output[:, tap.prefix :]
-    energies: Tensor = _Energy.apply(output, 1 if tap.layout == "NCHW" else -1)
-    return _unrolled(energies, tap) if tap.layout == "BLC" else energies
-
-
-def _unrolled(tokens: Tensor, tap: Tap) -> Tensor:
-    """(…, L) -> (…, H, W)."""
-    count = tokens.shape[-1]
+    tokens: Tensor = output[:, tap.prefix :].transpose(1, 2)
+    count = tokens.shape[2]
     height = round((count * tap.height / tap.width) ** 0.5)
     if count % height:
         raise UserError(f"{tap.module}: {count} tokens fill no map in the proportion {tap.height}×{tap.width}")
-    return tokens.reshape(*tokens.shape[:-1], height, count // height)
+    return tokens.reshape(*tokens.shape[:2], height, count // height).clone()
+
+
+def energy(feature_map: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W), float32 (float64 stays): squares summed over the channels; no wider map is made."""
+    energies: Tensor = _Energy.apply(feature_map)
+    return energies
 
 
 class _Energy(torch.autograd.Function):
-    """Sum of squares along an axis. Its input is copied, since what comes after a tap may overwrite it."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: int) -> Tensor:
-        ctx.axis = axis
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(x.clone())
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         wide = torch.promote_types(x.dtype, torch.float32)
-        return cast(Tensor, torch.linalg.vector_norm(x, dim=axis, dtype=wide)).square()
+        lengths: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=wide)
+        return lengths.square()
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return x * (2 * outer).to(x.dtype).unsqueeze(ctx.axis), None
+    def backward(ctx: Any, outer: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_tensors[0]
+        return x * (2 * outer).to(x.dtype).unsqueeze(1)
 
 
 class View(nn.Module):
@@ -144,7 +129,7 @@ class Tapped(nn.Module):
         self.view = view
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._kept: tuple[dict[str, Tensor], ...] = ({}, {}, {})
-        wanted = ((taps, pool), (maps, feature_map), (energies, energy_map))
+        wanted = ((taps, pool), (maps, feature_map), (energies, feature_map))
         self._hooks = [
             self._install(tap, kept, take)
             for kept, (places, take) in zip(self._kept, wanted, strict=True)
@@ -157,8 +142,8 @@ class Tapped(nn.Module):
         logits = self.model(seen.contiguous(memory_format=self.memory_format))
         if isinstance(logits, (tuple, list)):
             logits = logits[0]
-        features, maps, energies = (dict(kept) for kept in self._kept)
-        output = Output(logits, features, maps, energies)
+        features, maps, attended = (dict(kept) for kept in self._kept)
+        output = Output(logits, features, maps, {name: energy(x) for name, x in attended.items()})
         self._forget()
         return output
 

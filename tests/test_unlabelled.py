@@ -84,7 +84,7 @@ def test_a_student_learns_from_the_teacher_alone(run: Run, teacher: Path, tmp_pa
     best = max(record["agreement"] for record in evals)
     assert summary["agreement"] == pytest.approx(best) and best > 80, "chance is 33"
     assert best > evals[0]["agreement"] + 20
-    assert set(records(output, "train")[0]["terms"]) == {"kd", "logits", "edges", "transform"}
+    assert set(records(output, "train")[0]["terms"]) == {"kd", "edges", "transform", "attention"}
     metadata = read_metadata(output / "best.safetensors")
     assert (
         metadata is not None
