@@ -56,7 +56,8 @@ class Trainer(Parts):
 
         `cached`: rows of the teacher cache, where there is one.
         """
-        torch.compiler.cudagraph_mark_step_begin()  # what recorded graphs gave may be overwritten from here on
+        if self.config.runtime.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # what recorded graphs gave may be overwritten from here on
         images, targets = self._mixed(images, labels)
         boundary = (self.batch + 1) % self.accumulate == 0
         with self.world.local_gradients(self.student, wanted=not boundary), self.autocast:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def _one(rank: int, size: int, port: int, path: str, function: Callable[..., Any
 def in_ranks(size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(world, *args)` gives in each of `size` processes that have joined."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["irgdistill.trainer", "irgdistill.run"])
+    context.set_forkserver_preload(["irgdistill.trainer", "irgdistill.run", "sklearn.datasets"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -221,8 +222,19 @@ def test_training_is_the_same_on_1_2_and_4_processes(tmp_path: Path, teacher: Pa
             assert (other["images"], other["top1"]) == (alone["images"], pytest.approx(alone["top1"], abs=1e-4))
     assert alone["images"] == 109, "an odd number of images, so that the processes hold unequal shares"
     local = {**flags, "runtime.graph_scope": "local"}
-    other = in_ranks(2, tmp_path / "local", _train, local, tmp_path / "run_local", 40, "float64")[0]
-    assert _largest_difference(alone["weights"], other["weights"]) > 1e-4
+    other = in_ranks(2, tmp_path / "local", _train, local, tmp_path / "run_local", 4, "float64")[0]
+    assert (alone["losses"][:4] - other["losses"]).abs().max() > 1e-3
+
+
+def _compiler(world: World, *args: Any) -> bool:
+    _train(world, *args, 1, "float32")
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+def test_no_compiler_is_imported_unasked(tmp_path: Path, teacher: Path) -> None:
+    """It takes seconds."""
+    flags = _flags("cifar_resnet14_x0_5", teacher)
+    assert in_ranks(1, tmp_path / "eager", _compiler, flags, tmp_path / "run1") == [False]
 
 
 def test_synchronised_batch_norm_makes_many_processes_one(tmp_path: Path, teacher: Path) -> None:
@@ -235,11 +247,11 @@ def test_synchronised_batch_norm_makes_many_processes_one(tmp_path: Path, teache
     flags = _flags("test_efficientnet", teacher, **more)
     (alone,) = in_ranks(1, tmp_path / "3", _train, flags, tmp_path / "run3", 20, "float32")
     synced = in_ranks(2, tmp_path / "4", _train, flags, tmp_path / "run4", 20, "float32")[0]
+    weights = [{k: v for k, v in run["weights"].items() if "running" not in k} for run in (alone, synced)]
+    assert _largest_difference(*weights) < 1e-5
     apart = {**flags, "runtime.sync_bn": False}
-    apart = in_ranks(2, tmp_path / "5", _train, apart, tmp_path / "run5", 20, "float32")[0]
-    weights = [{k: v for k, v in run["weights"].items() if "running" not in k} for run in (alone, synced, apart)]
-    assert _largest_difference(weights[0], weights[1]) < 1e-5
-    assert _largest_difference(weights[0], weights[2]) > 1e-4
+    apart = in_ranks(2, tmp_path / "5", _train, apart, tmp_path / "run5", 4, "float32")[0]
+    assert (alone["losses"][:4] - apart["losses"]).abs().max() > 1e-3
 
 
 def _statistics(world: World, name: str) -> dict[str, Any]:
