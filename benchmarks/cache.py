@@ -11,16 +11,13 @@ an epoch of each, in an order that changes; the first one, which fills the memor
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from record import epoch_rows, save
 
 from irgdistill.caching import Request, cache_teacher
 from irgdistill.checkpoint import RunFolder
@@ -80,27 +77,11 @@ def main() -> None:
                     trainer._train_epoch()
                 if number:
                     times[kind].append(time.perf_counter() - started)
-    rows = []
-    for kind, values in times.items():
-        ratios = [value / plain for value, plain in zip(values, times["plain"], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4)
-        rows.append({"kind": kind, "over_plain": round(median, 4), "spread": [round(low, 4), round(high, 4)]})
-        rows[-1]["images_per_second"] = round(arguments.images / statistics.median(values), 1)
-        print(rows[-1], flush=True)
-    result = {
-        "rows": rows,
-        **{
-            key: str(value)
-            for key, value in vars(arguments).items()
-            if key not in ("json", "data", "teacher_checkpoint")
-        },
-        "caching_seconds": round(caching, 1),
-        "cache_mib": round(size / 2**20, 2),
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    about = {
+        key: str(value) for key, value in vars(arguments).items() if key not in ("json", "data", "teacher_checkpoint")
     }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    about |= {"caching_seconds": round(caching, 1), "cache_mib": round(size / 2**20, 2)}
+    save(arguments.json, epoch_rows(times, "plain", "over_plain", arguments.images), **about)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,8 @@ of the rounds' ratios of seconds to those of `bare-rkd`, the bare loop doing the
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import platform
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import epoch_rows, save
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
@@ -189,26 +187,9 @@ def main() -> None:
                 epochs[kind]()
                 if number:
                     times[kind].append(time.perf_counter() - started)
-    rows = []
-    for kind, values in times.items():
-        ratios = [value / plain for value, plain in zip(values, times["bare-rkd"], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4)
-        rows.append({"kind": kind, "over_bare": round(median, 4), "spread": [round(low, 4), round(high, 4)]})
-        rows[-1]["images_per_second"] = round(arguments.images / statistics.median(values), 1)
-        print(rows[-1], flush=True)
-    from importlib.metadata import version
-
-    result = {
-        "rows": rows,
-        **{
-            name: str(getattr(arguments, name))
-            for name in ("teacher", "student", "images", "batch_size", "workers", "amp")
-        },
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {name: version(name) for name in ("torch", "timm", "torchdistill")},
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    about = {key: str(vars(arguments)[key]) for key in ("teacher", "student", "images", "batch_size", "workers", "amp")}
+    rows = epoch_rows(times, "bare-rkd", "over_bare", arguments.images)
+    save(arguments.json, rows, ("timm", "torchdistill"), **about)
 
 
 if __name__ == "__main__":

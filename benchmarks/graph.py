@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -73,16 +72,9 @@ def main() -> None:
             rows.append({"batch": batch, "kind": kind, **found})
             rows[-1]["per_entry_ns"] = round(1e9 * found["seconds"] / batch**2, 3)
             print(f"{batch:6} {kind:8} {found['seconds']:9.4f} s  {found['memory_mib']:8.1f} MiB", flush=True)
-    import torch
+    from record import save
 
-    result = {
-        "rows": rows,
-        "widths": WIDTHS,
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.json, rows, widths=WIDTHS)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ without a check of the teacher; its first update is done when the first record o
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,8 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import timm
-import torch
+from record import save
 
 PYTHON = (sys.executable, "-c")
 QUICK = {
@@ -78,14 +75,7 @@ def main() -> None:
     ]
     for row in rows:
         print(f"{row['what']:20} {row['seconds']:7.3f} s  {row['spread']}")
-    result = {
-        "rows": rows,
-        "rounds": arguments.rounds,
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.json, rows, ("timm",), rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ On the same tensors, in turn, in an order that changes with every round:
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
 import statistics
 import tempfile
@@ -24,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
+from record import save
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -149,15 +147,7 @@ def main() -> None:
         for batch in map(int, arguments.batches.split(",")):
             methods = arguments.methods.split(",")
             rows += measure(pair, batch, methods, arguments.device, arguments.amp, arguments.rounds)
-    result = {
-        "rows": rows,
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
-    }
-    if torch.cuda.is_available():
-        result["machine"]["gpu"] = torch.cuda.get_device_name()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.json, rows, ("timm",))
 
 
 if __name__ == "__main__":
