@@ -223,6 +223,9 @@ def compare(
     seeds: Annotated[int, option(TRAINING, help="Runs of each method, from --seed on (3).")] = 3,
     jobs: Annotated[int, option(RUNTIME, help="Runs at once on one device (1).")] = 1,
     output: Annotated[Path, option(RUNTIME, help="Its run folders and tables (runs/compare).")] = Path("runs/compare"),
+    finished: Annotated[
+        bool, option(RESULT, "--finished", help="Train nothing; the table of the runs that are finished.")
+    ] = False,
     quiet: Annotated[bool, option(RESULT, "--quiet", help="Say results, warnings and errors only.")] = False,
     as_json: Annotated[bool, option(RESULT, "--json", help="Print the table as one JSON object.")] = False,
 ) -> None:
@@ -254,6 +257,7 @@ def compare(
         flags=settings_of(options),
         moved=[word for pair in movable.items() for word in pair],
         as_json=as_json,
+        finished=finished,
     )
     with hushed(quiet):
         run(request)

@@ -51,6 +51,8 @@ class Request:
     """Options of `distill` that may also be given to a run that goes on."""
     as_json: bool = False
     """Print the table as one JSON object."""
+    finished: bool = False
+    """Train nothing: the table of the runs that are finished."""
 
     def config(self, method: str, seed: int | None = None) -> Config:
         """Of one run. A weight that is set holds for the methods that have its term; the others stay without it."""
@@ -68,6 +70,10 @@ def compare(request: Request) -> None:
     """
     runs = _plan(request)
     left = [run for run in runs if not run.folder.summary.exists()]
+    if request.finished:
+        runs, left = [run for run in runs if run not in left], []
+        if not runs:
+            raise UserError(f"--finished: {request.output} has no finished run of these methods and seeds")
     _check(request, left)
     try:
         if request.jobs == 1:

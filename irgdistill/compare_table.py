@@ -102,9 +102,12 @@ def _percent(flags: Tensor) -> float:
 def _save(output: Path, result: Mapping[str, Any], title: str, as_json: bool) -> None:
     rows = result["rows"]
     columns, cells = _cells(rows)
-    note = f"seeds {', '.join(map(str, rows[0]['seeds']))}: mean ± standard deviation after the last epoch and at best"
-    if over := next((row["paired_over"] for row in rows if "difference" in row), None):
-        note += f"; from {BASELINE}: last epoch, ± half of the 95 % interval, paired over {over}"
+    seeds = sorted({seed for row in rows for seed in row["seeds"]})
+    unequal = "" if all(row["seeds"] == seeds for row in rows) else " as far as they are finished"
+    note = f"seeds {', '.join(map(str, seeds))}{unequal}: mean ± standard deviation after the last epoch and at best"
+    if over := sorted({row["paired_over"] for row in rows if "difference" in row}, reverse=True):
+        note += f"; from {BASELINE}: last epoch, ± half of the 95 % interval, paired over {over[0]}"
+        note += ", or images where there is one" * (len(over) > 1)
     lines = [columns, ["---"] * len(columns), *cells]
     text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     write_text(output / "compare.json", json.dumps(result, indent=1) + "\n")
@@ -149,7 +152,10 @@ def _difference(
     right: Mapping[Run, Tensor],
 ) -> dict[str, Any]:
     """Last top-1 less that of the student alone, paired over seeds, or over validation images where there is one."""
-    pairs = list(zip(members, baseline, strict=True))
+    alone = {run.config.seed: run for run in baseline}
+    pairs = [(run, alone[run.config.seed]) for run in members if run.config.seed in alone]
+    if not pairs:
+        return {}
     values, over = [summaries[run]["last_top1"] - summaries[other]["last_top1"] for run, other in pairs], "seeds"
     if len(pairs) == 1:
         ours, theirs = (100 * right[run].double() for run in pairs[0])
@@ -165,7 +171,7 @@ def _curve(run: Run) -> list[float]:
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The table as text: columns and rows."""
-    columns = ["method", "top-1 %", "best %", f"from {BASELINE}", "agreement %", "seconds", "images/s"]
+    columns = ["method", "seeds", "top-1 %", "best %", f"from {BASELINE}", "agreement %", "seconds", "images/s"]
 
     def spread(row: Mapping[str, Any], name: str) -> str:
         if f"{name}_mean" not in row:
@@ -176,6 +182,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
     cells = [
         [
             row["method"],
+            str(len(row["seeds"])),
             spread(row, "top1"),
             spread(row, "best"),
             f"{row['difference']:+.2f} ± {row['half_width_95']:.2f}" if "difference" in row else "–",

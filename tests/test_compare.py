@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -61,6 +62,11 @@ def test_a_comparison_is_run_told_and_not_run_again(
     done = {path.parent: path.stat().st_mtime_ns for path in output.glob("*/*/summary.json")}
     assert {f"{path.parent.name}/{path.name}" for path in done} == {"none/3", "kd/3"}
 
+    far = run(*command, "--finished", "--json")
+    assert far.code == 0, far.err
+    assert [row["seeds"] for row in json.loads(far.out)["rows"]] == [[3], [3]]
+    assert not (output / "none" / "4" / "summary.json").exists()
+
     finished = run(*command)
     assert finished.code == 0, finished.err
     assert "resuming" in finished.err and "[3/4] none, seed 4" in finished.err
@@ -87,10 +93,18 @@ def test_a_comparison_is_run_told_and_not_run_again(
 
     assert (output / "curves.png").read_bytes()[:4] == b"\x89PNG"
     lines = (output / "compare.md").read_text().splitlines()
-    assert len(lines) == 6 and lines[4].startswith(f"| none | {none['top1_mean']:.2f} ± ")
+    assert len(lines) == 6 and lines[4].startswith(f"| none | 2 | {none['top1_mean']:.2f} ± ")
     rows = list(csv.DictReader((output / "compare.csv").open()))
     assert [row["method"] for row in rows] == ["none", "kd"]
     assert float(rows[1]["difference"]) == pytest.approx(kd["difference"])
+
+    shutil.rmtree(output / "none" / "4")
+    unequal = run(*command, "--finished")
+    assert unequal.code == 0, unequal.err
+    assert "as far as they are finished" in unequal.out and "paired over images" in unequal.out
+    none, kd = json.loads((output / "compare.json").read_text())["rows"]
+    assert none["seeds"] == [3] and kd["seeds"] == [3, 4] and kd["top1"] == last["kd"]
+    assert kd["difference"] == pytest.approx(differences[0], abs=1e-6)
 
     one = run(*command[:3], "--seeds", 1, *command[5:])
     assert one.code == 0 and "paired over images" in (output / "compare.md").read_text()
@@ -116,6 +130,7 @@ def test_a_weight_that_is_set_holds_for_the_methods_with_its_term() -> None:
     [
         (("--methods", "none,irgkd"), "unknown method 'irgkd'; did you mean irg+kd"),
         (("--methods", ","), "--methods names no method"),
+        (("--methods", "none", "--finished"), "has no finished run of these methods and seeds"),
         (("--seeds", 0), "--seeds 0 --jobs 1: both must be at least 1"),
         (("--jobs", 0), "--seeds 3 --jobs 0: both must be at least 1"),
         (("--method", "kd"), "compare does not take --method"),
