@@ -171,7 +171,7 @@ def _curve(run: Run) -> list[float]:
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The table as text: columns and rows."""
-    columns = ["method", "seeds", "top-1 %", "best %", f"from {BASELINE}", "agreement %", "seconds", "images/s"]
+    columns = ["method", "runs", "top-1 %", "best %", f"from {BASELINE}", "agreement %", "seconds", "img/s"]
 
     def spread(row: Mapping[str, Any], name: str) -> str:
         if f"{name}_mean" not in row:

@@ -132,11 +132,13 @@ class Report:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stdout: bool = True) -> None:
-    """A small table on the terminal."""
+    """A small table on the terminal. Where a narrow one makes lines break, they break at the ±."""
     if _hushed and not stdout:
         return
     console = Console(stderr=not stdout)
     gap = int(console.width >= NARROW)
+    if gap:
+        rows = [[cell.replace(" ± ", "±") for cell in row] for row in rows]
     view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
     for i, column in enumerate(columns):
         number = all(row[i][:1].isdigit() or row[i][:1] in "–-" for row in rows)
