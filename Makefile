@@ -9,12 +9,12 @@ RUNS ?= runs/demo
 
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --editable '.[digits]'
+	$(BIN)/pip install --quiet --editable '.[digits]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(VENV)/.package $@
 
 # A small teacher, the student alone, the student distilled: one table.

@@ -200,7 +200,7 @@ def test_the_card_tells_the_run_and_its_controls(run: Run, runs: Path, tmp_path:
     assert f"| this student, after epoch 1 | {metrics['top1']:.2f} |" in text
     assert f"| teacher, `cifar_resnet20` | {compared['teacher_top1']:.2f} | – | 898 |" in text
     for row in compared["rows"]:
-        assert f"| {row['method']} | {row['top1_mean']:.2f} ± {row['top1_std']:.2f} |" in text
+        assert f"| {row['method']} | {len(row['seeds'])} | {row['top1_mean']:.2f} ± {row['top1_std']:.2f} |" in text
     assert "this one is `kd`, seed 1" in text and "1 · ce + 1 · kd" in text
     assert "import irgdistill.models" in use_of(tmp_path / "hub") and "timm alone does not know" in text
     Image.new("RGB", (20, 20)).save(tmp_path / "image.png")
