@@ -301,7 +301,7 @@ def _run(world: World, flags: dict[str, Any], folder: Path, stop: int | None, re
 
 
 def test_a_run_of_two_processes_goes_on_where_it_stood(tmp_path: Path, teacher: Path) -> None:
-    more = {"data.batch_size": 64, "data.train_images": 640, "optim.ema": 0.9, "student.args": {"drop_path_rate": 0.2}}
+    more = {"data.batch_size": 64, "optim.ema": 0.9, "student.args": {"drop_path_rate": 0.2}}
     flags = _flags("test_resnet", teacher, **more) | {"student.input_size": 64}
     whole = in_ranks(2, tmp_path / "a", _run, flags, tmp_path / "whole", None, False)
     in_ranks(2, tmp_path / "b", _run, flags, tmp_path / "parts", 7, False)
@@ -312,7 +312,7 @@ def test_a_run_of_two_processes_goes_on_where_it_stood(tmp_path: Path, teacher: 
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, teacher: Path) -> None:
-    more = {"data.batch_size": 64, "data.train_images": 640, "student.input_size": 64, "optim.lr": 1e-3}
+    more = {"data.batch_size": 64, "student.input_size": 64, "optim.lr": 1e-3}
     flags = _flags("test_convnext", teacher, **more)
     (whole,) = in_ranks(1, tmp_path / "a", _run, flags, tmp_path / "whole", None, False)
     in_ranks(2, tmp_path / "b", _run, flags, tmp_path / "parts", 7, False)
