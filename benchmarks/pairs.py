@@ -39,13 +39,14 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irgdistill.config import Config, load_config
+from irgdistill.config import load_config
 from irgdistill.data import train_loader
 from irgdistill.images import BadImages
 from irgdistill.losses import Batch, build_loss
 from irgdistill.matching import match
 from irgdistill.models import build_network, parameters
 from irgdistill.optim import build_optimizer
+from irgdistill.settings import Config
 from irgdistill.sources import Splits, open_splits
 from irgdistill.taps import Tapped
 

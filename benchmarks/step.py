@@ -46,14 +46,16 @@ METHODS = ("none", "kd", "irg", "mtk", "irg+kd", "kd+at", "irg+kd+at", "rkd", "s
 Step = Callable[[], object]
 
 
-def trainer_of(pair: str, method: str, batch: int, device: str, amp: str, weights: Path) -> Trainer:
+def trainer_of(
+    pair: str, method: str, batch: int, device: str, amp: str, weights: Path, compiled: bool = False
+) -> Trainer:
     """The tool's own trainer of this method."""
     teacher, student, size = PAIRS[pair]
     flags = {
         "method": method, "teacher.name": teacher, "teacher.checkpoint": weights, "student.name": student,
         "student.input_size": size, "data.source": "digits", "data.val_fraction": 0.1, "data.batch_size": batch,
         "data.workers": 0, "optim.lr": 1e-3, "runtime.device": device, "runtime.amp": amp,
-        "runtime.channels_last": True, "runtime.share_every": 0,
+        "runtime.channels_last": True, "runtime.share_every": 0, "runtime.compile": compiled,
     }  # fmt: skip
     config = load_config(flags={name: value for name, value in flags.items() if value is not None})
     return Trainer(prepare(config), RunFolder(Path(tempfile.mkdtemp())), Report(quiet=True))
@@ -86,16 +88,18 @@ def timed(step: Step, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def measure(pair: str, batch: int, methods: list[str], device: str, amp: str, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    pair: str, batch: int, methods: list[str], device: str, amp: str, rounds: int, compiled: bool = False
+) -> list[dict[str, Any]]:
     teacher, _, size = PAIRS[pair]
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "teacher.safetensors"
         torch.manual_seed(0)
         network = build_network(teacher, num_classes=10)
         save_file(network.model.state_dict(), weights)
-        trainers = {method: trainer_of(pair, method, batch, device, amp, weights) for method in methods}
-        alone = trainer_of(pair, "none", batch, device, amp, weights)
-        floored = trainer_of(pair, "kd", batch, device, amp, weights)
+        trainers = {method: trainer_of(pair, method, batch, device, amp, weights, compiled) for method in methods}
+        alone = trainer_of(pair, "none", batch, device, amp, weights, compiled)
+        floored = trainer_of(pair, "kd", batch, device, amp, weights, compiled)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(alone.device)
     labels = torch.randint(0, 10, (batch,)).to(alone.device)
     network.model.to(alone.device, memory_format=torch.channels_last)
@@ -120,8 +124,9 @@ def measure(pair: str, batch: int, methods: list[str], device: str, amp: str, ro
     for name, values in times.items():
         ratios = [value / floor for value, floor in zip(values, times["floor"], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
-        row = {"pair": pair, "batch": batch, "device": str(alone.device), "amp": amp, "method": name}
-        row |= {"over_floor": round(median, 4), "spread": [round(low, 4), round(high, 4)], "rounds": rounds}
+        row = {"pair": pair, "batch": batch, "device": str(alone.device), "amp": amp, "compile": compiled}
+        row |= {"method": name, "over_floor": round(median, 4), "spread": [round(low, 4), round(high, 4)]}
+        row["rounds"] = rounds
         row["ratio_of_minima"] = round(min(values) / min(times["floor"]), 4)
         row["ms"] = round(1e3 * statistics.median(values), 2)
         rows.append(row)
@@ -140,13 +145,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", default="bf16")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="the floor's networks and the tool's are compiled")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = []
     for pair in arguments.pairs.split(","):
         for batch in map(int, arguments.batches.split(",")):
             methods = arguments.methods.split(",")
-            rows += measure(pair, batch, methods, arguments.device, arguments.amp, arguments.rounds)
+            rows += measure(pair, batch, methods, arguments.device, arguments.amp, arguments.rounds, arguments.compile)
     save(arguments.json, rows, ("timm",))
 
 

@@ -41,12 +41,13 @@ import torch
 from timm.models._registry import _model_entrypoints
 from torch import Tensor, nn
 
-from irgdistill.config import LossesConfig, MatchingConfig, validate
+from irgdistill.config import validate
 from irgdistill.errors import UserError
 from irgdistill.levels import Level, find_levels
 from irgdistill.losses import Batch, build_loss
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network, known_models, parameters
+from irgdistill.settings import LossesConfig, MatchingConfig
 from irgdistill.setup import RELATION_TERMS
 from irgdistill.taps import Output, Tapped
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from irgdistill.api import Distiller, distill, match
-    from irgdistill.config import Config, load_config
+    from irgdistill.config import load_config
     from irgdistill.errors import UserError
     from irgdistill.losses import DistillLoss
     from irgdistill.matching import Plan
+    from irgdistill.settings import Config
 
 __version__ = "0.1.0"
 

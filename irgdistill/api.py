@@ -22,7 +22,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from irgdistill.cli_options import FLAGS
-from irgdistill.config import Config, load_config
+from irgdistill.config import load_config
 from irgdistill.errors import UserError, nearest
 from irgdistill.levels import Tap
 from irgdistill.losses import Batch, Learner, build_loss
@@ -30,6 +30,7 @@ from irgdistill.matching import Plan
 from irgdistill.matching import match as match_levels
 from irgdistill.models import Network
 from irgdistill.run import start
+from irgdistill.settings import Config
 from irgdistill.setup import STAGE_TERMS, check_classes
 from irgdistill.taps import Output, Tapped
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchvision import transforms
 
-from irgdistill.config import AugmentConfig
 from irgdistill.held import CropFlip, pixels_of
+from irgdistill.settings import AugmentConfig
 
 
 def crop_of(config: AugmentConfig, size: tuple[int, int]) -> str:

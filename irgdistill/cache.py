@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from irgdistill.augment import crop_of, padding_of
-from irgdistill.config import AugmentConfig, Config
 from irgdistill.errors import UserError
 from irgdistill.files import checksum, read_tensors
 from irgdistill.images import Images
 from irgdistill.matching import Plan
 from irgdistill.models import Network, build_network
+from irgdistill.settings import AugmentConfig, Config
 from irgdistill.sources import Splits
 from irgdistill.taps import MAP_LAYOUTS, Output, tap_name
 

@@ -24,7 +24,6 @@ from irgdistill.cache import (
     read_description,
     shard_path,
 )
-from irgdistill.config import Config
 from irgdistill.data import as_it_is, train_images
 from irgdistill.errors import Interrupted, UserError, nearest
 from irgdistill.files import read_tensors, save_tensors, write_text
@@ -34,6 +33,7 @@ from irgdistill.levels import Tap
 from irgdistill.matching import ends, match
 from irgdistill.models import Network, build_network, fold_batch_norm
 from irgdistill.report import Report
+from irgdistill.settings import Config
 from irgdistill.setup import autocast, build_teacher, check_classes, choose_device, resolved
 from irgdistill.signals import Stopped, leave_to_parent
 from irgdistill.sources import open_splits

@@ -199,7 +199,7 @@ def distill(
 
 def _refuse_fixed(given: dict[str, Any]) -> None:
     """Of a run that goes on, only what does not change its result may be given anew. Raises UserError."""
-    from irgdistill.config import MOVABLE
+    from irgdistill.settings import MOVABLE
 
     fixed = sorted(set(given) - MOVABLE)
     if fixed:
@@ -233,7 +233,7 @@ def compare(
 
     What is finished is skipped, what is not goes on.
     """
-    from irgdistill.config import MOVABLE
+    from irgdistill.settings import MOVABLE
 
     refused = ("method", "no_labels", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
     options = options_of_distill(context, "compare", refused)

@@ -158,7 +158,7 @@ def complete_preset(incomplete: str) -> list[str]:
 
 def complete_method(incomplete: str) -> list[str]:
     """Also behind commas: the last of several."""
-    from irgdistill.config import METHODS
+    from irgdistill.settings import METHODS
 
     before, comma, last = incomplete.rpartition(",")
     return [f"{before}{comma}{name}" for name in METHODS if name.startswith(last)]

@@ -20,12 +20,13 @@ from typing import Any
 
 from irgdistill.checkpoint import RunFolder
 from irgdistill.compare_table import Run, tell
-from irgdistill.config import METHODS, MOVABLE, Config, dump, load_config, read_yaml, validate
+from irgdistill.config import dump, load_config, read_yaml, validate
 from irgdistill.errors import Interrupted, UserError, nearest
 from irgdistill.files import write_text
 from irgdistill.losses import build_loss
 from irgdistill.report import Report
 from irgdistill.run import resume, start
+from irgdistill.settings import METHODS, MOVABLE, Config
 from irgdistill.setup import prepare, resolved
 from irgdistill.signals import Stopped
 from irgdistill.state import changes

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from irgdistill import __version__
 from irgdistill.checkpoint import RunFolder, restore
-from irgdistill.config import Config
 from irgdistill.data import Loader, eval_loader
 from irgdistill.files import write_atomically, write_text
 from irgdistill.images import BadImages
 from irgdistill.models import Network
 from irgdistill.plot import curves_figure, render
 from irgdistill.report import Report, table
+from irgdistill.settings import Config
 from irgdistill.setup import autocast, build_teacher, choose_device
 from irgdistill.sources import open_splits
 from irgdistill.statistics import mean_and_deviation, paired_interval

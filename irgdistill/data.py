@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from irgdistill.augment import batched, eval_transform, fit_to, then_pixels, train_transform
 from irgdistill.balance import draw_balanced
-from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
 from irgdistill.held import fits
 from irgdistill.images import BadImages, Images, collate
+from irgdistill.settings import AugmentConfig, DataConfig
 from irgdistill.signals import leave_to_parent
 from irgdistill.sources import Splits
 

@@ -17,10 +17,10 @@ import torch
 from rich.text import Text
 
 from irgdistill import __version__
-from irgdistill.config import Config
 from irgdistill.errors import UserError
 from irgdistill.models import build_network
 from irgdistill.report import Report, table
+from irgdistill.settings import Config
 from irgdistill.setup import Setup, check_processes, choose_device, prepare
 from irgdistill.trial import Trial, try_run
 

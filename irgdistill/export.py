@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from irgdistill.checkpoint import find_checkpoint
-from irgdistill.config import DataConfig
 from irgdistill.data import eval_loader
 from irgdistill.errors import UserError, nearest
 from irgdistill.files import read_metadata, write_atomically, write_folder
@@ -27,6 +26,7 @@ from irgdistill.models import Network
 from irgdistill.programs import Logits, export_program, facts, plain, write_onnx, write_program
 from irgdistill.report import Report
 from irgdistill.run import data_of, open_network
+from irgdistill.settings import DataConfig
 from irgdistill.sources import open_splits
 
 FORMATS = ("hub", "onnx", "program", "timm")

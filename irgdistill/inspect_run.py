@@ -17,7 +17,6 @@ from rich.console import Console
 from torch import Tensor
 
 from irgdistill import __version__
-from irgdistill.config import Config
 from irgdistill.data import eval_loader
 from irgdistill.errors import UserError, nearest
 from irgdistill.files import write_atomically, write_text
@@ -38,6 +37,7 @@ from irgdistill.page import build_page
 from irgdistill.plot import FORMATS, Blocks, StageView, overview_figure, render, stage_figure, transformation_figure
 from irgdistill.report import Report, table
 from irgdistill.run import print_plan
+from irgdistill.settings import Config
 from irgdistill.setup import choose_device
 from irgdistill.taps import Tapped
 from irgdistill.terminal import show

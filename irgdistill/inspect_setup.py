@@ -11,13 +11,14 @@ from typing import Any
 from timm.utils import random_seed
 
 from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
-from irgdistill.config import Config, DataConfig, MatchingConfig, read_yaml, validate
+from irgdistill.config import read_yaml, validate
 from irgdistill.errors import UserError
 from irgdistill.files import read_metadata
 from irgdistill.inspection import draw_evenly
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
 from irgdistill.run import data_of, print_plan
+from irgdistill.settings import Config, DataConfig, MatchingConfig
 from irgdistill.setup import build_teacher, check_input_sizes
 from irgdistill.sources import Source, Splits, open_splits
 from irgdistill.unlabelled import Unlabelled

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from irgdistill.config import MatchingConfig
 from irgdistill.errors import UserError, nearest
 from irgdistill.levels import Level, Tap
+from irgdistill.settings import MatchingConfig
 
 FINEST = 2
 """Levels below this one (/4) are left out where two others remain."""

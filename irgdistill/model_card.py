@@ -13,9 +13,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from irgdistill.checkpoint import RunFolder
-from irgdistill.config import Config, dump, read_yaml, validate
+from irgdistill.config import dump, read_yaml, validate
 from irgdistill.errors import UserError
 from irgdistill.models import Network, multiply_adds, parameters
+from irgdistill.settings import Config
 
 CITATION = """```bibtex
 @inproceedings{liu2019knowledge,

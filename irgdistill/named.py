@@ -14,8 +14,8 @@ from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from irgdistill.config import DataConfig
 from irgdistill.errors import UserError, nearest
+from irgdistill.settings import DataConfig
 
 STREAMS = ("wds/", "hfids/", "tfds/")
 PREFIXES = ("torch/", "hfds/", *STREAMS)

@@ -10,8 +10,8 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.optim import Optimizer
 
-from irgdistill.config import AugmentConfig, OptimConfig, ScheduleConfig
 from irgdistill.errors import UserError, nearest
+from irgdistill.settings import AugmentConfig, OptimConfig, ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, adapters: nn.Module | None = None) -> Optimizer:

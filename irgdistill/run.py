@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
-from irgdistill.config import Config, DataConfig, dump, validate
+from irgdistill.config import dump, validate
 from irgdistill.data import eval_loader
 from irgdistill.distributed import World, joined, ranks, restarts, run_workers
 from irgdistill.errors import Interrupted, UserError, nearest
@@ -23,6 +23,7 @@ from irgdistill.images import BadImages
 from irgdistill.matching import Plan, ends
 from irgdistill.models import Network, build_network, known_models, multiply_adds, parameters
 from irgdistill.report import Report, table
+from irgdistill.settings import Config, DataConfig
 from irgdistill.setup import Setup, autocast, check_processes, choose_device, prepare, resolved
 from irgdistill.signals import Stopped
 from irgdistill.sources import open_splits

@@ -13,7 +13,6 @@ from timm.utils import random_seed
 from irgdistill.balance import balanced_weights
 from irgdistill.cache import Cache, describe_data, describe_teacher, describe_views
 from irgdistill.checkpoint import find_checkpoint, restore
-from irgdistill.config import Config
 from irgdistill.data import train_images
 from irgdistill.errors import UserError
 from irgdistill.images import BadImages
@@ -21,6 +20,7 @@ from irgdistill.levels import Level
 from irgdistill.loggers import check_loggers
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
+from irgdistill.settings import Config
 from irgdistill.sources import Splits, open_splits
 from irgdistill.student import build_student, resolve_student
 

@@ -14,9 +14,9 @@ from timm.data import create_dataset
 from torchvision import datasets
 
 from irgdistill.archive import TarSource
-from irgdistill.config import DataConfig
 from irgdistill.errors import UserError, nearest
 from irgdistill.named import PREFIXES, STREAMS, open_named
+from irgdistill.settings import DataConfig
 from irgdistill.unlabelled import IMAGE_SUFFIXES, PlainImages, Unlabelled
 
 VAL_FOLDERS = ("val", "validation", "test")

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from irgdistill.checkpoint import RunFolder
-from irgdistill.config import MOVABLE, Config, RuntimeConfig, keys, read_yaml, validate
+from irgdistill.config import keys, read_yaml, validate
 from irgdistill.errors import UserError
 from irgdistill.files import FORMAT, own_copies, read_tensors, save_tensors
+from irgdistill.settings import MOVABLE, Config, RuntimeConfig
 
 
 class Saver:

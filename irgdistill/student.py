@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from irgdistill.checkpoint import find_checkpoint
-from irgdistill.config import Preprocessing, StudentConfig
 from irgdistill.errors import UserError
 from irgdistill.files import read_metadata, read_tensors
 from irgdistill.models import Network, build_network
 from irgdistill.models.build import load_weights, read_weights
+from irgdistill.settings import Preprocessing, StudentConfig
 
 
 def resolve_student(spec: StudentConfig) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import irgdistill
 import irgdistill.models
 from irgdistill import Distiller, UserError, distill, load_config, match
-from irgdistill.config import METHODS
+from irgdistill.settings import METHODS
 
 SIZE = (3, 16, 16)
 OURS = sorted(set(METHODS) - {"none", "rocket"})

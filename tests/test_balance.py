@@ -17,12 +17,12 @@ from conftest import Result, write_images
 from safetensors.torch import load_file
 
 from irgdistill.balance import balanced_weights, draw_balanced
-from irgdistill.config import AugmentConfig, DataConfig, LossesConfig
 from irgdistill.data import Loader, Order, train_loader
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
 from irgdistill.images import BadImages
 from irgdistill.losses import Batch, build_loss
+from irgdistill.settings import AugmentConfig, DataConfig, LossesConfig
 from irgdistill.sources import open_splits
 from irgdistill.taps import Output
 

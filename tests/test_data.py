@@ -14,12 +14,12 @@ import torch
 from conftest import write_images
 from torchvision import datasets
 
-from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.data import Loader, Order, eval_loader, train_loader
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
 from irgdistill.held import fits
 from irgdistill.images import BadImages, Images
+from irgdistill.settings import AugmentConfig, DataConfig
 from irgdistill.sources import CoarseCifar100, open_splits
 
 MEAN = (0.5, 0.5, 0.5)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from irgdistill.config import LossesConfig
 from irgdistill.errors import UserError
 from irgdistill.inspection import (
     LOGITS,
@@ -30,6 +29,7 @@ from irgdistill.inspection import (
 from irgdistill.losses import Batch, build_loss
 from irgdistill.matching import match
 from irgdistill.models import build_network
+from irgdistill.settings import LossesConfig
 from irgdistill.taps import Tapped
 
 

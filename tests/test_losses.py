@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from irgdistill.config import LossesConfig, load_config
+from irgdistill.config import load_config
 from irgdistill.distributed import World
 from irgdistill.graph import edge_matrix, transformation_vector
 from irgdistill.levels import Level, Tap
 from irgdistill.losses import Batch, build_loss, gradient_shares
 from irgdistill.losses.logits import logit_regression, soft_targets
 from irgdistill.matching import Pair, Plan
+from irgdistill.settings import LossesConfig
 from irgdistill.taps import Output
 
 

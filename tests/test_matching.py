@@ -7,11 +7,11 @@ import timm
 import torch
 
 from irgdistill import models  # noqa: F401  registers the CIFAR networks
-from irgdistill.config import MatchingConfig
 from irgdistill.errors import UserError
 from irgdistill.levels import Level, Tap, find_levels
 from irgdistill.matching import Plan, ends, match
 from irgdistill.models import build_network
+from irgdistill.settings import MatchingConfig
 
 
 def level(k: int, width: int = 8, blocks: int = 3) -> Level:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_distributed import _trainer, in_ranks
 from torch import Tensor
 
-from irgdistill.config import METHODS, load_config
+from irgdistill.config import load_config
 from irgdistill.distributed import World
 from irgdistill.errors import UserError
 from irgdistill.levels import Level, Tap
@@ -26,6 +26,7 @@ from irgdistill.losses.maps import attention_distance, attention_loss, fsp_loss,
 from irgdistill.losses.rocket import rocket_hint
 from irgdistill.losses.similarity import probability_loss, rkd_loss, similarity_loss
 from irgdistill.matching import Pair, Plan
+from irgdistill.settings import METHODS
 from irgdistill.taps import Output, energy, feature_map, pool, tap_name
 
 

@@ -21,11 +21,11 @@ from torchvision import datasets as torchvision_datasets
 
 from irgdistill import named
 from irgdistill.archive import TarSource
-from irgdistill.config import AugmentConfig, DataConfig
 from irgdistill.data import eval_loader, train_loader
 from irgdistill.errors import UserError
 from irgdistill.files import read_metadata
 from irgdistill.images import BadImages
+from irgdistill.settings import AugmentConfig, DataConfig
 from irgdistill.sources import open_splits
 
 Run = Callable[..., Result]

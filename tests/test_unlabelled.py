@@ -14,10 +14,11 @@ import torch
 from conftest import Result, write_images
 from safetensors.torch import load_file, save_file
 
-from irgdistill.config import DataConfig, load_config
+from irgdistill.config import load_config
 from irgdistill.errors import UserError
 from irgdistill.files import read_metadata
 from irgdistill.losses import Batch, build_loss
+from irgdistill.settings import DataConfig
 from irgdistill.sources import open_splits
 from irgdistill.taps import Output
 from irgdistill.unlabelled import UNLABELLED

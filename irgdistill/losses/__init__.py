@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from irgdistill.config import LossesConfig
 from irgdistill.distributed import World
 from irgdistill.levels import Tap
 from irgdistill.losses.learner import Learner
@@ -19,6 +18,7 @@ from irgdistill.losses.rocket import BoosterLabels, Rocket
 from irgdistill.losses.similarity import Probabilities, Relational, Similarity
 from irgdistill.losses.term import Batch, Term
 from irgdistill.matching import Plan
+from irgdistill.settings import LossesConfig
 from irgdistill.taps import Tapped
 
 __all__ = ["Batch", "DistillLoss", "Learner", "Term", "build_loss", "gradient_shares"]
