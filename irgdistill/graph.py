@@ -41,7 +41,7 @@ def edge_matrix(features: Tensor, rows: slice = slice(None), maximum: Maximum = 
     """
     x = _matrix(features, "features")
     with torch.autocast(x.device.type, enabled=False):
-        x = _centred(x)
+        x = centred(x)
         norms = x.square().sum(1)
         distances = (norms[rows, None] + norms[None, :] - 2 * (x[rows] @ x.T)).clamp(min=0)
         image = torch.arange(len(x), device=x.device)
@@ -87,7 +87,7 @@ def edge_loss(student: Tensor, teacher: Tensor, rows: slice = slice(None), maxim
     so that memory grows with B and not with B². Only `student` gets a gradient. Raises ValueError as `edge_matrix`.
     """
     with torch.autocast(student.device.type, enabled=False):
-        x, y = _centred(_matrix(student, "student")), _centred(_matrix(teacher, "teacher")).detach()
+        x, y = centred(_matrix(student, "student")), centred(_matrix(teacher, "teacher")).detach()
         return cast(Tensor, _EdgeLoss.apply(x, y.to(x.dtype), rows, maximum))
 
 
@@ -144,7 +144,7 @@ def _distances(x: Tensor, norms: Tensor, rows: slice) -> Tensor:
     return distances
 
 
-def _centred(x: Tensor) -> Tensor:
+def centred(x: Tensor) -> Tensor:
     """In float32 at least, with the first row and then the mean subtracted."""
     x = widen(x)
     x = x - x[:1].detach()

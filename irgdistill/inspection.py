@@ -17,13 +17,15 @@ from torch import Tensor
 
 from irgdistill.data import Loader
 from irgdistill.errors import UserError
-from irgdistill.graph import edge_matrix, relation_loss, transformation_vector
+from irgdistill.graph import centred, edge_matrix, relation_loss, transformation_vector
 from irgdistill.losses.relation import LEAST_MOVEMENT
 from irgdistill.matching import Plan
 from irgdistill.taps import Tapped, tap_name
 
 LOGITS = ":logits"
 """Key of the logits among the pooled features; no tap is called so."""
+BLOCK = 2**22
+"""Entries of the rows among which neighbours are sought at once."""
 THUMBNAIL = 64
 """Pixels of a thumbnail's longer side."""
 
@@ -163,8 +165,7 @@ def likeness(teacher: Graph, student: Graph, neighbours: int) -> dict[str, Any]:
 
 def each_pair(edges: Tensor) -> Tensor:
     """The values above the diagonal of (N, N), row by row: (N·(N-1)/2,)."""
-    rows, columns = torch.triu_indices(len(edges), len(edges), offset=1)
-    return edges[rows, columns]
+    return edges[torch.ones_like(edges, dtype=torch.bool).triu(1)]
 
 
 def pearson(a: Tensor, b: Tensor) -> float | None:
@@ -195,7 +196,16 @@ def nearest_neighbours(edges: Tensor, count: int) -> Tensor:
     Of equally near images the one with the smaller number counts as nearer.
     """
     others = edges.clone().fill_diagonal_(torch.inf)
-    return others.argsort(dim=1, stable=True)[:, :count]
+    return torch.cat([_smallest(rows, count) for rows in others.split(max(BLOCK // len(edges), 1))])
+
+
+def _smallest(rows: Tensor, count: int) -> Tensor:
+    """Columns of the `count` smallest values of each row, as a stable sort of the whole row would give them."""
+    last = rows.kthvalue(count, dim=1, keepdim=True).values
+    below, equal = rows < last, rows == last
+    chosen = below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))
+    columns = chosen.nonzero()[:, 1].view(len(rows), count)
+    return columns.gather(1, rows.gather(1, columns).argsort(dim=1, stable=True))
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
@@ -208,12 +218,11 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
 
     None where the features of either are all equal.
     """
-    grams = []
-    for features in (x.double(), y.double()):
-        centred = features - features[:1]
-        centred = centred - centred.mean(0)
-        grams.append(centred @ centred.T)
-    norms = [gram.norm() for gram in grams]
+    x, y = (centred(features.double()) for features in (x, y))
+    if len(x) > max(x.shape[1], y.shape[1]):  # |XXᵀ| = |XᵀX| and ⟨XXᵀ, YYᵀ⟩ = |XᵀY|²: the smaller matrices
+        norms, common = [(x.T @ x).norm(), (y.T @ y).norm()], (x.T @ y).square()
+    else:
+        norms, common = [(x @ x.T).norm(), (y @ y.T).norm()], (x @ x.T) * (y @ y.T)
     if not all(norm > 0 for norm in norms):
         return None
-    return float((grams[0] / norms[0] * (grams[1] / norms[1])).sum().clamp(0, 1))
+    return float((common / norms[0] / norms[1]).sum().clamp(0, 1))

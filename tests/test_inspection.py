@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from irgdistill import inspection
 from irgdistill.errors import UserError
 from irgdistill.inspection import (
     LOGITS,
@@ -124,20 +125,23 @@ def test_correlation_of_something_constant_is_not_defined() -> None:
     assert pearson(torch.ones(0), torch.ones(0)) is None
 
 
-def test_neighbours_by_a_double_loop() -> None:
+def test_neighbours_by_a_double_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     features = random(20, 4).round()  # equal distances occur
     edges = graph_of({"x": features}, "x", None).edges
     found = nearest_neighbours(edges, 4)
     for i in range(20):
         others = sorted((float(edges[i, j]), j) for j in range(20) if j != i)
         assert found[i].tolist() == [j for _, j in others[:4]]
+    monkeypatch.setattr(inspection, "BLOCK", 60)
+    assert torch.equal(nearest_neighbours(edges, 4), found)  # in blocks of three rows
     assert agreement(found, found) == 1
     assert agreement(torch.tensor([[1, 2], [0, 2]]), torch.tensor([[2, 3], [3, 4]])) == 0.25
 
 
-def test_cka_is_the_ratio_of_hsics() -> None:
-    """tr(KHLH) by loops, with the kernels of Kornblith et al. 2019, equation 3."""
-    x, y = random(7, 5) + 100, random(7, 3, seed=1)
+@pytest.mark.parametrize("widths", [(5, 3), (5, 12), (7, 3)])
+def test_cka_is_the_ratio_of_hsics(widths: tuple[int, int]) -> None:
+    """tr(KHLH) by loops, with the kernels of Kornblith et al. 2019, equation 3; fewer features than images or more."""
+    x, y = random(7, widths[0]) + 100, random(7, widths[1], seed=1)
     count = len(x)
 
     def hsic(a: Tensor, b: Tensor) -> float:
@@ -151,7 +155,7 @@ def test_cka_is_the_ratio_of_hsics() -> None:
 
     assert linear_cka(x, y) == pytest.approx(hsic(x, y) / (hsic(x, x) * hsic(y, y)) ** 0.5, rel=1e-8)
     assert linear_cka(x, 3 * x + 1) == pytest.approx(1)
-    assert linear_cka(torch.ones(7, 2), y) is None
+    assert linear_cka(torch.ones(7, 2), y) is None and linear_cka(torch.ones(7, 9), y) is None
 
 
 def test_a_degenerate_graph_has_no_correlation() -> None:
