@@ -329,9 +329,13 @@ def test_pool_by_hand(layout: str, prefix: int, shape: tuple[int, ...], mean: Ca
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("layout", "prefix"), [("NCHW", 0), ("NHWC", 0), ("BLC", 1)])
-def test_pooling_has_the_gradient_of_the_mean(layout: str, prefix: int, dtype: torch.dtype) -> None:
+def test_pooling_has_the_gradient_of_the_mean(
+    layout: str, prefix: int, memory: torch.memory_format, dtype: torch.dtype
+) -> None:
     x = torch.randn(3, 5, 4, 6, dtype=dtype) if prefix == 0 else torch.randn(3, 5, 6, dtype=dtype)
+    x = x.contiguous(memory_format=memory) if x.ndim == 4 else x
     tap = Tap("m", 6, 4, 5, layout, prefix)
     axes = [axis for axis, letter in enumerate(layout) if axis > 0 and letter != "C"]
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -341,6 +345,7 @@ def test_pooling_has_the_gradient_of_the_mean(layout: str, prefix: int, dtype: t
     for a, b in ((found, mine), (expected, theirs)):
         ((a * weights).sum() + (b.float() ** 2).sum()).backward()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert mine.grad is not None and mine.grad.shape == x.shape
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=0)
 
 
