@@ -157,11 +157,11 @@ def _difference(
     if not pairs:
         return {}
     values, over = [summaries[run]["last_top1"] - summaries[other]["last_top1"] for run, other in pairs], "seeds"
-    if len(pairs) == 1:
+    difference, _ = mean_and_deviation(values)
+    if len(pairs) == 1:  # predicted again here, where low precision may round a few images otherwise
         ours, theirs = (100 * right[run].double() for run in pairs[0])
         values, over = (ours - theirs).tolist(), "images"
-    mean, half = paired_interval(values)
-    return {"difference": mean, "half_width_95": half, "paired_over": over}
+    return {"difference": difference, "half_width_95": paired_interval(values)[1], "paired_over": over}
 
 
 def _curve(run: Run) -> list[float]:
