@@ -33,7 +33,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--method", default="kd+at")
+    parser.add_argument("--method", default="irg+kd+at")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--amp", default="bf16")
     parser.add_argument("--rounds", type=int, default=5)

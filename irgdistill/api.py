@@ -1,7 +1,7 @@
 """The Python interface: a run in one call, or the loss for a training loop of one's own.
 
     from irgdistill import Distiller
-    distiller = Distiller(teacher, student, method="kd+at")  # two timm models
+    distiller = Distiller(teacher, student, method="irg+kd+at")  # two timm models
     for images, labels in loader:
         loss, terms = distiller(images, labels)
         loss.backward()
@@ -87,7 +87,7 @@ class Distiller(nn.Module):
         self,
         teacher: nn.Module | None,
         student: nn.Module,
-        method: str = "kd+at",
+        method: str = "irg+kd+at",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         """`teacher`, `student`: timm models; `teacher` None for the method `none`.

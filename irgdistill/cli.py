@@ -117,7 +117,7 @@ def distill(
     taps_student: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
     method: Annotated[
         str | None,
-        option(METHOD, help="kd+at (default), irg+kd+at, irg+kd, mtk, irg, none, kd, …", complete=complete_method),
+        option(METHOD, help="irg+kd+at (default), irg+kd, mtk, irg, none, kd, at, …", complete=complete_method),
     ] = None,
     kd_weight: Annotated[float | None, option(METHOD, help="Soft targets.")] = None,
     logits_weight: Annotated[float | None, option(METHOD, help="Logit regression.")] = None,
@@ -211,15 +211,15 @@ def _refuse_fixed(given: dict[str, Any]) -> None:
     context_settings=PASSED_ON,
     epilog=examples(
         "irgdistill compare --teacher resnet50 --student resnet18 --data ./imagenet --batch-size 256",
-        "irgdistill compare --preset quickstart --methods none,kd+at --seeds 2 --student cifar_resnet14_x0_5 "
+        "irgdistill compare --preset quickstart --methods none,irg+kd+at --seeds 2 --student cifar_resnet14_x0_5 "
         "--teacher-checkpoint runs/teacher --output runs/digits",
     ),
 )
 def compare(
     context: typer.Context,
     methods: Annotated[
-        str, option(METHOD, help="Of `distill`, with commas (none,kd,irg+kd,kd+at).", complete=complete_method)
-    ] = "none,kd,irg+kd,kd+at",
+        str, option(METHOD, help="Of `distill`, with commas (none,kd,irg+kd+at).", complete=complete_method)
+    ] = "none,kd,irg+kd+at",
     seeds: Annotated[int, option(TRAINING, help="Runs of each method, from --seed on (3).")] = 3,
     jobs: Annotated[int, option(RUNTIME, help="Runs at once on one device (1).")] = 1,
     output: Annotated[Path, option(RUNTIME, help="Its run folders and tables (runs/compare).")] = Path("runs/compare"),

@@ -340,7 +340,7 @@ class RuntimeConfig(Section):
 class Config(Section):
     """Everything that defines a run."""
 
-    method: Method = "kd+at"
+    method: Method = "irg+kd+at"
     """Which hints are on; see `METHODS`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Initial weights, data order and augmentation."""

@@ -145,7 +145,7 @@ def check_without_labels(config: Config) -> None:
     used += ["--label-smoothing"] * (config.losses.ce.label_smoothing > 0)
     used += ["--balanced"] * config.data.balanced
     used += ["data.train_images"] * (config.data.train_images is not None)
-    methods = "--method kd, kd+at, irg, mtk, irg+kd or irg+kd+at learns from the teacher alone"
+    methods = "--method kd, irg, mtk, irg+kd or irg+kd+at learns from the teacher alone"
     if used:
         raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out ({methods})")
     if not config.uses_teacher:

@@ -162,7 +162,7 @@ def test_the_plan_of_two_models() -> None:
         (lambda: Distiller(network(), network(), "irgkd"), "did you mean irg\\+kd"),
         (lambda: Distiller(network(), network(), settings={"losses.kd.wieght": 1}), "did you mean losses.kd.weight"),
         (lambda: Distiller(network(), network(), settings={"optim.lr": 1}), "'optim.lr' does not define the loss"),
-        (lambda: Distiller(None, network()), "method 'kd\\+at' needs a teacher"),
+        (lambda: Distiller(None, network()), "method 'irg\\+kd\\+at' needs a teacher"),
         (lambda: Distiller(network(), network(), "rocket"), "irgdistill distill --method rocket"),
         (lambda: Distiller(nn.Linear(2, 2), network()), "the teacher, Linear, is no timm model"),
         (lambda: Distiller(timm.create_model("cifar_resnet20", num_classes=7), network()), "7 classes"),
@@ -180,7 +180,7 @@ def test_bad_input_is_one_line(call: Any, message: str) -> None:
 def test_relations_alone_need_no_shared_classes(digits: tuple[Tensor, Tensor]) -> None:
     teacher = timm.create_model("cifar_resnet20", num_classes=7)
     settings = {"losses.kd.weight": 0, "losses.logits.weight": 0}
-    _, terms = Distiller(teacher, network(), "irg+kd+at", settings)(digits[0][:8], digits[1][:8])
+    _, terms = Distiller(teacher, network(), settings=settings)(digits[0][:8], digits[1][:8])
     assert set(terms) == {"ce", "edges", "transform", "attention"}
 
 

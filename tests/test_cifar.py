@@ -47,7 +47,7 @@ def test_distillation_on_real_images(run: Callable[..., Result], cifar: Path, tm
         "distill",
         *("--teacher", "cifar_resnet20", "--teacher-checkpoint", shared("weights/cifar_resnet20.safetensors")),
         *("--student", "cifar_resnet20_x0_5", "--data", cifar, "--epochs", 3, "--batch-size", 64, "--lr", 0.05),
-        *("--method", "irg+kd+at", "--output", tmp_path / "run"),
+        *("--output", tmp_path / "run"),
     )
     assert result.code == 0, result.err
     evaluated = json.loads(run("eval", tmp_path / "run", "--json").out)

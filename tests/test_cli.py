@@ -70,8 +70,8 @@ def test_distil_then_eval_without_another_flag(run: Run, teacher: Path, folder: 
     assert "matched stages" in result.err and "teacher cifar_resnet14_x0_5: top-1" in result.err
 
     train = records(output, "train")
-    assert len(train) == 6 and set(train[0]["terms"]) == {"ce", "kd", "attention"}
-    weights = {"ce": 1, "kd": 1, "attention": 100}
+    assert len(train) == 6 and set(train[0]["terms"]) == {"ce", "kd", "edges", "transform", "attention"}
+    weights = {"ce": 1, "kd": 1, "edges": 2.5, "transform": 0.5, "attention": 100}
     assert train[0]["loss"] == pytest.approx(sum(weights[k] * v for k, v in train[0]["terms"].items()), rel=1e-5)
     assert all(sum(r["share"].values()) == pytest.approx(1) for r in records(output, "gradient"))
     assert len(records(output, "gradient")) == 3

@@ -123,7 +123,7 @@ def furnish(place: Path, run: Run) -> None:
     alone = ("--method", "none", "--batch-size", 12, "--lr", 0.05, "--workers", 0)
     assert made("resnet50", *alone, "--data", "imagenet", "--student", "resnet50") == place / WEIGHTS
     pair = ("--data", "imagenet", "--teacher", "resnet50", "--student", "mobilenetv2_100")
-    made("mobilenetv2_100-kd-at-1", *pair, "--lr", 0.01)
+    made("mobilenetv2_100-irg-kd-at-1", *pair, "--lr", 0.01)
     cifar = made("none", *alone, "--epochs", 4, "--data", "cifar10", "--student", "cifar_resnet20")
     shutil.copy(cifar, place / "cifar_resnet20.safetensors")
     taught = ("--teacher-checkpoint", "cifar_resnet20.safetensors", "--student", "cifar_resnet20_x0_5")

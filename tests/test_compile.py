@@ -41,7 +41,6 @@ def test_compiled_runs_are_those_of_eager_ones(run: Run, tmp_path: Path, monkeyp
     options = ("--preset", "quickstart", "--student", NAME, "--epochs", 1, "--batch-size", 128, "--seed", 3)
     options += ("--opt", "adamw", "--lr", 0.001, "--set", "runtime.log_every=1", "--set", "runtime.share_every=3")
     taught = ("--teacher", NAME, "--teacher-checkpoint", tmp_path / "teacher.safetensors", "--skip-teacher-check")
-    taught += ("--method", "irg+kd+at")
     runs = {"alone": ("--method", "none", "--compile"), "compiled": (*taught, "--compile"), "eager": taught}
     counters.clear()
     for name, more in runs.items():

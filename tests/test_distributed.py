@@ -151,7 +151,6 @@ def test_batches_of_all_processes_are_those_of_one(batch_size: int, sizes: tuple
 
 def _flags(student: str, teacher: Path, **more: Any) -> dict[str, Any]:
     flags = {
-        "method": "irg+kd+at",
         "student.name": student,
         "teacher.name": "cifar_resnet14_x0_5",
         "teacher.checkpoint": str(teacher),

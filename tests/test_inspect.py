@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / "data" / "train", dict.fromkeys(CLASSES, 12))
     write_images(root / "data" / "val", dict(zip(CLASSES, (8, 8, 5), strict=True)), seed=1)
     small = ["--input-size", 16, "--workers", 0, "--batch-size", 12, "--epochs", 1, "--data", root / "data"]
-    taught = ["--teacher-checkpoint", root / "teacher" / "last.safetensors", "--skip-teacher-check", "--method", "mtk"]
+    taught = ["--teacher-checkpoint", root / "teacher" / "last.safetensors", "--skip-teacher-check"]
     for name, options in (
         ("teacher", ["--student", "cifar_resnet20", "--method", "none"]),
         ("alone", ["--student", "cifar_resnet14_x0_5", "--method", "none"]),
