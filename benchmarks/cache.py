@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--amp", default="bf16")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="all three compiled, plain training too")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     teacher = {"teacher.name": arguments.teacher, "teacher.checkpoint": arguments.teacher_checkpoint}
@@ -44,7 +45,7 @@ def main() -> None:
         "student.name": arguments.student, "data.source": arguments.data, "data.train_images": arguments.images,
         "data.batch_size": arguments.batch_size, "data.workers": arguments.workers, "data.views": 1,
         "data.view_seed": 0, "runtime.amp": arguments.amp, "runtime.channels_last": True, "schedule.epochs": 1000,
-        "optim.lr": 0.01,
+        "optim.lr": 0.01, "runtime.compile": arguments.compile,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"

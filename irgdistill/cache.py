@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from irgdistill.augment import crop_of, padding_of
 from irgdistill.errors import UserError
 from irgdistill.files import checksum, read_tensors
 from irgdistill.images import Images
+from irgdistill.levels import Tap
 from irgdistill.matching import Plan
 from irgdistill.models import Network, build_network
 from irgdistill.settings import AugmentConfig, Config
@@ -173,9 +174,13 @@ class Cache:
                 what = f": {key} {_short(value)}, was {_short(then[key])}"
                 raise UserError(f"the teacher cache {self.folder} was made of {_OTHER[part]}{what}")
 
-    def open(self) -> None:
-        """Map all shards into memory, verify their checksums. Raises UserError: missing, damaged, of another cache."""
+    def open(self, where: Mapping[str, Iterable[Tap]] | None = None) -> None:
+        """Map all shards into memory, verify their checksums; `rows` gives logits and the taps and energies of `where`.
+
+        Raises UserError: missing, damaged, of another cache.
+        """
         mark = mark_of(self.about)
+        kinds = {"tap": "taps", "attention": "energies"}
         count = math.ceil(self.rows_in_all / SHARD)
         missing = [number for number in range(count) if not shard_path(self.folder, number).exists()]
         if missing:
@@ -187,6 +192,9 @@ class Cache:
             tensors, metadata = read_tensors(shard_path(self.folder, number))
             if metadata is None or metadata.get("cache") != mark:
                 raise UserError(f"{shard_path(self.folder, number)} is of another teacher cache than cache.json")
+            if where is not None:
+                wanted = {f"{kind} {tap_name(tap)}" for kind, part in kinds.items() for tap in where[part]}
+                tensors = {name: x for name, x in tensors.items() if " " not in name or name in wanted}
             self._shards.append(tensors)
 
     def rows(self, keys: Sequence[int]) -> dict[str, Tensor]:

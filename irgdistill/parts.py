@@ -111,7 +111,7 @@ class Parts:
         self.bad = BadImages(config.data.max_bad_images, self.report.warn)
         self.cache = setup.cache if config.uses_teacher else None
         if self.cache is not None:
-            self.cache.open()
+            self.cache.open(self.loss.where("teacher"))
         views = {} if setup.cache is None else setup.cache.views
         self.train = train_loader(
             setup.splits,

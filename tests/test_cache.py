@@ -15,8 +15,13 @@ from safetensors.torch import load_file
 
 from irgdistill import cache
 from irgdistill.cache import Cache, pack_logits, unpack_logits
+from irgdistill.checkpoint import RunFolder
+from irgdistill.config import load_config
 from irgdistill.errors import UserError
 from irgdistill.losses.logits import soft_targets
+from irgdistill.report import Report
+from irgdistill.setup import prepare
+from irgdistill.trainer import Trainer
 
 Run = Callable[..., Result]
 RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--batch-size", 128, "--warmup-epochs", 0)
@@ -230,6 +235,21 @@ def test_rows_are_found_by_their_keys(cached: dict[str, Path]) -> None:
     rows = store.rows(keys)
     assert rows.keys() == every.keys() and "logits" in rows and len(rows) > 3
     assert all(torch.equal(rows[name], every[name][keys]) for name in rows)
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds"),
+    [("kd", set()), ("kd+at", {"attention"}), ("rkd", {"tap"}), ("irg+kd+at", {"attention", "tap"})],
+)
+def test_only_what_the_terms_compare_is_read(
+    method: str, kinds: set[str], cached: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = {"method": method, "teacher.cache": cached["fp32-all"], "student.name": "cifar_resnet14_x0_5"}
+    flags |= {"data.batch_size": 128, "data.workers": 0, "runtime.device": "cpu"}
+    setup = prepare(load_config(preset="quickstart", flags=flags))
+    trainer = Trainer(setup, RunFolder(tmp_path), Report(quiet=True))
+    assert trainer.cache is not None
+    assert {name.partition(" ")[0] for name in trainer.cache.rows([0])} == {"logits", *kinds}
 
 
 def test_the_largest_logits_keep_the_mass_of_the_rest() -> None:
