@@ -150,7 +150,7 @@ class Loader:
             if batch is not None and number >= skip:
                 if self.stream:
                     self.loader.dataset.check(batch[1])  # type: ignore[attr-defined]
-                yield tuple(_to(part, self.device) for part in batch)
+                yield tuple(part.to(self.device, non_blocking=True) for part in batch)
 
     def _timed(self, batches: Iterable[Any]) -> Iterator[Any]:
         iterator = iter(batches)
@@ -189,12 +189,6 @@ class Loader:
         return f"training waited for images {share:.0%} of the time: {advice} (--workers {workers}, {cores} cores)"
 
 
-def _to(part: Any, device: torch.device) -> Any:
-    if isinstance(part, dict):
-        return {name: _to(value, device) for name, value in part.items()}
-    return part.to(device, non_blocking=True)
-
-
 def as_it_is(batch: Any) -> Any:
     """What `Images` gives is a batch already."""
     return batch
@@ -231,7 +225,7 @@ def train_loader(
     seed: int,
     bad: BadImages,
     world: World | None = None,
-    answers: Callable[[Sequence[int]], dict[str, Tensor]] | None = None,
+    answers: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> Loader:
     """Shuffled, augmented batches, this process's part of each. Raises UserError for a batch larger than the data.
 

@@ -59,7 +59,7 @@ class Images(Dataset[Any]):
         self.limit = bad.limit
         self.training = training
         self.held: Held | None = None
-        self.answers: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
+        self.answers: Callable[[Sequence[int]], Tensor] | None = None
         self.whole: Callable[[Tensor, Sequence[int]], Tensor] | None = None
 
     def hold(self, size: tuple[int, int], fit: Any, whole: Callable[[Tensor, Sequence[int]], Tensor] | None) -> None:

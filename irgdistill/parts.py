@@ -124,7 +124,7 @@ class Parts:
             config.seed,
             self.bad,
             self.world,
-            None if self.cache is None else self.cache.rows,
+            None if self.cache is None else self.cache.answers,
         )
         self.val = eval_loader(
             setup.splits,

@@ -51,10 +51,10 @@ class Trainer(Parts):
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def train_step(self, images: Tensor, labels: Tensor, cached: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def train_step(self, images: Tensor, labels: Tensor, cached: Tensor | None = None) -> dict[str, Tensor]:
         """Raw images (B, 3, H, W), labels (B,) -> total and raw terms. One backward; an update at a boundary.
 
-        `cached`: rows of the teacher cache, where there is one.
+        `cached`: answers (B, n) of the teacher cache, where there is one.
         """
         if self.config.runtime.compile:
             torch.compiler.cudagraph_mark_step_begin()  # what recorded graphs gave may be overwritten from here on

@@ -235,6 +235,10 @@ def test_rows_are_found_by_their_keys(cached: dict[str, Path]) -> None:
     rows = store.rows(keys)
     assert rows.keys() == every.keys() and "logits" in rows and len(rows) > 3
     assert all(torch.equal(rows[name], every[name][keys]) for name in rows)
+    output = store.output(store.answers(keys))
+    found = {"logits": output.logits} | {f"tap {name}": x for name, x in output.features.items()}
+    found |= {f"attention {name}": x for name, x in output.energies.items()}
+    assert found.keys() == rows.keys() and all(torch.equal(found[name], rows[name]) for name in rows)
 
 
 @pytest.mark.parametrize(
