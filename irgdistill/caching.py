@@ -45,7 +45,8 @@ class Request:
     """What to cache, as the command line says it."""
 
     output: Path
-    views: int = 1
+    views: int | None = None
+    """Of each image; None: as many as the run's `data.views`, or 1."""
     store: str = "fp16"
     logits: str = "all"
 
@@ -63,12 +64,13 @@ def cache_teacher(request: Request, config: Config) -> None:
     largest = _largest(request.logits, teacher.num_classes)
     if request.store not in TYPES:
         raise UserError(f"--store {request.store}: expected {' or '.join(TYPES)}{nearest(request.store, TYPES)}")
-    if request.views < 1:
-        raise UserError(f"--views {request.views}: expected at least 1")
+    count = (config.data.views or 1) if request.views is None else request.views
+    if count < 1:
+        raise UserError(f"--views {count}: expected at least 1")
     student = None if config.student.name is None else _student(config)
     like, size = student or teacher, max(teacher.size, (student or teacher).size)
     seed = config.seed if config.data.view_seed is None else config.data.view_seed
-    views = describe_views(config.augment, size, like.interpolation, like.mean, request.views, seed)
+    views = describe_views(config.augment, size, like.interpolation, like.mean, count, seed)
     report = Report()
     images = train_images(
         splits, config.data, config.augment, size, like.interpolation, like.mean, seed,
@@ -80,7 +82,7 @@ def cache_teacher(request: Request, config: Config) -> None:
         "name": teacher.name,
         "classes": teacher.classes,
         "teacher": describe_teacher(teacher),
-        "data": describe_data(images, splits, request.views),
+        "data": describe_data(images, splits, count),
         "views": views,
         "taps": [tap_name(tap) for tap in taps],
         "attention": [tap_name(tap) for tap in attended],

@@ -274,7 +274,7 @@ def compare(
 )
 def cache_teacher(
     context: typer.Context,
-    views: Annotated[int, option(DATA, help="Augmented views of each image (1).")] = 1,
+    views: Annotated[int | None, option(DATA, help="Augmented views of each image (data.views, or 1).")] = None,
     store: Annotated[str, option(RESULT, help="Numbers as fp16 (default) or fp32.")] = "fp16",
     logits: Annotated[str, option(RESULT, help="all (default), or how many of the largest.")] = "all",
     output: Annotated[Path, option(RESULT, help="Its folder (runs/teacher-cache).")] = Path("runs/teacher-cache"),

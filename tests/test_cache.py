@@ -44,7 +44,8 @@ def cached(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     with pytest.MonkeyPatch.context() as patch:
         small_shards(patch)
         for store, logits in (("fp32", "all"), ("fp16", "all"), ("fp32", "8")):
-            options = ("--views", 2, "--store", store, "--logits", logits, "--output", root / f"{store}-{logits}")
+            options = ("--set", "data.views=2") if logits == "8" else ("--views", 2)
+            options += ("--store", store, "--logits", logits, "--output", root / f"{store}-{logits}")
             call("cache-teacher", *RECIPE, "--teacher-checkpoint", teacher, *options)
     return {path.name: path for path in root.iterdir()}
 
