@@ -124,8 +124,9 @@ def furnish(place: Path, run: Run) -> None:
     assert made("resnet50", *alone, "--data", "imagenet", "--student", "resnet50") == place / WEIGHTS
     pair = ("--data", "imagenet", "--teacher", "resnet50", "--student", "mobilenetv2_100")
     made("mobilenetv2_100-irg-kd-at-1", *pair, "--lr", 0.01)
-    cifar = made("none", *alone, "--epochs", 4, "--data", "cifar10", "--student", "cifar_resnet20")
-    shutil.copy(cifar, place / "cifar_resnet20.safetensors")
+    for run_of, name in (("none", "cifar_resnet20"), ("deep", "cifar_resnet56")):
+        cifar = made(run_of, *alone, "--epochs", 4, "--data", "cifar10", "--student", name)
+        shutil.copy(cifar, place / f"{name}.safetensors")
     taught = ("--teacher-checkpoint", "cifar_resnet20.safetensors", "--student", "cifar_resnet20_x0_5")
     made("irg-kd", "--data", "cifar10", *taught)
     digits = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5")
