@@ -180,7 +180,8 @@ class Cache:
         Raises UserError: missing, damaged, of another cache.
         """
         mark = mark_of(self.about)
-        kinds = {"tap": "taps", "attention": "energies"}
+        kinds = () if where is None else (("tap", where["taps"]), ("attention", where["energies"]))
+        wanted = {f"{kind} {tap_name(tap)}" for kind, taps in kinds for tap in taps}
         count = math.ceil(self.rows_in_all / SHARD)
         missing = [number for number in range(count) if not shard_path(self.folder, number).exists()]
         if missing:
@@ -193,7 +194,6 @@ class Cache:
             if metadata is None or metadata.get("cache") != mark:
                 raise UserError(f"{shard_path(self.folder, number)} is of another teacher cache than cache.json")
             if where is not None:
-                wanted = {f"{kind} {tap_name(tap)}" for kind, part in kinds.items() for tap in where[part]}
                 tensors = {name: x for name, x in tensors.items() if " " not in name or name in wanted}
             self._shards.append(tensors)
 
