@@ -21,6 +21,7 @@ from irgdistill.checkpoint import RunFolder, restore
 from irgdistill.data import Loader, eval_loader
 from irgdistill.files import write_atomically, write_text
 from irgdistill.images import BadImages
+from irgdistill.journal import records
 from irgdistill.models import Network
 from irgdistill.plot import curves_figure, render
 from irgdistill.report import Report, table
@@ -165,8 +166,7 @@ def _difference(
 
 
 def _curve(run: Run) -> list[float]:
-    records = map(json.loads, run.folder.metrics.read_text(encoding="utf-8").splitlines())
-    return [record["top1"] for record in records if record["kind"] == "eval"]
+    return [record["top1"] for record in records(run.folder.metrics) if record["kind"] == "eval" and "top1" in record]
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -16,7 +16,7 @@ are equal; here such a graph is all zeros, and a loss against it is zero with ze
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -58,15 +58,23 @@ def transformation_vector(first: Tensor, last: Tensor, maximum: Maximum = _alone
     begin near zero, in the extreme mere rounding) has nearly infinite gradients. Raises ValueError when the shapes
     differ.
     """
-    first, last = _matrix(first, "first"), _matrix(last, "last")
-    if first.shape != last.shape:
-        raise ValueError(f"first {tuple(first.shape)} and last {tuple(last.shape)} must have the same shape (B, D)")
-    with torch.autocast(first.device.type, enabled=False):
-        last = widen(last)
-        distances = (last - widen(first)).square().sum(1)
-        farthest = torch.stack([distances.detach().amax(), last.detach().square().sum(1).amax()])
-        moved, size = maximum(farthest).unbind()
-        return _by(moved.masked_fill(moved <= least**2 * size, 0), distances)
+    vectors, _ = _transformations([(first, last)], maximum, least)
+    return vectors[0]
+
+
+def _transformations(stages: Sequence[tuple[Tensor, Tensor]], maximum: Maximum, least: float) -> tuple[Tensor, Tensor]:
+    """(first, last) of S stages -> their transformation vectors (S, B), and which stages moved (S,)."""
+    with torch.autocast(stages[0][0].device.type, enabled=False):
+        pairs = [(widen(_matrix(first, "first")), widen(_matrix(last, "last"))) for first, last in stages]
+        for first, last in pairs:
+            if first.shape != last.shape:
+                shapes = f"first {tuple(first.shape)} and last {tuple(last.shape)}"
+                raise ValueError(f"{shapes} must have the same shape (B, D)")
+        distances = torch.stack([(last - first).square().sum(1) for first, last in pairs])
+        lengths = torch.stack([last.detach().square().sum(1) for _, last in pairs])
+        farthest, size = maximum(torch.stack([distances.detach(), lengths]).amax(2))
+        farthest = farthest.masked_fill(farthest <= least**2 * size, 0)
+        return _by(farthest[:, None], distances), farthest > 0
 
 
 def relation_loss(student: Tensor, teacher: Tensor, maximum: Maximum = _alone) -> Tensor:
@@ -78,6 +86,24 @@ def relation_loss(student: Tensor, teacher: Tensor, maximum: Maximum = _alone) -
     largest = maximum(torch.stack([student.detach().amax(), teacher.detach().amax().to(student.dtype)]))
     informative = (largest.amin() > 0).to(student.dtype)
     return informative * (student - teacher.to(student.dtype)).square().mean()
+
+
+def transformation_loss(
+    student: Sequence[tuple[Tensor, Tensor]],
+    teacher: Sequence[tuple[Tensor, Tensor]],
+    maximum: Maximum = _alone,
+    least: float = 0.0,
+) -> Tensor:
+    """Mean over matched stages of the `relation_loss` of their transformation vectors; a stage is its (first, last).
+
+    Both networks and all stages need `maximum` but once: a stage's largest entry is 1, or it has not moved. Raises
+    ValueError as `transformation_vector`.
+    """
+    vectors, moved = _transformations([*student, *teacher], maximum, least)
+    here, there = vectors.unflatten(0, (2, -1)).unbind()
+    informative = moved.unflatten(0, (2, -1)).all(0).to(vectors.dtype)
+    total: Tensor = informative * (here - there).square().mean(1)
+    return total.mean()
 
 
 def edge_loss(student: Tensor, teacher: Tensor, rows: slice = slice(None), maximum: Maximum = _alone) -> Tensor:
@@ -106,15 +132,19 @@ class _EdgeLoss(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, rows: slice, maximum: Maximum) -> Tensor:
         norms_x, norms_y = x.square().sum(1), y.square().sum(1)
         blocks = list(_blocks(x, rows))
-        farthest = [(_distances(x, norms_x, b).amax(), _distances(y, norms_y, b).amax()) for b in blocks]
-        largest = maximum(torch.stack([torch.stack(pair) for pair in farthest]).amax(0))
+
+        def both(block: slice) -> tuple[Tensor, Tensor]:
+            return _distances(x, norms_x, block), _distances(y, norms_y, block)
+
+        only = [both(blocks[0])] if len(blocks) == 1 else None
+        farthest = [torch.stack([there.amax() for there in pair]) for pair in only or map(both, blocks)]
+        largest = maximum(torch.stack(farthest).amax(0))
         informative = (largest > 0).all().to(x.dtype)
         largest_x, largest_y = largest.masked_fill(largest == 0, 1)
         entries = len(x) * sum(len(x[block]) for block in blocks)
         total, gradient = x.new_zeros(()), torch.zeros_like(x)
-        for block in blocks:
-            difference = _distances(x, norms_x, block).div_(largest_x)
-            difference.sub_(_distances(y, norms_y, block).div_(largest_y))
+        for block, (here, there) in zip(blocks, only or map(both, blocks), strict=True):
+            difference = here.div_(largest_x).sub_(there.div_(largest_y))
             total += torch.linalg.vector_norm(difference, dim=1).square().sum()
             slope = difference.mul_(4 / (entries * largest_x))
             gradient[block] += slope.sum(1, keepdim=True) * x[block] - slope @ x
@@ -139,8 +169,7 @@ def _distances(x: Tensor, norms: Tensor, rows: slice) -> Tensor:
     """Squared distances (b, B) of centred features, as in `edge_matrix`."""
     distances = x[rows] @ x.T
     distances.mul_(-2).add_(norms[rows, None]).add_(norms).clamp_(min=0)
-    image = torch.arange(len(x), device=x.device)[rows]
-    distances[torch.arange(len(image), device=x.device), image] = 0
+    distances.diagonal(rows.start).zero_()
     return distances
 
 
@@ -165,7 +194,7 @@ def widen(x: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """Vectors along the last dimension, divided by their length; a zero vector stays zero, with zero gradient."""
     squared = x.square().sum(-1, keepdim=True)
-    return torch.where(squared > 0, x * torch.where(squared > 0, squared, 1).rsqrt(), 0)
+    return x * squared.masked_fill(squared == 0, torch.inf).rsqrt()
 
 
 def _by(largest: Tensor, distances: Tensor) -> Tensor:

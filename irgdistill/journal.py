@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from irgdistill.files import sync
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, of none where it is missing; damaged lines are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict) and "kind" in record]
 
 
 class Journal:

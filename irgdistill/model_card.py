@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from irgdistill.checkpoint import RunFolder
 from irgdistill.config import dump, read_yaml, validate
 from irgdistill.errors import UserError
+from irgdistill.journal import records
 from irgdistill.models import Network, multiply_adds, parameters
 from irgdistill.settings import Config
 
@@ -188,9 +189,7 @@ def _chosen(metrics: Mapping[str, Any], run: RunFolder) -> str:
 
 def _tried_teacher(run: RunFolder) -> dict[str, Any] | None:
     """What the run found of its teacher before training."""
-    lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []
-    record: dict[str, Any] = json.loads(lines[0]) if lines else {}
-    return record if record.get("kind") == "teacher" else None
+    return next((record for record in records(run.metrics) if record["kind"] == "teacher"), None)
 
 
 def _comparison(metadata: Mapping[str, Any], run: RunFolder) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.utils import ModelEmaV3, random_seed
@@ -21,6 +22,7 @@ from irgdistill.setup import Setup, autocast, choose_device
 from irgdistill.state import mean_of, random_states, restore_random_states
 from irgdistill.taps import Tapped, has_unused_parameters
 
+What = TypeVar("What", bound=Callable[..., Any])
 CHECK_IMAGES = 2000
 """Validation images on which the teacher is tried before training."""
 
@@ -53,6 +55,8 @@ class Parts:
             report.warn("no attention term: no matched stage has a feature map in both networks")
         if setup.untaught_logits:
             report.warn("no term on logits: the student's classifier stays as it began, only relations are learnt")
+        # Many processes talk within a term. No mode: what a term gives outlives the step, as a CUDA graph's does not.
+        self.raw_terms = self.loss if self.world.size > 1 else self._compiled(self.loss)
         self._build_networks()
         self._build_loaders()
         self._build_optimizer()
@@ -68,7 +72,7 @@ class Parts:
             model = synchronised(model, self.world)
         view = setup.student.view().to(self.device)
         self.tapped = Tapped(model, view, channels_last=last, **self.loss.where("student"))
-        network = self._compiled(self.tapped)
+        network = self._compiled(self.tapped, config.runtime.compile_mode)
         self.adapters = self.loss.adapters().to(self.device)
         if config.runtime.sync_bn and list(self.adapters.parameters()):
             synchronised(self.adapters, self.world)
@@ -85,7 +89,7 @@ class Parts:
                     model.eval(), setup.teacher.size, {tap.module for taps in where.values() for tap in taps}
                 )
             teacher = Tapped(model, view, channels_last=last, **where)
-            self.teacher = self._compiled(teacher.requires_grad_(False).eval())
+            self.teacher = self._compiled(teacher.requires_grad_(False).eval(), config.runtime.compile_mode)
 
     def _booster(self) -> Tapped | None:
         booster = self.setup.booster
@@ -98,13 +102,13 @@ class Parts:
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.config.runtime.channels_last else model
 
-    def _compiled(self, network: Tapped) -> Tapped:
+    def _compiled(self, what: What, mode: str | None = None) -> What:
         if not self.config.runtime.compile:
-            return network
+            return what
         torch._functorch.config.donated_buffer = False  # gradient shares run backward more than once
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # networks alike may differ in their taps
         torch._dynamo.reset()  # or earlier runs of this process would use up the limit of recompilations
-        return cast(Tapped, torch.compile(network, mode=self.config.runtime.compile_mode))
+        return cast(What, torch.compile(what, mode=mode))
 
     def _build_loaders(self) -> None:
         setup, config, student = self.setup, self.config, self.setup.student

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from irgdistill.journal import Journal
+from irgdistill.journal import Journal, records
 
 LINE_EVERY = 30.0
 """Seconds between two lines of the plain log within an epoch."""
@@ -85,10 +85,9 @@ class Report:
             if self.listener is not None:
                 self.listener(values)
 
-    def recorded(self) -> list[str]:
-        """Lines of metrics.jsonl."""
-        path = None if self._journal is None else self._journal.path
-        return path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
+    def recorded(self) -> list[dict[str, Any]]:
+        """Records of metrics.jsonl."""
+        return [] if self._journal is None else records(self._journal.path)
 
     def mark(self) -> dict[str, int]:
         """Where metrics.jsonl ends, everything before it being on the disk. Raises OSError."""

@@ -315,7 +315,7 @@ class RuntimeConfig(Section):
     fold: bool = True
     """Fold the teacher's batch norms into its convolutions, where its logits stay the same to 1e-4."""
     compile: bool = False
-    """Run both networks through `torch.compile`."""
+    """Run both networks, and in a single process the loss, through `torch.compile`."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     """Of `torch.compile`; `reduce-overhead` records CUDA graphs, for small networks on a large GPU."""
     graph_scope: Literal["global", "local"] = "global"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,7 +38,7 @@ def watched(setup: Setup, folder: Path, report: Report, step: int, main: bool) -
         yield lambda teacher, student, epoch: None
         return
     try:
-        before = [json.loads(line) for line in report.recorded()]
+        before = report.recorded()
     except ValueError:
         before = []
     config = setup.config.model_dump(mode="json")

@@ -66,7 +66,7 @@ class Trainer(Parts):
             if self.cache is not None and cached is not None:
                 teacher = self.cache.output(cached)
             student = self.student(images)
-        raw = self.loss(Batch(student, targets, teacher))
+        raw = self.raw_terms(Batch(student, targets, teacher))
         total = self.loss.total(raw)
         self._refuse_non_finite(total, raw)
         self._sample_shares(raw)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,19 +35,28 @@ class Result:
     err: str
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """`run("distill", "--epochs", 1)` runs the real command in this process."""
+Run = Callable[..., Result]
+
+
+def command(*words: object) -> int:
+    """Runs `irgdistill WORDS…` in this process -> its exit code."""
     from irgdistill.cli import main
 
-    def call(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["irgdistill", *map(str, args)])
-        capsys.readouterr()
-        code = 0
+    with mock.patch.object(sys, "argv", ["irgdistill", *map(str, words)]):
         try:
             main()
         except SystemExit as error:
-            code = int(error.code or 0)
+            return int(error.code or 0)
+    return 0
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run("distill", "--epochs", 1)` runs the real command in this process and keeps what it says."""
+
+    def call(*words: object) -> Result:
+        capsys.readouterr()
+        code = command(*words)
         captured = capsys.readouterr()
         return Result(code, captured.out, captured.err)
 
@@ -63,9 +75,33 @@ def write_images(root: Path, classes: dict[str, int], size: int = 16, seed: int 
     return root
 
 
+SMALL = ("--input-size", 16, "--workers", 0, "--batch-size", 24, "--set", "runtime.log_every=1", "--seed", 3)
+"""Options of a run on `three_colours`."""
+
+
+def three_colours(root: Path) -> Path:
+    """train/ and val/ with three classes of 16×16 images."""
+    write_images(root / "train", {"red": 24, "green": 24, "blue": 24})
+    write_images(root / "val", {"red": 8, "green": 8, "blue": 8}, seed=1)
+    return root
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """train/ and val/ with three classes of 16×16 images."""
-    write_images(tmp_path / "data" / "train", {"red": 24, "green": 24, "blue": 24})
-    write_images(tmp_path / "data" / "val", {"red": 8, "green": 8, "blue": 8}, seed=1)
-    return tmp_path / "data"
+    return three_colours(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a network that knows the three colours, trained through the command line."""
+    root = tmp_path_factory.mktemp("teacher")
+    options = ("--method", "none", "--student", "cifar_resnet14_x0_5", "--epochs", 4, *SMALL)
+    assert command("distill", "--data", three_colours(root / "data"), *options, "--output", root / "run") == 0
+    assert json.loads((root / "run/summary.json").read_text())["top1"] > 90
+    return root / "run"
+
+
+def records(run_folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind in a run's metrics."""
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]

@@ -24,6 +24,7 @@ TIMES = {"seconds", "images_per_second", "images_seen", "metrics_mark"}
 def outcome(folder: Path) -> dict[str, Any]:
     """Everything a finished run leaves that is not a time: weights with their metadata, metrics, summary, state."""
     from irgdistill.files import read_tensors
+    from irgdistill.journal import records
     from irgdistill.state import load_state
 
     found: dict[str, Any] = {}
@@ -31,8 +32,8 @@ def outcome(folder: Path) -> dict[str, Any]:
         weights, metadata = read_tensors(folder / f"{name}.safetensors")
         found |= {f"{name} {key}": value for key, value in _flat(weights).items()}
         found |= {f"{name} metadata {key}": value for key, value in _flat(metadata).items()}
-    for number, line in enumerate((folder / "metrics.jsonl").read_text().splitlines()):
-        found |= {f"metrics {number} {key}": value for key, value in _flat(json.loads(line)).items()}
+    for number, record in enumerate(records(folder / "metrics.jsonl")):
+        found |= {f"metrics {number} {key}": value for key, value in _flat(record).items()}
     found |= {
         f"summary {key}": value for key, value in _flat(json.loads((folder / "summary.json").read_text())).items()
     }

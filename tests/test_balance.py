@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Result, write_images
+from conftest import Run, write_images
 from safetensors.torch import load_file
 
 from irgdistill.balance import balanced_weights, draw_balanced
@@ -26,7 +25,6 @@ from irgdistill.settings import AugmentConfig, DataConfig, LossesConfig
 from irgdistill.sources import open_splits
 from irgdistill.taps import Output
 
-Run = Callable[..., Result]
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0] * 50 + [1] * 7 + [3] * 23)
 """80 images; class 2 has none."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Result
+from conftest import Run
 from safetensors.torch import load_file
 
 from irgdistill import cache
@@ -23,7 +22,6 @@ from irgdistill.report import Report
 from irgdistill.setup import prepare
 from irgdistill.trainer import Trainer
 
-Run = Callable[..., Result]
 RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--batch-size", 128, "--warmup-epochs", 0)
 RECIPE += ("--device", "cpu", "--workers", 0)
 SHORT = ("--epochs", 2, "--set", "runtime.log_every=1", "--set", "runtime.share_every=0")

@@ -8,44 +8,16 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Result, write_images
+from conftest import SMALL, Result, Run, records
 from safetensors.torch import load_file, save_file
 
 import irgdistill.models  # noqa: F401  registers the CIFAR networks
 from irgdistill.files import read_metadata
-
-Run = Callable[..., Result]
-SMALL = ("--input-size", 16, "--workers", 0, "--batch-size", 24, "--set", "runtime.log_every=1", "--seed", 3)
-
-
-def records(run_folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher of the three colours, trained through the command line."""
-    from irgdistill.cli import main
-
-    root = tmp_path_factory.mktemp("teacher")
-    write_images(root / "data" / "train", {"red": 24, "green": 24, "blue": 24})
-    write_images(root / "data" / "val", {"red": 8, "green": 8, "blue": 8}, seed=1)
-    options = ["--data", root / "data", "--student", "cifar_resnet14_x0_5", "--method", "none", "--epochs", 3, *SMALL]
-    before, sys.argv = sys.argv, ["irgdistill", "distill", *map(str, options), "--output", str(root / "run")]
-    try:
-        main()
-    except SystemExit as error:
-        assert not error.code
-    finally:
-        sys.argv = before
-    return root / "run"
 
 
 def distill(run: Run, teacher: Path, folder: Path, output: Path, *options: object) -> Result:

@@ -8,20 +8,18 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from conftest import Result
+from conftest import Run
 from rich.console import Console
 
 from irgdistill import cli_options
 from irgdistill.cli import app
 from irgdistill.report import Report, hushed, table
 
-Run = Callable[..., Result]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 PANELS = {"Networks", "Data", "Matching", "Method", "Training", "Run", "Result"}
 ALONE = ("--preset", "quickstart", "--method", "none", "--student", "cifar_resnet14_x0_5", "--epochs", 1)

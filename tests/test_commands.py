@@ -19,13 +19,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import typer
-from conftest import Result, write_images
+from conftest import Run, write_images
 from timm.models import _registry
 from timm.models.resnet import BasicBlock, _create_resnet
 
 from irgdistill.cli import app
 
-Run = Callable[..., Result]
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FEWER = {
@@ -139,7 +138,7 @@ def arguments_of(line: str) -> tuple[str, list[object]]:
     _, name, *arguments = shlex.split(line.partition(" > ")[0])
     fewer: list[object] = [] if "--plan-only" in line else [*FEWER.get(name, ())]
     fewer += ("--lr", 0.01) if name in ("distill", "compare") and "--preset" not in line else ()
-    fewer += PRESET if "--preset cifar10-small" in line else ()
+    fewer += PRESET if "--preset cifar10-" in line else ()
     fewer += ("--logits", 2) if "--logits" in line else ()
     return name, [*arguments, *fewer]
 

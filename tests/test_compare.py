@@ -11,18 +11,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Result
+from conftest import Run
 from safetensors.torch import load_file
 
 from irgdistill.statistics import mean_and_deviation, paired_interval, t_975
 
-Run = Callable[..., Result]
 RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--epochs", 1, "--batch-size", 128)
 RECIPE += ("--warmup-epochs", 0, "--device", "cpu")
 

@@ -20,7 +20,7 @@ from irgdistill.config import load_config
 from irgdistill.data import Order
 from irgdistill.distributed import World, joined, synchronised
 from irgdistill.evaluate import evaluate
-from irgdistill.graph import edge_matrix, relation_loss, transformation_vector
+from irgdistill.graph import edge_matrix, relation_loss, transformation_loss
 from irgdistill.models import build_network
 from irgdistill.report import Report
 from irgdistill.setup import prepare
@@ -77,11 +77,7 @@ def _relations(world: World, scope: str) -> dict[str, tuple[float, Tensor]]:
 
     losses = {
         "edges": lambda: relation_loss(edges(own[0]), edges(own[1]).detach(), spans.maximum),
-        "transform": lambda: relation_loss(
-            transformation_vector(own[0], own[2], spans.maximum),
-            transformation_vector(own[1], own[3], spans.maximum).detach(),
-            spans.maximum,
-        ),
+        "transform": lambda: transformation_loss([(own[0], own[2])], [(own[1], own[3])], spans.maximum),
     }
     for name, loss in losses.items():
         for part in own:

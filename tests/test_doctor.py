@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Result
+from conftest import Run
 from torch import nn
 
 from irgdistill import doctor, trial
@@ -19,7 +19,6 @@ from irgdistill.images import Images
 from irgdistill.setup import prepare
 from irgdistill.trial import LiveBytes, try_run
 
-Run = Callable[..., Result]
 PLAN = ("--preset", "quickstart", "--method", "none", "--student", "cifar_resnet14_x0_5")
 LARGE = 2**40
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import Result
+from conftest import Run
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,7 +28,6 @@ from irgdistill.checkpoint import restore
 from irgdistill.config import load_config
 from irgdistill.files import read_tensors, save_tensors
 
-Run = Callable[..., Result]
 RECIPE = ("--preset", "quickstart", "--device", "cpu", "--set", "data.train_images=256", "--warmup-epochs", 0)
 KNOWN = "test_resnet"
 """A small network that timm knows by itself."""

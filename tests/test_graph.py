@@ -12,7 +12,7 @@ from conftest import SHARED, shared
 from torch import Tensor
 
 from irgdistill import graph
-from irgdistill.graph import edge_loss, edge_matrix, relation_loss, transformation_vector
+from irgdistill.graph import edge_loss, edge_matrix, relation_loss, transformation_loss, transformation_vector
 
 GOLDEN = SHARED / "golden/irg_reference.json"
 REFERENCE = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"edges": [], "transformations": []}
@@ -192,6 +192,34 @@ def test_images_that_have_not_moved_give_zeros_and_no_gradient() -> None:
     assert loss == 0 and last.grad is not None and last.grad.count_nonzero() == 0
     far = torch.randn(6, 8)
     assert torch.equal(transformation_vector(first, far, least=0.01), transformation_vector(first, far))
+
+
+def test_transformation_loss_is_the_mean_over_stages_under_one_maximum() -> None:
+    student = [(torch.randn(9, width), torch.randn(9, width).requires_grad_()) for width in (3, 8, 5)]
+    teacher = [(torch.randn(9, width), torch.randn(9, width)) for width in (6, 7, 10)]
+    student[1] = student[1][0], (student[1][0] + 1e-5).requires_grad_()  # has not moved
+    asked: list[Tensor] = []
+
+    def maximum(values: Tensor) -> Tensor:  # another process has an image that moves farther
+        asked.append(values)
+        return 2 * values
+
+    lasts = [last for _, last in student]
+    loss = transformation_loss(student, teacher, maximum, least=0.01)
+    assert [len(values.flatten()) for values in asked] == [12]
+    expected = torch.stack(
+        [
+            (transformation_vector(*s, least=0.01) - transformation_vector(*t, least=0.01)).square().mean() / 4
+            for s, t in (zip(student, teacher, strict=True))
+        ]
+    )
+    expected = (expected * torch.tensor([1, 0, 1])).mean()
+    torch.testing.assert_close(loss, expected)
+    gradients = torch.autograd.grad(loss, lasts)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, lasts))
+    assert not gradients[1].any() and gradients[0].any()
+    with pytest.raises(ValueError, match="same shape"):
+        transformation_loss([(torch.zeros(2, 3), torch.zeros(2, 4))], teacher[:1])
 
 
 def whole_edge_loss(student: Tensor, teacher: Tensor, rows: slice = slice(None)) -> Tensor:

@@ -6,14 +6,13 @@ import base64
 import json
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Result, write_images
+from conftest import Result, Run, command, write_images
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,15 +20,12 @@ from safetensors.torch import load_file, save_file
 from irgdistill.files import read_metadata, save_tensors
 from irgdistill.inspection import nearest_neighbours
 
-Run = Callable[..., Result]
 CLASSES = ("blue & co", "green", "<b>red")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/, a teacher, a student alone and a distilled one, all through the command line, one epoch each."""
-    from irgdistill.cli import main
-
     root = tmp_path_factory.mktemp("made")
     write_images(root / "data" / "train", dict.fromkeys(CLASSES, 12))
     write_images(root / "data" / "val", dict(zip(CLASSES, (8, 8, 5), strict=True)), seed=1)
@@ -41,29 +37,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("taught", ["--student", "cifar_resnet14_x0_5", *taught]),
         ("two-levels", ["--student", "cifar_resnet14_x0_5", *taught, "--levels", 2]),
     ):
-        before, sys.argv = sys.argv, ["irgdistill", "distill", *map(str, [*options, *small, "--output", root / name])]
-        try:
-            main()
-        except SystemExit as error:
-            assert not error.code
-        finally:
-            sys.argv = before
+        assert command("distill", *options, *small, "--output", root / name) == 0
     return root
 
 
 @pytest.fixture(scope="module")
 def seen(made: Path) -> Path:
     """The distilled student inspected beside the one alone."""
-    from irgdistill.cli import main
-
     options = [made / "taught", "--compare", made / "alone", "--images", 18, "--neighbours", 3, "--workers", 0]
-    before, sys.argv = sys.argv, ["irgdistill", "inspect-graph", *map(str, options)]
-    try:
-        main()
-    except SystemExit as error:
-        assert not error.code
-    finally:
-        sys.argv = before
+    assert command("inspect-graph", *options) == 0
     return made / "taught" / "graphs"
 
 

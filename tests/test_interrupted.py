@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Result, write_images
+from conftest import Result, Run, write_images
 from interruption import differences, outcome
 from safetensors import SafetensorError
 
@@ -22,10 +22,10 @@ import irgdistill.evaluate
 from irgdistill import files, journal, trainer
 from irgdistill import run as run_module
 from irgdistill.checkpoint import RunFolder
+from irgdistill.journal import records
 from irgdistill.state import load_state, position, save_state
 from irgdistill.trainer import Trainer
 
-Run = Callable[..., Result]
 OPTIONS = ("--method", "none", "--student", "cifar_resnet14_x0_5", "--input-size", 16, "--workers", 0, "--epochs", 3)
 OPTIONS += ("--batch-size", 12, "--set", "runtime.log_every=1", "--device", "cpu", "--save-every-steps", 2)
 BATCHES = 6
@@ -366,6 +366,13 @@ def test_a_damaged_file_is_named_or_made_up_for(run: Run, whole: Path, stopped: 
     allowed = {"metrics.jsonl": "metrics ", "best.safetensors": "best "}.get(name, "nothing")
     different = differences(outcome(whole), outcome(stopped))
     assert all(entry.startswith((allowed, "summary", "state best")) and allowed != "nothing" for entry in different)
+
+
+def test_a_damaged_record_is_left_out(tmp_path: Path) -> None:
+    whole = '{"kind": "eval", "epoch": 1}'
+    (tmp_path / "metrics.jsonl").write_bytes(f'{whole}\n{{&kind": "eval"}}\n7\n{whole}\n'.encode() + b'{"kind": "\xff')
+    assert records(tmp_path / "metrics.jsonl") == 2 * [json.loads(whole)]
+    assert records(tmp_path / "none.jsonl") == []
 
 
 @pytest.mark.parametrize("how", DAMAGE)

@@ -7,7 +7,7 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Result, write_images
+from conftest import SMALL, Run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,33 +25,13 @@ from irgdistill.trainer import Trainer
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-Run = Callable[..., Result]
 Points = dict[tuple[str, int], float]
-SMALL = ("--input-size", 16, "--workers", 0, "--batch-size", 24, "--set", "runtime.log_every=1", "--seed", 3)
 PICTURES = ("--set", "runtime.graph_images_every=1")
 
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from irgdistill.cli import main
-
-    root = tmp_path_factory.mktemp("teacher")
-    for split in ("train", "val"):
-        write_images(root / "data" / split, {"red": 24, "green": 24, "blue": 24})
-    options = ["--data", root / "data", "--student", "cifar_resnet14_x0_5", "--method", "none", "--epochs", 1, *SMALL]
-    before, sys.argv = sys.argv, ["irgdistill", "distill", *map(str, options), "--output", str(root / "run")]
-    try:
-        main()
-    except SystemExit as error:
-        assert not error.code
-    finally:
-        sys.argv = before
-    return root / "run" / "best.safetensors"
 
 
 def arguments(teacher: Path, folder: Path, output: Path, *options: object) -> list[object]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Result
+from conftest import Run
 
 from irgdistill.config import load_config, presets
-
-Run = Callable[..., Result]
 
 
 def test_the_list_names_every_preset_and_what_it_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import json
 import pickle
 import tarfile
 from collections import Counter
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Result, write_images
+from conftest import Run, write_images
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
@@ -28,7 +27,6 @@ from irgdistill.images import BadImages
 from irgdistill.settings import AugmentConfig, DataConfig
 from irgdistill.sources import open_splits
 
-Run = Callable[..., Result]
 SMALL = ("--input-size", 16, "--workers", 0, "--batch-size", 24, "--set", "runtime.log_every=1", "--seed", 3)
 CLASSES = ["blue", "green", "red"]
 huggingface = pytest.importorskip("datasets")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Result
+from conftest import Run
 from safetensors.torch import save_file
 
 from irgdistill import graph
 from irgdistill.models import build_network
-
-Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ import pytest
 import timm
 import timm.layers
 import torch
-from conftest import Result
+from conftest import Run
 from safetensors.torch import load_file, save_file
 
 from irgdistill.checkpoint import restore
 from irgdistill.files import read_metadata
 from irgdistill.taps import Tapped
 
-Run = Callable[..., Result]
 ONE_EPOCH = ("--epochs", 1, "--workers", 0, "--set", "runtime.log_every=1", "--skip-teacher-check")
 
 

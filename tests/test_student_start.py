@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import Result
+from conftest import Run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from irgdistill.models import build_network
 from irgdistill.setup import prepare
 from irgdistill.trainer import Trainer
 
-Run = Callable[..., Result]
 NAME = "cifar_resnet14_x0_5"
 CLASSES = ["blue", "green", "red"]
 ALONE = ("--method", "none", "--workers", 0, "--batch-size", 24)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import Result, write_images
+from conftest import SMALL, Result, Run, records, write_images
 from safetensors.torch import load_file, save_file
 
 from irgdistill.config import load_config
@@ -23,29 +20,7 @@ from irgdistill.sources import open_splits
 from irgdistill.taps import Output
 from irgdistill.unlabelled import UNLABELLED
 
-Run = Callable[..., Result]
-SMALL = ("--input-size", 16, "--workers", 0, "--batch-size", 24, "--set", "runtime.log_every=1", "--seed", 3)
 CLASSES = ["blue", "green", "red"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Knows the three colours."""
-    from irgdistill.cli import main
-
-    root = tmp_path_factory.mktemp("teacher")
-    write_images(root / "data" / "train", {"red": 24, "green": 24, "blue": 24})
-    write_images(root / "data" / "val", {"red": 8, "green": 8, "blue": 8}, seed=1)
-    options = ["--data", root / "data", "--student", "cifar_resnet14_x0_5", "--method", "none", "--epochs", 4, *SMALL]
-    before, sys.argv = sys.argv, ["irgdistill", "distill", *map(str, options), "--output", str(root / "run")]
-    try:
-        main()
-    except SystemExit as error:
-        assert not error.code
-    finally:
-        sys.argv = before
-    assert json.loads((root / "run" / "summary.json").read_text())["top1"] > 90
-    return root / "run" / "best.safetensors"
 
 
 def plain(root: Path, folders: dict[str, str], seed: int = 0, count: int = 24) -> Path:
@@ -65,11 +40,6 @@ FLAT = {"red": ".", "green": "sub", "blue": "sub/deeper"}
 def distill(run: Run, teacher: Path, data: object, output: Path, *options: object) -> Result:
     student = ("--student", "cifar_resnet14_x0_5", "--data", data, "--output", output)
     return run("distill", "--teacher-checkpoint", teacher, *student, "--no-labels", *SMALL, *options)
-
-
-def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
 
 
 def test_a_student_learns_from_the_teacher_alone(run: Run, teacher: Path, tmp_path: Path) -> None:
@@ -195,7 +165,7 @@ def test_validation_folders_must_be_the_teachers_classes(tmp_path: Path) -> None
 
 
 def test_a_teacher_without_class_names_gives_numbers(run: Run, teacher: Path, tmp_path: Path) -> None:
-    save_file(load_file(teacher), tmp_path / "foreign.safetensors")
+    save_file(load_file(teacher / "best.safetensors"), tmp_path / "foreign.safetensors")
     data = plain(tmp_path / "data", FLAT)
     options = ("--teacher", "cifar_resnet14_x0_5", "--epochs", 1, "--val-fraction", 0.25, "--teacher-input-size", 16)
     result = distill(run, tmp_path / "foreign.safetensors", data, tmp_path / "run", *options)

@@ -30,13 +30,13 @@ def decoupled_targets(
     TCKD is the divergence of (target, all others) as two classes, NCKD that among the other classes alone. The authors
     raise the weight over the first 20 epochs; here it is constant.
     """
-    target = F.one_hot(labels, student.shape[1]).bool()
+    target, place = labels[:, None], torch.arange(student.shape[1] - 1, device=labels.device)
+    rest = place + (place >= target)
     parts = []
     for logits in (widen(teacher), widen(student)):
         log = F.log_softmax(logits / temperature, dim=1)
-        binary = torch.stack([log[target], log.masked_fill(target, -torch.inf).logsumexp(1)], dim=1)
-        others = F.log_softmax(logits[~target].view(len(logits), -1) / temperature, dim=1)
-        parts.append((binary, others))
+        binary = torch.cat([log.gather(1, target), log.gather(1, rest).logsumexp(1, keepdim=True)], dim=1)
+        parts.append((binary, F.log_softmax(logits.gather(1, rest) / temperature, dim=1)))
     (teacher_binary, teacher_others), (student_binary, student_others) = parts
     tckd = F.kl_div(student_binary, teacher_binary, reduction="batchmean", log_target=True)
     nckd = F.kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)

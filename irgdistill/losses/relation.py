@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from irgdistill.distributed import World
-from irgdistill.graph import edge_loss, relation_loss, transformation_vector
+from irgdistill.graph import edge_loss, transformation_loss
 from irgdistill.losses.term import Batch, Term
 from irgdistill.matching import Ends, Plan
 from irgdistill.taps import tap_name
@@ -50,14 +50,15 @@ class Transformations(Term):
     def __init__(self, stages: Sequence[tuple[Ends, Ends]], world: World | None = None) -> None:
         self.teacher_taps = [tap for teacher, _ in stages for tap in teacher]
         self.student_taps = [tap for _, student in stages for tap in student]
-        self.stages = [tuple((tap_name(first), tap_name(last)) for first, last in stage) for stage in stages]
+        self.teacher_ends, self.student_ends = zip(*([_names(ends) for ends in pair] for pair in stages), strict=True)
         self.world = world or World()
 
     def __call__(self, batch: Batch) -> Tensor:
-        losses, maximum = [], self.world.maximum
-        for (first_t, last_t), (first_s, last_s) in self.stages:
-            teacher, student = batch.teacher.features, batch.student.features
-            moved_t = transformation_vector(teacher[first_t], teacher[last_t], maximum, LEAST_MOVEMENT)
-            moved_s = transformation_vector(student[first_s], student[last_s], maximum, LEAST_MOVEMENT)
-            losses.append(relation_loss(moved_s, moved_t, maximum))
-        return torch.stack(losses).mean()
+        student = [(batch.student.features[first], batch.student.features[last]) for first, last in self.student_ends]
+        teacher = [(batch.teacher.features[first], batch.teacher.features[last]) for first, last in self.teacher_ends]
+        return transformation_loss(student, teacher, self.world.maximum, LEAST_MOVEMENT)
+
+
+def _names(ends: Ends) -> tuple[str, str]:
+    first, last = ends
+    return tap_name(first), tap_name(last)
