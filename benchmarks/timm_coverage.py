@@ -186,7 +186,7 @@ def losses(plan: Plan, student: Output, teacher: Output, targets: Tensor, row: R
     if "kd" in off:
         del loss.terms["ce"]
     raw = loss(Batch(student, targets, teacher))
-    weighted = {name: loss.weights[name] * value for name, value in raw.items()}
+    weighted = {name: loss.weights()[name] * value for name, value in raw.items()}
     relation = torch.stack([value for name, value in weighted.items() if name in RELATION_TERMS]).sum()
     return {"total": torch.stack(list(weighted.values())).sum(), "relation": relation}
 

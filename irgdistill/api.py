@@ -120,12 +120,13 @@ class Distiller(nn.Module):
         self._teacher = (teacher.requires_grad_(False),) if teacher is not None and self.config.uses_teacher else ()
 
     def forward(
-        self, images: Tensor, labels: Tensor, teacher_images: Tensor | None = None
+        self, images: Tensor, labels: Tensor, teacher_images: Tensor | None = None, progress: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """images (B, 3, H, W), normalised; labels (B,) class indices or (B, K) probabilities -> loss, terms.
 
         The loss is a scalar, Σ weight · term; the terms are the raw means by name, detached. `teacher_images`
         (B, 3, H', W'): the same crops at the size and normalisation that the teacher expects, where these are others.
+        `progress`: the share of the training that is done, 0 to 1, by which hints fade out.
         """
         student = _look(self.student, images, self.loss.where("student"), self.adapters)
         teacher = None
@@ -134,8 +135,8 @@ class Distiller(nn.Module):
                 seen = images if teacher_images is None else teacher_images
                 teacher = _look(model.eval(), seen, self.loss.where("teacher"))
         with torch.autocast(images.device.type, enabled=False):
-            raw = self.loss(Batch(student, labels, teacher))
-            return self.loss.total(raw), {name: value.detach() for name, value in raw.items()}
+            raw = self.loss(Batch(student, labels, teacher), self.loss.weights(progress))
+            return self.loss.total(raw, progress), {name: value.detach() for name, value in raw.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         for teacher in self._teacher:

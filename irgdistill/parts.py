@@ -77,7 +77,8 @@ class Parts:
         if config.runtime.sync_bn and list(self.adapters.parameters()):
             synchronised(self.adapters, self.world)
         learner = Learner(network, self.adapters) if len(self.adapters) else network
-        unused = self.world.size > 1 and (setup.untaught_logits or has_unused_parameters(self.tapped))
+        fading = any(name in self.loss.fades for name in self.adapters)
+        unused = self.world.size > 1 and (setup.untaught_logits or fading or has_unused_parameters(self.tapped))
         self.student = self.world.wrap(learner, unused)
         self.deployed = network if self.ema is None else Tapped(self.ema.module, view, (), last)
         self.teacher = None
@@ -151,6 +152,7 @@ class Parts:
             raise UserError(
                 f"--accumulate {self.accumulate}: an epoch has {len(self.train)} batches, at most that many accumulate"
             )
+        self.updates = config.schedule.epochs * (self.batches // self.accumulate)
         self.mix = build_mix(config.augment, config.data.batch_size, len(setup.classes))
 
     def _build_optimizer(self) -> None:

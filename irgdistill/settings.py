@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 METHODS: dict[str, dict[str, float]] = {
     "none": {},
@@ -33,6 +33,9 @@ METHODS: dict[str, dict[str, float]] = {
 Those of other papers are theirs, or common practice, converted to means: see the terms. `logits`: half of the mean is
 what soft targets of weight 1 tend to as their temperature grows (Hinton et al. 2015, equation 4).
 """
+
+FADES: dict[str, dict[str, tuple[float, float]]] = {"irg+kd+at": {"attention": (0.3, 0.6)}}
+"""Hints of a method that fade out, and between which shares of the training."""
 
 MOVABLE = {
     *("data.source", "data.root", "data.workers", "data.hold_gib", "teacher.checkpoint", "teacher.cache"),
@@ -77,10 +80,17 @@ def _names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
+def _in_order(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("the weight falls from the first share to the second, which cannot be the smaller")
+    return value
+
+
 Names = Annotated[list[str], BeforeValidator(_names)]
 Size = Annotated[tuple[int, int], BeforeValidator(_size)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Fade = Annotated[tuple[Probability, Probability], BeforeValidator(_names), AfterValidator(_in_order)]
 
 
 class Section(BaseModel):
@@ -241,6 +251,9 @@ class ScheduleConfig(Section):
 class TermConfig(Section):
     weight: Weight | None = None
     """Factor of this term's mean; unset: what the method gives it."""
+    fade: Fade | None = None
+    """Shares of the training between which the weight falls to 0, `[0.3, 0.6]`; unset: as the method has it; `[1, 1]`:
+    never. What has faded out is no longer computed."""
 
 
 class CrossEntropyConfig(Section):
@@ -305,6 +318,11 @@ class LossesConfig(Section):
         """Every term with its weight, in the order of declaration; 0 is off."""
         return {name: getattr(self, name).weight or 0.0 for name in type(self).model_fields}
 
+    def fades(self) -> dict[str, Fade]:
+        """Terms that fade out, and when."""
+        given = {name: getattr(self, name).fade for name in type(self).model_fields if name != "ce"}
+        return {name: fade for name, fade in given.items() if fade is not None}
+
 
 class RuntimeConfig(Section):
     device: str = "auto"
@@ -356,16 +374,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fill_weights(self) -> Config:
-        given = METHODS[self.method]
+        given, fades = METHODS[self.method], FADES.get(self.method, {})
         if not self.data.labels and "weight" not in self.losses.ce.model_fields_set:
             ce = self.losses.ce.model_copy(update={"weight": 0.0})
             self.losses = self.losses.model_copy(update={"ce": ce})
         for name in type(self.losses).model_fields:
             term = getattr(self.losses, name)
-            if term.weight is None:
-                self.losses = self.losses.model_copy(
-                    update={name: term.model_copy(update={"weight": given.get(name, 0.0)})}
-                )
+            unset: dict[str, Any] = {"weight": given.get(name, 0.0)} if term.weight is None else {}
+            if name in fades and term.fade is None:
+                unset["fade"] = fades[name]
+            self.losses = self.losses.model_copy(update={name: term.model_copy(update=unset)})
         return self
 
     @property

@@ -66,10 +66,11 @@ class Trainer(Parts):
             if self.cache is not None and cached is not None:
                 teacher = self.cache.output(cached)
             student = self.student(images)
-        raw = self.raw_terms(Batch(student, targets, teacher))
-        total = self.loss.total(raw)
+        progress = self.update / self.updates
+        raw = self.raw_terms(Batch(student, targets, teacher), tuple(self.loss.weights(progress)))
+        total = self.loss.total(raw, progress)
         self._refuse_non_finite(total, raw)
-        self._sample_shares(raw)
+        self._sample_shares(raw, self.loss.weights(progress))
         self.scaler.scale(total / self.accumulate).backward()
         self.batch += 1
         if boundary:
@@ -105,10 +106,10 @@ class Trainer(Parts):
                 "the weights were not changed; a lower --lr, --clip-grad 1 or --amp none may help"
             )
 
-    def _sample_shares(self, raw: dict[str, Tensor]) -> None:
+    def _sample_shares(self, raw: dict[str, Tensor], weights: dict[str, float]) -> None:
         every = self.config.runtime.share_every
         if every and len(raw) > 1 and self.update % every == 0 and self.batch % self.accumulate == 0:
-            shares = gradient_shares(raw, self.loss.weights, list(self.tapped.parameters()), self.world)
+            shares = gradient_shares(raw, weights, list(self.tapped.parameters()), self.world)
             self.report.record({"kind": "gradient", "epoch": self.epoch + 1, "update": self.update, "share": shares})
 
     # --- the run ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from irgdistill.losses.rocket import BoosterLabels, Rocket
 from irgdistill.losses.similarity import Probabilities, Relational, Similarity
 from irgdistill.losses.term import Batch, Term
 from irgdistill.matching import Plan
-from irgdistill.settings import LossesConfig
+from irgdistill.settings import Fade, LossesConfig
 from irgdistill.taps import Tapped
 
 __all__ = ["Batch", "DistillLoss", "Learner", "Term", "build_loss", "gradient_shares"]
@@ -27,18 +27,24 @@ __all__ = ["Batch", "DistillLoss", "Learner", "Term", "build_loss", "gradient_sh
 class DistillLoss:
     """The weighted sum of terms. Raw values are kept apart from what is summed."""
 
-    def __init__(self, terms: dict[str, Term], weights: dict[str, float]) -> None:
+    def __init__(self, terms: dict[str, Term], weights: dict[str, float], fades: Mapping[str, Fade]) -> None:
         self.terms = terms
-        self.weights = {name: weights[name] for name in terms}
+        self.fades = fades
+        self._weights = {name: weights[name] for name in terms}
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Raw value of every term, a scalar each."""
-        return {name: term(batch) for name, term in self.terms.items()}
+    def weights(self, progress: float = 0.0) -> dict[str, float]:
+        """Of every term, once `progress`, a share from 0 to 1, of the training is done; faded terms are left out."""
+        left = {name: (last - progress) / max(last - first, 1e-9) for name, (first, last) in self.fades.items()}
+        return {name: w * min(left.get(name, 1), 1) for name, w in self._weights.items() if left.get(name, 1) > 0}
 
-    def total(self, raw: dict[str, Tensor]) -> Tensor:
-        """The objective."""
-        zero = next(iter(raw.values())).new_zeros(())
-        return sum((self.weights[name] * value for name, value in raw.items()), start=zero)
+    def __call__(self, batch: Batch, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Raw value of every term, or of those named, a scalar each."""
+        return {name: self.terms[name](batch) for name in names or self.terms}
+
+    def total(self, raw: dict[str, Tensor], progress: float = 0.0) -> Tensor:
+        """The objective, of the terms that `weights` has then."""
+        weights, zero = self.weights(progress), next(iter(raw.values())).new_zeros(())
+        return sum((weights[name] * value for name, value in raw.items()), start=zero)
 
     def where(self, role: Literal["teacher", "student"]) -> dict[str, list[Tap]]:
         """What the terms need of one network: `taps`, `maps` and `energies` of `Tapped`."""
@@ -91,7 +97,7 @@ def build_loss(
     if "rocket" in on:
         assert booster is not None
         terms |= {"rocket": Rocket(booster), "booster": BoosterLabels(config.ce.label_smoothing)}
-    return DistillLoss(terms, {**weights, "booster": 1.0})
+    return DistillLoss(terms, {**weights, "booster": 1.0}, config.fades())
 
 
 def _of_stages(config: LossesConfig, plan: Plan, world: World | None) -> dict[str, Callable[[], Term]]:
