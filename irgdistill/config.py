@@ -51,7 +51,8 @@ def _explain(error: Any) -> str:
         allowed = error["ctx"]["expected"]
         near = nearest(str(error["input"]), allowed.split("'")[1::2])
         return f"{path} = {error['input']!r}: expected {allowed}{near}"
-    return f"{path} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    msg = error["msg"].removeprefix("Value error, ")
+    return f"{path} = {error['input']!r}: {msg[0].lower()}{msg[1:]}"
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

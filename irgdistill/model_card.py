@@ -211,12 +211,18 @@ def _controls(metadata: Mapping[str, Any], run: RunFolder) -> str:
     return f"The same student by other methods; this one is `{metadata['method']}`, seed {metadata['seed']}.\n\n{told}"
 
 
+def _weighed(name: str, term: Mapping[str, Any]) -> str:
+    fade = term.get("fade")
+    gone = "" if fade is None else f" (to {fade[0]:.0%} of the training, gone from {fade[1]:.0%} on)"
+    return f"{term['weight']:g} · {name}{gone}"
+
+
 def _recipe(metadata: Mapping[str, Any], config: Config | None) -> str:
-    weights = {name: term["weight"] for name, term in metadata["losses"].items() if term["weight"]}
+    terms = [_weighed(name, term) for name, term in metadata["losses"].items() if term["weight"]]
     rows = [
         ["setting", "value"],
         ["method", f"`{metadata['method']}`"],
-        ["loss", " + ".join(f"{weight:g} · {name}" for name, weight in weights.items())],
+        ["loss", " + ".join(terms)],
         ["data", f"`{data_name(metadata)}`, batches of {metadata['data']['batch_size']}"],
         ["seed", str(metadata["seed"])],
     ]

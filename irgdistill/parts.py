@@ -77,8 +77,7 @@ class Parts:
         if config.runtime.sync_bn and list(self.adapters.parameters()):
             synchronised(self.adapters, self.world)
         learner = Learner(network, self.adapters) if len(self.adapters) else network
-        fading = any(name in self.loss.fades for name in self.adapters)
-        unused = self.world.size > 1 and (setup.untaught_logits or fading or has_unused_parameters(self.tapped))
+        unused = self.world.size > 1 and (setup.untaught_logits or has_unused_parameters(self.tapped))
         self.student = self.world.wrap(learner, unused)
         self.deployed = network if self.ema is None else Tapped(self.ema.module, view, (), last)
         self.teacher = None

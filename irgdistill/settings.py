@@ -253,7 +253,7 @@ class TermConfig(Section):
     """Factor of this term's mean; unset: what the method gives it."""
     fade: Fade | None = None
     """Shares of the training between which the weight falls to 0, `[0.3, 0.6]`; unset: as the method has it; `[1, 1]`:
-    never. What has faded out is no longer computed."""
+    never. What has faded out is no longer computed, but for terms that train something beside the student."""
 
 
 class CrossEntropyConfig(Section):

@@ -150,6 +150,11 @@ def check_without_labels(config: Config) -> None:
         raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out ({methods})")
     if not config.uses_teacher:
         raise UserError(f"--no-labels: method {config.method!r} learns from labels alone; {methods}")
+    on = [name for name, weight in config.losses.weights().items() if weight > 0]
+    lasting = [name for name in on if name in LOGIT_TERMS] or on
+    if all(name in config.losses.fades() for name in lasting):
+        fades = " and ".join(f"losses.{name}.fade" for name in lasting)
+        raise UserError(f"--no-labels: nothing would teach the student to the end; leave out {fades}")
 
 
 def check_logging(config: Config, splits: Splits) -> None:

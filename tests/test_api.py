@@ -184,6 +184,17 @@ def test_relations_alone_need_no_shared_classes(digits: tuple[Tensor, Tensor]) -
     assert set(terms) == {"ce", "edges", "transform", "attention"}
 
 
+def test_hints_fade_with_the_progress_that_is_told(digits: tuple[Tensor, Tensor]) -> None:
+    images, labels = digits[0][:8], digits[1][:8]
+    distiller = Distiller(timm.create_model("cifar_resnet20", num_classes=10), network())
+    told = [distiller(images, labels, progress=progress) for progress in (0, 0.45, 0.7)]
+    assert [set(terms) - set(told[2][1]) for _, terms in told] == [{"attention"}, {"attention"}, set()]
+    weights = load_config().losses.weights()
+    expected = [sum(value * weights[name] for name, value in terms.items()) for _, terms in told]
+    expected[1] -= 50 * told[1][1]["attention"]
+    torch.testing.assert_close(torch.stack([loss for loss, _ in told]), torch.stack(expected))
+
+
 def test_a_run_in_one_call(tmp_path: Path) -> None:
     options = {"preset": "quickstart", "student": "cifar_resnet14_x0_5", "method": "none", "epochs": 1, "device": "cpu"}
     summary = distill(output=tmp_path / "run", **options)

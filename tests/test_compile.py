@@ -19,9 +19,13 @@ from irgdistill import models  # noqa: F401  registers the CIFAR networks
 NAME = "cifar_resnet14_x0_5"
 
 
-def losses(output: Path) -> list[float]:
+def trained(output: Path) -> list[dict[str, Any]]:
     records = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "train"]
+    return [record for record in records if record["kind"] == "train"]
+
+
+def losses(output: Path) -> list[float]:
+    return [record["loss"] for record in trained(output)]
 
 
 @pytest.mark.slow
@@ -37,7 +41,18 @@ def test_compiled_runs_are_those_of_eager_ones(run: Run, tmp_path: Path, monkeyp
     torch.manual_seed(1)
     save_file(timm.create_model(NAME, num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
     options = ("--preset", "quickstart", "--student", NAME, "--epochs", 1, "--batch-size", 128, "--seed", 3)
-    options += ("--opt", "adamw", "--lr", 0.001, "--set", "runtime.log_every=1", "--set", "runtime.share_every=3")
+    options += (
+        "--method",
+        "irg+kd+at",
+        "--opt",
+        "adamw",
+        "--lr",
+        0.001,
+        "--set",
+        "runtime.log_every=1",
+        "--set",
+        "runtime.share_every=3",
+    )
     taught = ("--teacher", NAME, "--teacher-checkpoint", tmp_path / "teacher.safetensors", "--skip-teacher-check")
     runs = {"alone": ("--method", "none", "--compile"), "compiled": (*taught, "--compile"), "eager": taught}
     counters.clear()
@@ -45,6 +60,8 @@ def test_compiled_runs_are_those_of_eager_ones(run: Run, tmp_path: Path, monkeyp
         result = run("distill", *options, *more, "--output", tmp_path / name)
         assert result.code == 0, result.err
     assert len(compiled) == 5 and not counters["graph_break"]  # each run's loss and networks
+    terms = [set(record["terms"]) for record in trained(tmp_path / "compiled")]
+    assert terms[0] - terms[-1] == {"attention"}, "it fades out on the way, and is then left out"
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-3)
     weights = load_file(tmp_path / "compiled" / "last.safetensors")
     assert set(weights) == set(timm.create_model(NAME).state_dict())

@@ -89,6 +89,8 @@ def test_later_wins_preset_then_set_then_flag(tmp_path: Path) -> None:
         ("method=irgkd", "'sp' or 'pkt'; did you mean irg+kd"),
         ("data.val_fraction=1.5", "data.val_fraction = 1.5"),
         ("losses.edges.weight=.nan", "finite"),
+        ("losses.kd.fade=[0.6, 0.3]", "losses.kd.fade = [0.6, 0.3]: the weight falls from the first share"),
+        ("losses.kd.fade=0.1,1.5", "losses.kd.fade.1 = '1.5'"),
         ("student.input_size=abc", "student.input_size"),
         ("noequals", "expected key.path=value"),
     ],

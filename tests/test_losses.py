@@ -132,6 +132,28 @@ def test_gradient_shares_add_up_and_keep_the_graph() -> None:
     assert parameter.grad is not None and parameter.grad.tolist() == [7.0, 7.0]
 
 
+def test_a_hint_fades_out_between_two_shares_of_the_training() -> None:
+    settings = ["losses.kd.weight=2", "losses.kd.fade=0.25,0.75", "losses.logits.fade=[0.5, 0.5]"]
+    loss = build_loss(load_config(settings=settings, flags={"method": "irg+kd"}).losses, PLAN)
+    kd = [loss.weights(progress).get("kd") for progress in (0, 0.25, 0.5, 0.7, 0.75, 1)]
+    assert kd == pytest.approx([2, 2, 1, 0.2, None, None])
+    logits = [loss.weights(progress).get("logits") for progress in (0, 0.49, 0.5, 1)]
+    assert logits == pytest.approx([0.1, 0.1, None, None])
+    assert list(loss.weights(1)) == ["ce", "edges", "transform"]
+    student, teacher = outputs()
+    raw = loss(Batch(student, torch.arange(6), teacher), loss.weights(0.5))
+    assert list(raw) == ["ce", "kd", "edges", "transform"]
+    others = sum(loss.weights()[name] * raw[name].item() for name in ("ce", "edges", "transform"))
+    assert loss.total(raw, 0.5).item() == pytest.approx(others + raw["kd"].item())
+
+
+def test_attention_of_the_default_fades_and_can_be_kept() -> None:
+    assert load_config().losses.fades() == {"attention": (0.3, 0.6)}
+    assert load_config(flags={"method": "kd+at"}).losses.fades() == {}
+    kept = build_loss(load_config(settings=["losses.attention.fade=1,1"]).losses, PLAN)
+    assert kept.weights(0.999) == kept.weights() and "attention" in kept.weights()
+
+
 def test_unset_weights_come_from_the_method_and_set_ones_win() -> None:
     unset = LossesConfig().weights()
     assert unset.pop("ce") == 1.0 and {"kd", "logits", "edges", "transform"} < set(unset) and not any(unset.values())

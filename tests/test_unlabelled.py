@@ -135,6 +135,8 @@ def test_terms_on_labels_cannot_be_asked(tmp_path: Path) -> None:
         (("--method", "dkd"), "losses.dkd need labels"),
         (("--method", "rocket"), "losses.rocket need labels"),
         (("--set", "losses.ce.weight=1", "--set", "losses.dkd.weight=1"), "losses.ce, losses.dkd need labels"),
+        (("--set", "losses.kd.fade=0.2,0.4"), "to the end; leave out losses.kd.fade"),
+        (("--method", "irg", "--set", "losses.logits.fade=0,1"), "to the end; leave out losses.logits.fade"),
         (("--balanced",), "--balanced need labels"),
         (("--label-smoothing", 0.1), "--label-smoothing need labels"),
         (("--set", "losses.ce.class_weights=balanced"), "losses.ce.class_weights need labels"),

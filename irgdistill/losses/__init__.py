@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
@@ -33,9 +34,17 @@ class DistillLoss:
         self._weights = {name: weights[name] for name in terms}
 
     def weights(self, progress: float = 0.0) -> dict[str, float]:
-        """Of every term, once `progress`, a share from 0 to 1, of the training is done; faded terms are left out."""
-        left = {name: (last - progress) / max(last - first, 1e-9) for name, (first, last) in self.fades.items()}
-        return {name: w * min(left.get(name, 1), 1) for name, w in self._weights.items() if left.get(name, 1) > 0}
+        """Of every term, once `progress`, a share from 0 to 1, of the training is done.
+
+        Faded terms are left out, but for those that train something: DDP expects a gradient, if one of zeros.
+        """
+        weights = {}
+        for name, weight in self._weights.items():
+            first, last = self.fades.get(name, (math.inf, math.inf))
+            left = 1.0 if progress < first else max(last - progress, 0) / max(last - first, 1e-9)
+            if left > 0 or self.terms[name].adapter is not None:
+                weights[name] = weight * left
+        return weights
 
     def __call__(self, batch: Batch, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Raw value of every term, or of those named, a scalar each."""
