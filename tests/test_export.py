@@ -41,7 +41,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     taught = ("--teacher-checkpoint", root / "teacher" / "last.safetensors", "--skip-teacher-check")
     cifar = ("--student", "cifar_resnet14_x0_5", "--epochs", 1, *taught, "--methods", "none,kd", "--seeds", 2)
-    known = ("--student", KNOWN, "--input-size", 48, "--epochs", 6, *taught[:2])
+    fading = ("--set", "losses.edges.fade=0.3,0.6")
+    known = ("--student", KNOWN, "--input-size", 48, "--epochs", 6, *fading, *taught[:2])
     teacher = ("--student", "cifar_resnet20", "--method", "none", "--epochs", 6)
     for command in (
         ("distill", *RECIPE, *teacher, "--output", root / "teacher"),
@@ -221,6 +222,7 @@ def test_the_card_tells_no_more_than_is_known(run: Run, runs: Path, tmp_path: Pa
     text = (tmp_path / "run" / "README.md").read_text()
     assert tried["kind"] == "teacher" and f"| teacher, `cifar_resnet20` | {tried['top1']:.2f} |" in text
     assert "| `layer3.2` |" in text and "Controls" not in text and "| epochs | 6 |" in text
+    assert "5 · edges (to 30% of the training, gone from 60% on)" in text
 
     shutil.copy(runs / "compare" / "none" / "0" / "best.safetensors", tmp_path)
     assert run("export", tmp_path / "best.safetensors", "--output", tmp_path / "file", "--check-images", 1).code == 0
