@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the floor's networks and the tool's are compiled")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 256  # else the later methods of one process would run uncompiled
     rows = []
     for pair in arguments.pairs.split(","):
         for batch in map(int, arguments.batches.split(",")):
