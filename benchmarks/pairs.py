@@ -105,7 +105,7 @@ def three_steps(teacher_name: str, student_name: str, splits: Splits) -> dict[st
     def look() -> tuple[Tensor, dict[str, Tensor]]:
         random_seed(SEED)  # dropout of the last look as in the first
         raw = loss(Batch(tapped.train()(images), targets, output))
-        return loss.total(raw), raw
+        return loss.total(raw, loss.weights()), raw
 
     def update(optimizer: Optimizer, objective: Tensor) -> None:
         objective.backward()

@@ -135,8 +135,9 @@ class Distiller(nn.Module):
                 seen = images if teacher_images is None else teacher_images
                 teacher = _look(model.eval(), seen, self.loss.where("teacher"))
         with torch.autocast(images.device.type, enabled=False):
-            raw = self.loss(Batch(student, labels, teacher), self.loss.weights(progress))
-            return self.loss.total(raw, progress), {name: value.detach() for name, value in raw.items()}
+            weights = self.loss.weights(progress)
+            raw = self.loss(Batch(student, labels, teacher), weights)
+            return self.loss.total(raw, weights), {name: value.detach() for name, value in raw.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         for teacher in self._teacher:

@@ -66,11 +66,11 @@ class Trainer(Parts):
             if self.cache is not None and cached is not None:
                 teacher = self.cache.output(cached)
             student = self.student(images)
-        progress = self.update / self.updates
-        raw = self.raw_terms(Batch(student, targets, teacher), tuple(self.loss.weights(progress)))
-        total = self.loss.total(raw, progress)
+        weights = self.loss.weights(progress=self.update / self.updates)
+        raw = self.raw_terms(Batch(student, targets, teacher), tuple(weights))
+        total = self.loss.total(raw, weights)
         self._refuse_non_finite(total, raw)
-        self._sample_shares(raw, self.loss.weights(progress))
+        self._sample_shares(raw, weights)
         self.scaler.scale(total / self.accumulate).backward()
         self.batch += 1
         if boundary:

@@ -42,7 +42,7 @@ def shard(rank: int) -> tuple[Tensor, Tensor]:
 def objective(terms: dict[str, float], plan: Plan, student: Output, teacher: Output, targets: Tensor) -> Tensor:
     losses = {name: {"weight": terms.get(name, 0.0)} for name in ("ce", "kd", "logits", "edges", "transform")}
     loss = build_loss(validate({"method": "none", "losses": losses}).losses, plan)
-    return loss.total(loss(Batch(student, targets, teacher)))
+    return loss.total(loss(Batch(student, targets, teacher)), loss.weights())
 
 
 def gradients(student: Tapped) -> dict[str, Tensor]:

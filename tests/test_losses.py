@@ -81,7 +81,8 @@ def test_full_loss_is_the_sum_of_weighted_means() -> None:
         moves.append((s - t).square().mean().item())
     assert raw["transform"].item() == pytest.approx(sum(moves) / 2)
     weights = config.weights()
-    assert loss.total(raw).item() == pytest.approx(sum(weights[name] * raw[name].item() for name in raw))
+    total = loss.total(raw, loss.weights()).item()
+    assert total == pytest.approx(sum(weights[name] * raw[name].item() for name in raw))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_a_hint_fades_out_between_two_shares_of_the_training() -> None:
     raw = loss(Batch(student, torch.arange(6), teacher), loss.weights(0.5))
     assert list(raw) == ["ce", "kd", "edges", "transform"]
     others = sum(loss.weights()[name] * raw[name].item() for name in ("ce", "edges", "transform"))
-    assert loss.total(raw, 0.5).item() == pytest.approx(others + raw["kd"].item())
+    assert loss.total(raw, loss.weights(0.5)).item() == pytest.approx(others + raw["kd"].item())
 
 
 def test_attention_of_the_default_fades_and_can_be_kept() -> None:

@@ -50,9 +50,9 @@ class DistillLoss:
         """Raw value of every term, or of those named, a scalar each."""
         return {name: self.terms[name](batch) for name in names or self.terms}
 
-    def total(self, raw: dict[str, Tensor], progress: float = 0.0) -> Tensor:
-        """The objective, of the terms that `weights` has then."""
-        weights, zero = self.weights(progress), next(iter(raw.values())).new_zeros(())
+    def total(self, raw: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+        """The objective, by what `weights` gave for now."""
+        zero = next(iter(raw.values())).new_zeros(())
         return sum((weights[name] * value for name, value in raw.items()), start=zero)
 
     def where(self, role: Literal["teacher", "student"]) -> dict[str, list[Tap]]:
