@@ -3,8 +3,8 @@
     python benchmarks/ranks.py --json benchmarks/results/ranks.json      # on an idle machine with two cores
 
 All on the CPU with gloo. **Relations**: time of the edge term (gather, own rows, backward) on pooled features of
-64 values for global batches of 256, 2,048 and 16,384 images, in one process with the whole matrix and in two with half
-of its rows each, against a step of the student `cifar_resnet20_x0_5` under `cifar_resnet20`, timed at 256 images in the
+64 values for global batches of 256, 2,048 and 16,384 images, in one process with all rows and in two with half of
+them each, against a step of the student `cifar_resnet20_x0_5` under `cifar_resnet20`, timed at 256 images in the
 same processes and scaled to the batch (a step of 16,384 does not fit the memory). `extra_mib` is what the process grew
 by in the term. **Images/s**: the trainer's own step, one process with two threads against two with one each, and
 one with one; in turn, several rounds; the ratio is that of the medians.
@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from irgdistill.checkpoint import RunFolder
 from irgdistill.config import load_config
 from irgdistill.distributed import World, joined
-from irgdistill.graph import edge_matrix, relation_loss
+from irgdistill.graph import edge_loss
 from irgdistill.models import build_network
 from irgdistill.report import Report
 from irgdistill.setup import prepare
@@ -117,8 +117,7 @@ def relations(world: World, batches: list[int], rounds: int, folder: Path) -> li
             (world.gather(student).sum() + world.gather(teacher).sum()).backward()
 
         def term(student: torch.Tensor = student, teacher: torch.Tensor = teacher, own: int = own) -> None:
-            edges = [edge_matrix(world.gather(x), world.rows(own), world.maximum) for x in (student, teacher)]
-            relation_loss(edges[0], edges[1], world.maximum).backward()
+            edge_loss(world.gather(student), world.gather(teacher), world.rows(own), world.maximum).backward()
 
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         row = {

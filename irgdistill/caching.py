@@ -34,9 +34,8 @@ from irgdistill.matching import ends, match
 from irgdistill.models import Network, build_network, fold_batch_norm
 from irgdistill.report import Report
 from irgdistill.settings import Config
-from irgdistill.setup import autocast, build_teacher, check_classes, choose_device, resolved
+from irgdistill.setup import autocast, build_teacher, check_classes, choose_device, open_data, resolved
 from irgdistill.signals import Stopped, leave_to_parent
-from irgdistill.sources import open_splits
 from irgdistill.taps import MAP_LAYOUTS, Output, Tapped, tap_name
 
 
@@ -57,7 +56,8 @@ def cache_teacher(request: Request, config: Config) -> None:
     Raises UserError before the teacher runs for whatever can be known by then.
     """
     config = resolved(config)
-    splits, teacher = open_splits(config.data), build_teacher(config)
+    splits, teacher = open_data(config, lambda: build_teacher(config))
+    assert teacher is not None
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream: its images have no numbers under which to find them again")
     check_classes(config, teacher, splits.classes)

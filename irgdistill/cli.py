@@ -286,7 +286,7 @@ def cache_teacher(
     """
     from irgdistill.config import load_config
 
-    refused = ("no_labels", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend", "teacher_cache")
+    refused = ("resume", "previous_state", "overwrite", "dry_run", "gpus", "backend", "teacher_cache")
     options = options_of_distill(context, "cache-teacher", refused)
     config = load_config(options["preset"], list(options["settings"] or ()), settings_of(options))
 

@@ -21,6 +21,7 @@ from typing import Any
 from irgdistill.checkpoint import RunFolder
 from irgdistill.compare_table import Run, tell
 from irgdistill.config import dump, load_config, read_yaml, validate
+from irgdistill.distributed import cores
 from irgdistill.errors import Interrupted, UserError, nearest
 from irgdistill.files import write_text
 from irgdistill.losses import build_loss
@@ -165,7 +166,7 @@ def _launch(run: Run, request: Request) -> subprocess.Popen[bytes]:
         recipe = folder.with_suffix(".yaml")
         write_text(recipe, dump(run.config))
         options = ["--preset", str(recipe), "--output", str(folder), "--overwrite"]
-    threads = max(1, len(os.sched_getaffinity(0)) // request.jobs)
+    threads = max(1, cores() // request.jobs)
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "irgdistill", "distill", *options],

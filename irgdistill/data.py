@@ -1,4 +1,4 @@
-"""Transforms and loaders from configuration, over the images of `sources`.
+"""Loaders from configuration, over the images of `sources`.
 
 Every image is addressed by (epoch, index): its augmentation is seeded by these and the run's seed, so a run does not
 depend on the number of workers and can go on in the middle of an epoch. Loaders yield raw images, uint8
@@ -7,7 +7,6 @@ depend on the number of workers and can go on in the middle of an epoch. Loaders
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from irgdistill.augment import batched, eval_transform, fit_to, then_pixels, train_transform
 from irgdistill.balance import draw_balanced
-from irgdistill.distributed import World
+from irgdistill.distributed import World, cores
 from irgdistill.errors import UserError
 from irgdistill.held import fits
 from irgdistill.images import BadImages, Images, collate
@@ -29,7 +28,6 @@ from irgdistill.sources import Splits
 
 WAITING, ENOUGH = 0.1, 10.0
 """Share of the time, and seconds, from which waiting for images is worth a word."""
-LINUX = hasattr(os, "sched_getaffinity")
 
 
 class Order(torch.utils.data.Sampler[int]):
@@ -182,11 +180,11 @@ class Loader:
         if self._told or share < WAITING or 2 * busy > WAITING:
             return None
         self._told = True
-        workers, cores = self.loader.num_workers, len(os.sched_getaffinity(0)) if LINUX else os.cpu_count() or 1
+        workers, count = self.loader.num_workers, cores()
         advice = "smaller files or a faster disk may help"
-        if workers < cores - 1:
+        if workers < count - 1:
             advice = "more --workers may help"
-        return f"training waited for images {share:.0%} of the time: {advice} (--workers {workers}, {cores} cores)"
+        return f"training waited for images {share:.0%} of the time: {advice} (--workers {workers}, {count} cores)"
 
 
 def as_it_is(batch: Any) -> Any:

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 def ranks() -> int:
-    """How many processes this one was started among: by `torchrun`, or by `launch.run_workers`."""
+    """How many processes this one was started among: by `torchrun`, or by `run_workers`."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -183,13 +183,18 @@ class _Gather(torch.autograd.Function):
 # --- starting workers -------------------------------------------------------------------------------------------------
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_workers(count: int, arguments: Sequence[str]) -> None:
     """Run `irgdistill ARGUMENTS` in `count` processes on this machine, through torch's launcher.
 
     Each joins by `joined`. Raises Interrupted with the message and exit code of the first worker to fail or stop.
     """
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its report of a failure is a screenful
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

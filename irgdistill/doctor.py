@@ -17,6 +17,7 @@ import torch
 from rich.text import Text
 
 from irgdistill import __version__
+from irgdistill.distributed import cores
 from irgdistill.errors import UserError
 from irgdistill.models import build_network
 from irgdistill.report import Report, table
@@ -110,21 +111,17 @@ def _machine(found: Findings, output: Path) -> None:
         name = torch.cuda.get_device_name(number)
         found.row(f"cuda:{number}", f"{name}, {size(free)} of {size(total)} free")
         found.values.setdefault("cuda", []).append({"name": name, "free": free, "total": total})
-    cores, threads = _cores(), torch.get_num_threads()
+    count, threads = cores(), torch.get_num_threads()
     there = memory()
     found.row(
         "cpu",
-        f"{_count(cores, 'core')}, {_count(threads, 'thread')} of torch, {size(there)} of memory free",
-        cores=cores,
+        f"{_count(count, 'core')}, {_count(threads, 'thread')} of torch, {size(there)} of memory free",
+        cores=count,
     )
     found.values |= {"threads": threads, "memory": there}
     if SHARED.is_dir():
         found.row("shared memory", f"{size(_room(SHARED))} free", shared_memory=_room(SHARED))
     found.row("disk", f"{size(_room(output))} free for {output}", disk=_room(output))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory() -> int:
@@ -217,7 +214,7 @@ def _speed_verdict(trial: Trial, setup: Setup, processes: int, found: Findings) 
         seconds = count / (rate * processes)
         found.row("epoch", f"{seconds:,.0f} s of training for {count:,} images", epoch_seconds=seconds)
     wanted = math.ceil(max(data.workers, 1) * step / loader)
-    most = max(_cores() // processes, 1)
+    most = max(cores() // processes, 1)
     if rate > 0.9 * step:
         found.say("ok", "the loader keeps up with the step")
     elif max(wanted, 1) <= most:

@@ -148,7 +148,8 @@ def _check_images(request: Request, network: Network, metadata: dict[str, Any]) 
         data = data.model_copy(update={"download": False})
         how = (network.size, network.interpolation, network.crop_pct, torch.device("cpu"))
         bad = BadImages(data.max_bad_images, Report().warn)
-        loader = eval_loader(open_splits(data, val_only=True), data, *how, bad, limit=request.check_images)
+        splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
+        loader = eval_loader(splits, data, *how, bad, limit=request.check_images)
         batches, count = [], 0
         for images, _ in loader.epoch():
             batches.append(images[: request.check_images - count])

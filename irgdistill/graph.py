@@ -6,8 +6,9 @@ Shapes: B images, D features.
     edge_matrix          (B, B)   A[i, j] = |f_i - f_j|² / max, symmetric, zero diagonal, in [0, 1]
     transformation_vector(B,)     v[i] = |last_i - first_i|² / max, in [0, 1]
 
-On many processes each holds b of the B images: it computes its own rows of the edge matrix, (b, B), and its own part of
-the transformation vector, (b,), and `maximum` turns the largest value it sees into the largest of all.
+On many processes each holds b of the B images. The losses, `edge_loss` and `transformation_loss`, then take its own
+rows of the edge matrix, (b, B), and its own part of the transformation vector, (b,); `maximum` turns the largest value
+it sees into the largest of all.
 
 Source: Liu et al., "Knowledge Distillation via Instance Relationship Graph", CVPR 2019, sections 3.2 and 3.3, and
 the authors' Caffe layers: the maximum is a constant in the backward pass. Theirs divide by zero where all features
@@ -30,11 +31,11 @@ def _alone(values: Tensor) -> Tensor:
     return values
 
 
-def edge_matrix(features: Tensor, rows: slice = slice(None), maximum: Maximum = _alone) -> Tensor:
+def edge_matrix(features: Tensor) -> Tensor:
     """Normalised squared distances between all images of a batch.
 
-    `features` is (B, D) of any floating type; the result is (B, B), or the asked `rows` of it, float32 (float64 stays
-    float64), also inside autocast. Distances do not change when a constant is subtracted from every row, so the first
+    `features` is (B, D) of any floating type; the result is (B, B), float32 (float64 stays float64), also inside
+    autocast. Distances do not change when a constant is subtracted from every row, so the first
     row and then the mean are removed: features with a large common offset keep their digits in the matrix product, and
     equal features become exact zeros. B = 1 and all-equal features give zeros with zero gradient. Raises ValueError
     where `features` is no matrix.
@@ -43,13 +44,12 @@ def edge_matrix(features: Tensor, rows: slice = slice(None), maximum: Maximum = 
     with torch.autocast(x.device.type, enabled=False):
         x = centred(x)
         norms = x.square().sum(1)
-        distances = (norms[rows, None] + norms[None, :] - 2 * (x[rows] @ x.T)).clamp(min=0)
-        image = torch.arange(len(x), device=x.device)
-        distances = distances.masked_fill(image[rows, None] == image[None, :], 0)
-        return _by(maximum(distances.detach().amax()), distances)
+        distances = (norms[:, None] + norms - 2 * (x @ x.T)).clamp(min=0)
+        distances = distances.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
+        return _by(distances.detach().amax(), distances)
 
 
-def transformation_vector(first: Tensor, last: Tensor, maximum: Maximum = _alone, least: float = 0.0) -> Tensor:
+def transformation_vector(first: Tensor, last: Tensor, least: float = 0.0) -> Tensor:
     """How far each image moves between two layers of one network, relative to the image that moves farthest.
 
     `first` and `last` are (B, D) with equal D; the result is (B,), float32 (float64 stays float64), also inside
@@ -58,7 +58,7 @@ def transformation_vector(first: Tensor, last: Tensor, maximum: Maximum = _alone
     begin near zero, in the extreme mere rounding) has nearly infinite gradients. Raises ValueError when the shapes
     differ.
     """
-    vectors, _ = _transformations([(first, last)], maximum, least)
+    vectors, _ = _transformations([(first, last)], _alone, least)
     return vectors[0]
 
 
@@ -77,14 +77,13 @@ def _transformations(stages: Sequence[tuple[Tensor, Tensor]], maximum: Maximum, 
         return _by(farthest[:, None], distances), farthest > 0
 
 
-def relation_loss(student: Tensor, teacher: Tensor, maximum: Maximum = _alone) -> Tensor:
+def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of two normalised relations of equal shape: edge matrices or transformation vectors.
 
     Zero, with zero gradient, when either relation is degenerate (all zeros): a maximum of 1 marks every other one.
     The authors' Euclidean loss is B/2 times this for both kinds, and their edge gradient half of that loss's.
     """
-    largest = maximum(torch.stack([student.detach().amax(), teacher.detach().amax().to(student.dtype)]))
-    informative = (largest.amin() > 0).to(student.dtype)
+    informative = ((student.detach().amax() > 0) & (teacher.detach().amax() > 0)).to(student.dtype)
     return informative * (student - teacher.to(student.dtype)).square().mean()
 
 

@@ -18,6 +18,7 @@ from irgdistill.errors import UserError
 from irgdistill.journal import records
 from irgdistill.models import Network, multiply_adds, parameters
 from irgdistill.settings import Config
+from irgdistill.state import metric, score
 
 CITATION = """```bibtex
 @inproceedings{liu2019knowledge,
@@ -30,6 +31,14 @@ CITATION = """```bibtex
 }
 ```
 """
+
+
+OUTSIDE = {
+    "--teacher-checkpoint": ("teacher", "checkpoint"),
+    "--teacher-cache": ("teacher", "cache"),
+    "--student-checkpoint": ("student", "checkpoint"),
+}
+"""Files and folders that a run needs and an export does not hold: options and their keys."""
 
 
 def write_card(
@@ -83,7 +92,7 @@ def _front_matter(network: Network, metadata: Mapping[str, Any], license: str) -
     name, metrics = data_name(metadata), metadata["metrics"]
     folder = Path(str(metadata["data"]["source"])).is_absolute()
     results = None
-    if metrics:
+    if "top1" in metrics:
         results = EvalResult(
             task_type="image-classification",
             dataset_type="imagefolder" if folder else name,
@@ -119,8 +128,9 @@ def _config(run: RunFolder, metadata: Mapping[str, Any]) -> Config | None:
     data, teacher = config.data, config.teacher
     data.source, data.root = data_name(metadata), Path("data")
     teacher.name, config.student.name = public_name(teacher.name), public_name(config.student.name)
-    if teacher.checkpoint is not None:
-        teacher.checkpoint = Path(teacher.checkpoint.name)
+    for part, key in OUTSIDE.values():
+        if (path := getattr(getattr(config, part), key)) is not None:
+            setattr(getattr(config, part), key, Path(path.name))
     return config
 
 
@@ -162,6 +172,10 @@ def _accuracy(metadata: Mapping[str, Any], run: RunFolder) -> str:
     if not metrics:
         return ""
     student = f"this student, after epoch {metrics['epoch']}"
+    if "top1" not in metrics:  # validated without labels
+        rows = [["network", "agreement with the teacher %", "validation images"]]
+        rows.append([student, f"{metrics['agreement']:.2f}", f"{metrics['images']:,}"])
+        return _table(rows) + "\n" + _chosen(metrics, run)
     rows = [["network", "top-1 %", "top-5 %", "validation images"]]
     rows.append([student, f"{metrics['top1']:.2f}", f"{metrics['top5']:.2f}", f"{metrics['images']:,}"])
     comparison, teacher = _comparison(metadata, run), metadata["teacher"]
@@ -181,10 +195,8 @@ def _chosen(metrics: Mapping[str, Any], run: RunFolder) -> str:
     summary = json.loads(run.summary.read_text(encoding="utf-8"))
     if metrics["epoch"] == summary["epochs"]:
         return f"These are the weights after the last of {summary['epochs']} epochs.\n"
-    return (
-        f"The best of {summary['epochs']} epochs, chosen on these same images; "
-        f"after the last epoch top-1 was {summary['last_top1']:.2f} %.\n"
-    )
+    last = score({metric(metrics): summary[f"last_{metric(metrics)}"]})
+    return f"The best of {summary['epochs']} epochs, chosen on these same images; after the last epoch {last} %.\n"
 
 
 def _tried_teacher(run: RunFolder) -> dict[str, Any] | None:
@@ -240,8 +252,9 @@ def _recipe(metadata: Mapping[str, Any], config: Config | None) -> str:
     options = ""
     if Path(str(metadata["data"]["source"])).is_absolute():
         options += " --data FOLDER"
-    if config.teacher.checkpoint is not None:
-        options += f" --teacher-checkpoint {config.teacher.checkpoint}"
+    for option, (part, key) in OUTSIDE.items():
+        if (path := getattr(getattr(config, part), key)) is not None:
+            options += f" {option} {path}"
     return f"{_table(rows)}\nAgain: `irgdistill distill --preset recipe.yaml{options}`\n"
 
 

@@ -114,7 +114,9 @@ class Preprocessing(Section):
     mean: list[float]
     """Of each channel, for pixels in 0 to 1."""
     std: list[float]
+    """Of each channel, likewise."""
     interpolation: str
+    """`bilinear`, `bicubic`, … as timm names them."""
     crop_pct: float
     """Share of the resized image that validation crops."""
 
@@ -222,6 +224,7 @@ class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 0.1
     """Peak learning rate, as given: not scaled with the batch."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of optimizers that have one."""
     weight_decay: Weight = 5e-4
     """Not applied to biases and normalisation, as in timm."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
@@ -240,12 +243,15 @@ class ScheduleConfig(Section):
     warmup_epochs: Annotated[float, Field(ge=0)] = 0
     """Length of the linear warm-up."""
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-5
+    """Learning rate at which the warm-up begins."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at which `cosine`, `poly` and `tanh` end."""
     milestones: list[int] = []
     """Epochs at which `multistep` decays."""
     decay_epochs: Annotated[float, Field(gt=0)] = 30
     """Interval of `step`."""
     decay_rate: Annotated[float, Field(gt=0)] = 0.1
+    """Factor of each decay of `step` and `multistep`; the power of `poly`, as in timm."""
 
 
 class TermConfig(Section):
@@ -258,7 +264,9 @@ class TermConfig(Section):
 
 class CrossEntropyConfig(Section):
     weight: Weight = 1.0
+    """Factor of its mean."""
     label_smoothing: Probability = 0.0
+    """Share of each target that is spread evenly over the classes."""
     class_weights: Literal["balanced", "none"] | list[Weight] = "none"
     """Of this term's classes: `balanced` (inverse frequency, mean 1 over the training images), or one each."""
 
@@ -275,6 +283,7 @@ class EdgesConfig(TermConfig):
 
 class DKDConfig(TermConfig):
     temperature: Annotated[float, Field(gt=0)] = 4.0
+    """As that of `kd`."""
     beta: Weight = 2.0
     """Factor of the divergence among the other classes, beside that of the target; the authors' for CIFAR ResNets."""
 
@@ -330,6 +339,7 @@ class RuntimeConfig(Section):
     amp: Literal["auto", "none", "bf16", "fp16"] = "auto"
     """Autocast precision; `auto`: bf16 on CUDA, none on the CPU. Relations are computed in float32 in any case."""
     channels_last: bool = False
+    """Keep both networks' maps with their channels last: faster for most convolutional networks."""
     fold: bool = True
     """Fold the teacher's batch norms into its convolutions, where its logits stay the same to 1e-4."""
     compile: bool = False

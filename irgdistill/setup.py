@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,7 @@ def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
     cache = None if config.teacher.cache is None else Cache(config.teacher.cache)
     if cache is not None:
         config = cache.adopt(config)
-    if config.data.labels:
-        splits, teacher = open_splits(config.data), _teacher(config, cache, fetch)
-    else:
-        check_without_labels(config)
-        teacher = _teacher(config, cache, fetch)
-        assert teacher is not None
-        splits = open_splits(config.data, classes=teacher.classes or teacher.num_classes)
+    splits, teacher = open_data(config, lambda: _teacher(config, cache, fetch))
     class_weights = weigh_classes(config, splits)
     check_logging(config, splits)
     if teacher is not None:
@@ -102,6 +97,16 @@ def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
     return Setup(config, splits, student, teacher, plan, size, booster, cache, class_weights, start)
 
 
+def open_data(config: Config, teacher: Callable[[], Network | None]) -> tuple[Splits, Network | None]:
+    """The images, and the teacher that is built; without labels their classes are the teacher's. Raises UserError."""
+    if config.data.labels:
+        return open_splits(config.data), teacher()
+    check_without_labels(config)
+    network = teacher()
+    assert network is not None
+    return open_splits(config.data, classes=network.classes or network.num_classes), network
+
+
 def _teacher(config: Config, cache: Cache | None, fetch: bool) -> Network | None:
     """The teacher, where there is one; without its weights, where a cache answers in its place.
 
@@ -120,6 +125,11 @@ def _check_cache(cache: Cache, config: Config, splits: Splits, student: Network,
     """Raises UserError where the run is not on what was cached."""
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream, which no teacher cache can be of")
+    if not splits.labelled:
+        raise UserError(
+            "--teacher-cache: validation images without labels are judged by agreement with the live teacher; "
+            "put them into class folders, or leave out --teacher-cache"
+        )
     interpolation, mean = str(cache.views["interpolation"]), cache.views.get("mean", student.mean)
     count, seed = cache.views["views"], cache.views["seed"]
     cache.check_same("views", describe_views(config.augment, cache.size, interpolation, mean, count, seed))

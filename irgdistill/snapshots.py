@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,13 @@ from irgdistill.data import eval_loader
 from irgdistill.images import BadImages
 from irgdistill.inspection import LOGITS, Graph, Stage, draw_evenly, graph_of, likeness, look, stages_of
 from irgdistill.loggers import Loggers
-from irgdistill.plot import Blocks, StageView, render, stage_figure
 from irgdistill.report import Report
 from irgdistill.setup import Setup
 from irgdistill.taps import Tapped
 from irgdistill.unlabelled import Unlabelled
+
+if TYPE_CHECKING:  # it brings matplotlib, which few runs need
+    from irgdistill.plot import Blocks
 
 IMAGES, NEIGHBOURS = 48, 5
 Show = Callable[[Tapped | None, Tapped, int], None]
@@ -37,12 +40,8 @@ def watched(setup: Setup, folder: Path, report: Report, step: int, main: bool) -
     if not (main and runtime.loggers):
         yield lambda teacher, student, epoch: None
         return
-    try:
-        before = report.recorded()
-    except ValueError:
-        before = []
     config = setup.config.model_dump(mode="json")
-    loggers = Loggers(runtime.loggers, folder, step, config, dump(setup.config), before, report.warn)
+    loggers = Loggers(runtime.loggers, folder, step, config, dump(setup.config), report.recorded(), report.warn)
     drawn: list[Snapshots] = []
 
     def show(teacher: Tapped | None, student: Tapped, epoch: int) -> None:
@@ -77,6 +76,8 @@ class Snapshots:
 
     def take(self, teacher: Tapped, student: Tapped) -> dict[str, NDArray[np.uint8]]:
         """Name of a stage -> picture (H, W, 3): edges of the teacher, of the student, and their difference."""
+        from irgdistill.plot import Blocks
+
         setup, plan, network = self.setup, self.setup.plan, self.setup.student
         data = setup.config.data.model_copy(update={"workers": 0, "eval_batch_size": IMAGES})
         device, bad = next(student.parameters()).device, BadImages(data.max_bad_images)
@@ -108,6 +109,8 @@ class Snapshots:
 
 
 def _picture(title: str, teacher: Graph, student: Graph, blocks: Blocks) -> NDArray[np.uint8]:
+    from irgdistill.plot import StageView, render, stage_figure
+
     numbers = likeness(teacher, student, min(NEIGHBOURS, len(teacher.edges) - 1))["edges"]
     caption = f"squared difference {numbers['mse']:.4f}"
     if numbers["pearson"] is not None:

@@ -17,7 +17,9 @@ from conftest import SMALL, Result, Run, records
 from safetensors.torch import load_file, save_file
 
 import irgdistill.models  # noqa: F401  registers the CIFAR networks
+from irgdistill.checkpoint import RunFolder
 from irgdistill.files import read_metadata
+from irgdistill.state import load_state
 
 
 def distill(run: Run, teacher: Path, folder: Path, output: Path, *options: object) -> Result:
@@ -111,11 +113,20 @@ def test_the_usual_machinery(
     assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "run/last.safetensors").values())
 
 
-def test_a_stopped_run_goes_on_to_the_same_student(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
-    """Stopped by a signal in the middle of an epoch, with dropout, mixup and EMA: bit for bit the same weights."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--mixup", 0.3, "--ema", 0.9, "--set", "student.args={drop_rate: 0.2}"),
+        ("--amp", "fp16", "--clip-grad", 1, "--accumulate", 2, "--batch-size", 12),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_student(
+    run: Run, teacher: Path, folder: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    """Stopped by a signal in the middle of an epoch: bit for bit the same weights, the scale of fp16 too."""
     from irgdistill.trainer import Trainer
 
-    options = ("--epochs", 2, "--mixup", 0.3, "--ema", 0.9, "--set", "student.args={drop_rate: 0.2}")
+    options = ("--epochs", 2, *options)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert distill(run, teacher, folder, whole, *options).code == 0
 
@@ -139,6 +150,8 @@ def test_a_stopped_run_goes_on_to_the_same_student(run: Run, teacher: Path, fold
     for name in ("last", "best"):
         a, b = load_file(whole / f"{name}.safetensors"), load_file(parts / f"{name}.safetensors")
         assert all(torch.equal(a[key], b[key]) for key in a)
+    scales = [load_state(RunFolder(path).state)["scaler"] for path in (whole, parts)]
+    assert scales[0] == scales[1] and bool(scales[0]) is ("fp16" in options)
     strip = lambda r: {key: value for key, value in r.items() if key != "images_per_second"}  # noqa: E731
     for kind in ("train", "eval"):
         assert list(map(strip, records(whole, kind))) == list(map(strip, records(parts, kind)))
@@ -345,12 +358,13 @@ def test_help_version_and_usage_errors_start_without_torch(arguments: list[str])
     assert "Traceback" not in result.stderr
 
 
-def test_help_is_quick() -> None:
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_help_is_quick(option: str) -> None:
     """Processor seconds of a process of its own, best of five: under 0.5, whatever else runs on the machine."""
     seconds = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "irgdistill", "--version"], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-m", "irgdistill", option], capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.5

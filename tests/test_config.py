@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from irgdistill.config import dump, keys, load_config, presets, validate
 from irgdistill.errors import UserError
+from irgdistill.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,6 +125,19 @@ def test_sizes(given: object) -> None:
     assert load_config(flags={"student.input_size": given}).student.input_size == (224, 224)
 
 
-def test_every_key_has_a_docstring_where_it_needs_one() -> None:
-    assert "losses.kd.temperature" in set(keys())
+def fields(section: type[BaseModel]) -> Iterator[tuple[str, str | None]]:
+    """Every setting below a section, and what is said of it."""
+    for name, field in section.model_fields.items():
+        parts = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type)]
+        below = [part for part in parts if issubclass(part, BaseModel)]
+        for part in below:
+            yield from ((f"{name}.{key}", text) for key, text in fields(part))
+        if not below:
+            yield name, field.description
+
+
+def test_every_setting_is_explained() -> None:
+    texts = dict(fields(Config))
+    assert {"losses.kd.temperature", "student.preprocessing.std"} <= texts.keys()
+    assert not [name for name, text in texts.items() if not text]
     assert len(set(keys())) == len(list(keys()))

@@ -20,7 +20,7 @@ from irgdistill.config import load_config
 from irgdistill.data import Order
 from irgdistill.distributed import World, joined, synchronised
 from irgdistill.evaluate import evaluate
-from irgdistill.graph import edge_matrix, relation_loss, transformation_loss
+from irgdistill.graph import edge_loss, transformation_loss
 from irgdistill.models import build_network
 from irgdistill.report import Report
 from irgdistill.setup import prepare
@@ -72,11 +72,12 @@ def _relations(world: World, scope: str) -> dict[str, tuple[float, Tensor]]:
     spans = world if scope == "global" else World()
     results = {}
 
-    def edges(features: Tensor) -> Tensor:
-        return edge_matrix(spans.gather(features), spans.rows(len(features)), spans.maximum)
+    def edges() -> Tensor:
+        student, teacher = (spans.gather(features) for features in own[:2])
+        return edge_loss(student, teacher, spans.rows(len(own[0])), spans.maximum)
 
     losses = {
-        "edges": lambda: relation_loss(edges(own[0]), edges(own[1]).detach(), spans.maximum),
+        "edges": edges,
         "transform": lambda: transformation_loss([(own[0], own[2])], [(own[1], own[3])], spans.maximum),
     }
     for name, loss in losses.items():
@@ -105,11 +106,10 @@ def test_relations_span_the_images_of_all_processes(tmp_path: Path) -> None:
 
 def _equal_features(world: World) -> float:
     features = torch.ones(4, 3, requires_grad=True)
-    edges = edge_matrix(world.gather(features), world.rows(4), world.maximum)
-    loss = relation_loss(edges, torch.rand(4, 8), world.maximum)
+    loss = edge_loss(world.gather(features), torch.rand(8, 3), world.rows(4), world.maximum)
     loss.backward()
     assert features.grad is not None
-    return float(edges.abs().sum() + loss + features.grad.abs().sum())
+    return float(loss + features.grad.abs().sum())
 
 
 def test_equal_features_give_zeros_on_many_processes_too(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, and its examples work."""
+"""The documentation builds without a warning."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from irgdistill.config import load_config
 from irgdistill.distributed import World
-from irgdistill.graph import edge_matrix, transformation_vector
+from irgdistill.graph import edge_loss, edge_matrix, transformation_loss, transformation_vector
 from irgdistill.levels import Level, Tap
 from irgdistill.losses import Batch, build_loss, gradient_shares
 from irgdistill.losses.logits import logit_regression, soft_targets
@@ -116,12 +116,14 @@ def test_transformations_need_two_taps_of_equal_width() -> None:
     assert list(build_loss(load_config(flags={"method": "mtk"}).losses, narrow).terms) == ["ce", "logits", "edges"]
 
 
-def test_relation_loss_does_not_depend_on_the_batch_size() -> None:
-    """Every term is a mean: the same batch twice gives the same edge mean, up to the zero blocks of the copies."""
+def test_relations_do_not_depend_on_the_batch_size() -> None:
+    """Every term is a mean: the same images twice give the same edges and transformations."""
     x, y = torch.randn(8, 5), torch.randn(8, 3)
-    once = (edge_matrix(x) - edge_matrix(y)).square().mean()
-    twice = (edge_matrix(x.repeat(2, 1)) - edge_matrix(y.repeat(2, 1))).square().mean()
-    torch.testing.assert_close(once, twice)
+    torch.testing.assert_close(edge_loss(x.repeat(2, 1), y.repeat(2, 1)), edge_loss(x, y))
+    student, teacher = (torch.randn(2, 8, 5), torch.randn(2, 8, 3))
+    once = transformation_loss([tuple(student)], [tuple(teacher)])
+    twice = transformation_loss([tuple(student.repeat(1, 2, 1))], [tuple(teacher.repeat(1, 2, 1))])
+    torch.testing.assert_close(twice, once)
 
 
 def test_gradient_shares_add_up_and_keep_the_graph() -> None:

@@ -70,11 +70,41 @@ def test_a_student_learns_from_the_teacher_alone(run: Run, teacher: Path, tmp_pa
     alone = run("eval", output)
     assert alone.code == 2 and "have no labels: give --against TEACHER" in alone.err
 
+    exported = run("export", output, "--output", tmp_path / "hub")
+    assert exported.code == 0 and "45 validation images of data" in exported.err, exported.err
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert f"after epoch {metadata['metrics']['epoch']} | {best:.2f} | 45 |" in card and "top-1" not in card
+    assert str(tmp_path) not in card + (tmp_path / "hub" / "recipe.yaml").read_text(), "no path of this machine"
+
     labelled = write_images(tmp_path / "labelled" / "val", {"red": 8, "green": 8, "blue": 8}, seed=5).parent
     (labelled / "train").mkdir()
     measured = run("eval", output, "--data", labelled, "--json", "--workers", 0)
     assert measured.code == 0, measured.err
     assert json.loads(measured.out)["top1"] > 80
+
+
+def test_from_a_cache(run: Run, teacher: Path, tmp_path: Path) -> None:
+    """The cached teacher's answers on unlabelled images are the live one's; the exported recipe names what it needs."""
+    data = plain(tmp_path / "data" / "train", FLAT).parent
+    write_images(data / "val", {"red": 8, "green": 8, "blue": 8}, seed=1)
+    given = ("--data", data, "--teacher-checkpoint", teacher, "--no-labels", *SMALL)
+    cached = run("cache-teacher", *given, "--store", "fp32", "--output", tmp_path / "cache")
+    assert cached.code == 0, cached.err
+    from_cache = ("--teacher-cache", tmp_path / "cache")
+    for name, options in (("live", ("--set", "data.views=1")), ("cached", from_cache)):
+        result = distill(run, teacher, data, tmp_path / name, "--epochs", 2, *options)
+        assert result.code == 0, result.err
+    live, replayed = (records(tmp_path / name, "train")[-1]["loss"] for name in ("live", "cached"))
+    assert replayed == pytest.approx(live, rel=1e-4)
+    assert run("export", tmp_path / "cached", "--output", tmp_path / "hub").code == 0
+    again = "--data FOLDER --teacher-checkpoint run --teacher-cache cache`"
+    assert again in (tmp_path / "hub" / "README.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "hub" / "recipe.yaml").read_text()
+
+    plain(tmp_path / "bare" / "train", FLAT)
+    plain(tmp_path / "bare" / "val", FLAT, seed=1, count=8)
+    refused = distill(run, teacher, tmp_path / "bare", tmp_path / "refused", *from_cache)
+    assert refused.code == 2 and "agreement with the live teacher; put them into class folders" in refused.err
 
 
 def test_inspect_graph_of_such_a_run(run: Run, teacher: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(_CifarNet):
-    """6n+2 layers, `depth` = (n, n, n) blocks of the given widths."""
+    """6n+2 layers: n = `blocks` blocks in each of three stages of the given widths."""
 
     def __init__(
         self,
