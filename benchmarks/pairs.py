@@ -47,7 +47,8 @@ from irgdistill.matching import match
 from irgdistill.models import build_network, parameters
 from irgdistill.optim import build_optimizer
 from irgdistill.settings import Config
-from irgdistill.sources import Splits, open_splits
+from irgdistill.sources import open_splits
+from irgdistill.splits import Splits
 from irgdistill.taps import Tapped
 
 RESULT = Path(__file__).parent / "results" / "pairs.json"

@@ -41,6 +41,7 @@ import torch
 from timm.models._registry import _model_entrypoints
 from torch import Tensor, nn
 
+from irgdistill.checks import RELATION_TERMS
 from irgdistill.config import validate
 from irgdistill.errors import UserError
 from irgdistill.levels import Level, find_levels
@@ -48,7 +49,6 @@ from irgdistill.losses import Batch, build_loss
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network, known_models, parameters
 from irgdistill.settings import LossesConfig, MatchingConfig
-from irgdistill.setup import RELATION_TERMS
 from irgdistill.taps import Output, Tapped
 
 RESULT = Path(__file__).parent / "results" / "timm_coverage.csv"

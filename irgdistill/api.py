@@ -21,6 +21,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from irgdistill.checks import STAGE_TERMS, check_classes
 from irgdistill.cli_options import FLAGS
 from irgdistill.config import load_config
 from irgdistill.errors import UserError, nearest
@@ -31,7 +32,6 @@ from irgdistill.matching import match as match_levels
 from irgdistill.models import Network
 from irgdistill.run import start
 from irgdistill.settings import Config
-from irgdistill.setup import STAGE_TERMS, check_classes
 from irgdistill.taps import Output, Tapped
 
 

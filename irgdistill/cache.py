@@ -27,7 +27,7 @@ from irgdistill.levels import Tap
 from irgdistill.matching import Plan
 from irgdistill.models import Network, build_network
 from irgdistill.settings import AugmentConfig, Config
-from irgdistill.sources import Splits
+from irgdistill.splits import Splits
 from irgdistill.taps import MAP_LAYOUTS, Output, tap_name
 
 FORMAT = 1
@@ -153,7 +153,7 @@ class Cache:
         missing = [name for tap in (plan.teacher_taps() if plan else ()) if (name := tap_name(tap)) not in self.taps]
         if plan is not None and (weights["at"] > 0 or weights["attention"] > 0):
             exits = [pair.teacher.exit for pair in plan.pairs]
-            attended = self.about.get("attention", ())
+            attended = self.about["attention"]
             missing += [name for tap in exits if tap.layout in MAP_LAYOUTS and (name := tap_name(tap)) not in attended]
         if missing:
             raise UserError(

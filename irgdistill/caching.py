@@ -24,7 +24,9 @@ from irgdistill.cache import (
     read_description,
     shard_path,
 )
+from irgdistill.checks import check_classes
 from irgdistill.data import as_it_is, train_images
+from irgdistill.device import autocast, choose_device
 from irgdistill.errors import Interrupted, UserError, nearest
 from irgdistill.files import read_tensors, save_tensors, write_text
 from irgdistill.graph import unit
@@ -34,7 +36,7 @@ from irgdistill.matching import ends, match
 from irgdistill.models import Network, build_network, fold_batch_norm
 from irgdistill.report import Report
 from irgdistill.settings import Config
-from irgdistill.setup import autocast, build_teacher, check_classes, choose_device, open_data, resolved
+from irgdistill.setup import build_teacher, open_data, resolved
 from irgdistill.signals import Stopped, leave_to_parent
 from irgdistill.taps import MAP_LAYOUTS, Output, Tapped, tap_name
 

@@ -115,7 +115,7 @@ def evaluate(
     given = {key: value for key, value in flags.items() if value is not None}
     config = load_config(flags=given)
 
-    from irgdistill.run import evaluate_targets
+    from irgdistill.eval_run import evaluate_targets
 
     evaluate_targets(targets, checkpoint, against, against_checkpoint, config, set(given), as_json)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from irgdistill import __version__
 from irgdistill.checkpoint import RunFolder, restore
 from irgdistill.data import Loader, eval_loader
+from irgdistill.device import autocast, choose_device
 from irgdistill.files import write_atomically, write_text
 from irgdistill.images import BadImages
 from irgdistill.journal import records
@@ -26,7 +27,7 @@ from irgdistill.models import Network
 from irgdistill.plot import curves_figure, render
 from irgdistill.report import Report, table
 from irgdistill.settings import Config
-from irgdistill.setup import autocast, build_teacher, choose_device
+from irgdistill.setup import build_teacher
 from irgdistill.sources import open_splits
 from irgdistill.statistics import mean_and_deviation, paired_interval
 from irgdistill.taps import Tapped

@@ -24,7 +24,7 @@ from irgdistill.held import fits
 from irgdistill.images import BadImages, Images, collate
 from irgdistill.settings import AugmentConfig, DataConfig
 from irgdistill.signals import leave_to_parent
-from irgdistill.sources import Splits
+from irgdistill.splits import Splits
 
 WAITING, ENOUGH = 0.1, 10.0
 """Share of the time, and seconds, from which waiting for images is worth a word."""

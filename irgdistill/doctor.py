@@ -17,12 +17,14 @@ import torch
 from rich.text import Text
 
 from irgdistill import __version__
+from irgdistill.checks import check_processes
+from irgdistill.device import choose_device
 from irgdistill.distributed import cores
 from irgdistill.errors import UserError
 from irgdistill.models import build_network
 from irgdistill.report import Report, table
 from irgdistill.settings import Config
-from irgdistill.setup import Setup, check_processes, choose_device, prepare
+from irgdistill.setup import Setup, prepare
 from irgdistill.trial import Trial, try_run
 
 SHARED = Path("/dev/shm")

@@ -35,8 +35,8 @@ def leave_word(message: str, code: int) -> bool:
     return True
 
 
-def nearest(given: str, allowed: Iterable[str], count: int = 3) -> str:
+def nearest(given: str, allowed: Iterable[str]) -> str:
     """`"; did you mean a, b?"` with the names closest to `given`, or an empty string when none is close."""
     lowered = {name.lower(): name for name in allowed}
-    close = difflib.get_close_matches(given.lower(), lowered, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(given.lower(), lowered, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(lowered[name] for name in close)}?" if close else ""

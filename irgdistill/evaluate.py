@@ -59,7 +59,7 @@ def evaluate(
     training = network.training
     network.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=loader.device)
-    bins = torch.zeros(3, BINS, dtype=torch.float64, device=loader.device)
+    bins = torch.zeros(2, BINS, dtype=torch.float64, device=loader.device)
     images_seen, timed, seconds = 0, 0, 0.0
     for images, labels in loader.epoch():
         with autocast:
@@ -78,7 +78,7 @@ def evaluate(
     counts = torch.tensor([images_seen, timed, seconds], dtype=torch.float64, device=loader.device)
     images_seen, timed, seconds = world.sum(counts).tolist()
     top1, top5, loss, agreement, kl = (sums / max(images_seen, 1)).tolist()
-    confidence, correct, _ = bins
+    confidence, correct = bins
     calibration = 100 * float((confidence - correct).abs().sum()) / max(images_seen, 1)
     return Metrics(
         top1=top1 if labelled else None,
@@ -113,8 +113,8 @@ def _batch_sums(logits: Tensor, labels: Tensor | None, teacher: Tensor | None) -
 
 
 def _batch_bins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Confidence, correctness and count per bin (3, 15)."""
+    """Sums of confidence and of correct answers in each bin, (2, 15)."""
     confidence, predicted = logits.softmax(1).max(1)
     index = (confidence * BINS).long().clamp(max=BINS - 1)
-    rows = torch.stack([confidence, (predicted == labels).float(), torch.ones_like(confidence)]).double()
-    return torch.zeros(3, BINS, dtype=torch.float64, device=logits.device).index_add_(1, index, rows)
+    rows = torch.stack([confidence, (predicted == labels).float()]).double()
+    return torch.zeros(2, BINS, dtype=torch.float64, device=logits.device).index_add_(1, index, rows)

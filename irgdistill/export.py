@@ -25,9 +25,9 @@ from irgdistill.model_card import write_card
 from irgdistill.models import Network
 from irgdistill.programs import Logits, export_program, facts, plain, write_onnx, write_program
 from irgdistill.report import Report
-from irgdistill.run import data_of, open_network
 from irgdistill.settings import DataConfig
 from irgdistill.sources import open_splits
+from irgdistill.targets import data_of, open_network
 
 FORMATS = ("hub", "onnx", "program", "timm")
 TOLERANCE = 1e-4

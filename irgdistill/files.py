@@ -19,7 +19,6 @@ from torch import Tensor
 from irgdistill.errors import UserError
 
 FORMAT = 2
-"""Files of format 1 have no checksum."""
 KEY, CHECKSUM = "irgdistill", "checksum"
 TEMPORARY = ".tmp"
 """Ending of what a killed process may leave."""
@@ -140,8 +139,7 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] 
         raise UserError(
             f"{path} was written by a newer irgdistill (format {metadata['format']}, this one reads {FORMAT})"
         )
-    checked = CHECKSUM in header or metadata["format"] >= FORMAT
-    if tensors and checked and header != _header(header[KEY], values):
+    if tensors and header != _header(header[KEY], values):
         raise UserError(f"{path} is damaged: its content is not what its checksum was taken of")
     return values, metadata
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from irgdistill.augment import under
 from irgdistill.errors import UserError
 from irgdistill.held import Held
-from irgdistill.sources import Source
+from irgdistill.splits import Source
 
 
 class BadImages:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from irgdistill import __version__
 from irgdistill.data import eval_loader
+from irgdistill.device import choose_device
 from irgdistill.errors import UserError, nearest
 from irgdistill.files import write_atomically, write_text
 from irgdistill.images import BadImages
@@ -34,11 +35,10 @@ from irgdistill.inspection import (
 )
 from irgdistill.models import parameters
 from irgdistill.page import build_page
+from irgdistill.plan_table import print_plan
 from irgdistill.plot import FORMATS, Blocks, StageView, overview_figure, render, stage_figure, transformation_figure
 from irgdistill.report import Report, table
-from irgdistill.run import print_plan
 from irgdistill.settings import Config
-from irgdistill.setup import choose_device
 from irgdistill.taps import Tapped
 from irgdistill.terminal import show
 

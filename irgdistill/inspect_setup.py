@@ -10,17 +10,20 @@ from typing import Any
 
 from timm.utils import random_seed
 
-from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
-from irgdistill.config import read_yaml, validate
+from irgdistill.checkpoint import find_checkpoint, restore
+from irgdistill.checks import check_input_sizes
+from irgdistill.config import validate
 from irgdistill.errors import UserError
 from irgdistill.files import read_metadata
 from irgdistill.inspection import draw_evenly
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
-from irgdistill.run import data_of, print_plan
+from irgdistill.plan_table import print_plan
 from irgdistill.settings import Config, DataConfig, MatchingConfig
-from irgdistill.setup import build_teacher, check_input_sizes
-from irgdistill.sources import Source, Splits, open_splits
+from irgdistill.setup import build_teacher
+from irgdistill.sources import open_splits
+from irgdistill.splits import Source, Splits
+from irgdistill.targets import data_of
 from irgdistill.unlabelled import Unlabelled
 
 TWO = "give a run folder or checkpoint, or two networks: --teacher T --student S --data D"
@@ -134,19 +137,10 @@ def _check_taught(target: str, metadata: Mapping[str, Any], teacher: str) -> Non
 
 
 def _run_of(path: Path, metadata: Mapping[str, Any]) -> Config:
-    """Teacher and matching of the run that wrote a checkpoint: from its metadata, or from config.yaml beside it."""
-    beside = RunFolder(path.parent).config
-    if "matching" in metadata:
-        teacher = metadata["teacher"] or {}
-        keys = ("name", "checkpoint", "input_size")
-        tree = {"teacher": {key: teacher.get(key) for key in keys}, "matching": metadata["matching"]}
-    elif beside.is_file():
-        whole = read_yaml(beside)
-        tree = {key: whole[key] for key in ("teacher", "matching") if whole.get(key)}
-        if metadata["teacher"] is None:  # a run of labels alone may still name the teacher of others
-            tree.pop("teacher", None)
-    else:
-        tree = {}
+    """Teacher and matching of the run that wrote a checkpoint."""
+    teacher = metadata["teacher"] or {}
+    keys = ("name", "checkpoint", "input_size")
+    tree = {"teacher": {key: teacher.get(key) for key in keys}, "matching": metadata["matching"]}
     return validate(tree, f"{path}: ")
 
 

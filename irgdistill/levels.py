@@ -47,8 +47,6 @@ class Tap:
     """NCHW, NHWC, BLC (tokens), BTNC (tiles of tokens), BCPN (patches of pixels)"""
     prefix: int = 0
     """Tokens before the map's (class, registers), left out of the mean; BLC only"""
-    source: str = "output"
-    """output: what the module returns; input: its first positional argument"""
     index: int | None = None
     """The element of a returned tuple; None: the tensor itself, or a tuple's tensors joined along C"""
 

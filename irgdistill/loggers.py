@@ -21,6 +21,9 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 class Logger(Protocol):
     """Takes numbers and pictures of one update after another."""
 
+    since: int
+    """Update up to which it has the numbers already."""
+
     def scalars(self, kind: str, values: Mapping[str, float], step: int) -> None: ...
 
     def images(self, pictures: Mapping[str, NDArray[np.uint8]], step: int) -> None:
@@ -130,7 +133,7 @@ class Loggers:
             logger = self._try(name, KINDS[name], folder, step, config, text)
             if logger is not None:
                 self._open[name] = logger
-        since = {name: logger.since for name, logger in self._open.items()}  # type: ignore[attr-defined]
+        since = {name: logger.since for name, logger in self._open.items()}
         for record in before:
             self.record(record, since)
         self._at = step

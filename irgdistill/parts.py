@@ -1,4 +1,4 @@
-"""What a run is made of, on this process's device: loss, networks, loaders, optimizer; and what is its own."""
+"""What a run is made of, on this process's device: loss, networks, loaders, optimizer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-from timm.utils import ModelEmaV3, random_seed
-from torch import Tensor, nn
+from timm.utils import ModelEmaV3
+from torch import nn
 
 from irgdistill.data import eval_loader, train_loader
-from irgdistill.distributed import World, statistics_of, synchronised
+from irgdistill.device import autocast, choose_device
+from irgdistill.distributed import World, synchronised
 from irgdistill.errors import UserError
 from irgdistill.evaluate import evaluate
 from irgdistill.images import BadImages
@@ -18,8 +19,7 @@ from irgdistill.losses import Learner, build_loss
 from irgdistill.models import fold_batch_norm
 from irgdistill.optim import build_mix, build_optimizer, build_scheduler
 from irgdistill.report import Report
-from irgdistill.setup import Setup, autocast, choose_device
-from irgdistill.state import mean_of, random_states, restore_random_states
+from irgdistill.setup import Setup
 from irgdistill.taps import Tapped, has_unused_parameters
 
 What = TypeVar("What", bound=Callable[..., Any])
@@ -28,12 +28,7 @@ CHECK_IMAGES = 2000
 
 
 class Parts:
-    """Built from a `Setup`; the trainer runs them."""
-
-    epoch: int
-    batch: int
-    update: int
-    sums: dict[str, Tensor]
+    """Built from a `Setup`; see `Trainer`, which runs them."""
 
     def __init__(self, setup: Setup, report: Report, world: World) -> None:
         config = setup.config
@@ -192,37 +187,3 @@ class Parts:
                 "another order, its mean/std or weights wrong; --skip-teacher-check trains all the same"
             )
         return {"kind": "teacher", "top1": top1, "images": tried.images}
-
-    # --- what each process has of its own -----------------------------------------------------------------------------
-
-    def _own(self) -> dict[str, Any]:
-        """What this process has of its own: generators, sums since the last record, batch-norm statistics."""
-        return {
-            "random": random_states(),
-            "bad_images": self.bad.names,
-            "sums": {name: value.cpu() for name, value in self.sums.items()},
-            "statistics": [{k: v.cpu() for k, v in statistics_of(model).items()} for model in self._unshared()],
-        }
-
-    def _restore_own(self, processes: list[dict[str, Any]]) -> None:
-        """Each process takes its own entry; another number of them takes the means and starts new generators."""
-        own = processes[self.world.rank % len(processes)]
-        restore_random_states(own["random"])
-        if len(processes) != self.world.size:
-            own = mean_of([{name: entry[name] for name in ("sums", "statistics")} for entry in processes])
-            torch.manual_seed(self.config.seed + self.update * self.world.size + self.world.rank)
-        self.sums = {name: value.to(self.device) for name, value in own["sums"].items()}
-        for model, statistics in zip(self._unshared(), own["statistics"], strict=True):
-            model.load_state_dict(statistics, strict=False)
-
-    def _unshared(self) -> list[nn.Module]:
-        """Networks whose batch-norm statistics each process gathers for itself."""
-        if self.config.runtime.sync_bn:
-            return []
-        return [self.tapped.model, *([] if self.ema is None else [self.ema.module])]
-
-    def _seed(self) -> None:
-        """Python's and numpy's generators, which mix images, are alike everywhere; torch's, for dropout, are not."""
-        random_seed(self.config.seed)
-        if not self.world.main:
-            torch.manual_seed(self.config.seed + self.world.rank)

@@ -1,4 +1,4 @@
-"""What the commands do, between the command line and the rooms below."""
+"""Training from the command line: begun or gone on with, in one process or many; what could be matched."""
 
 from __future__ import annotations
 
@@ -6,29 +6,24 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
+from irgdistill.checkpoint import RunFolder
+from irgdistill.checks import check_processes
 from irgdistill.config import dump, validate
-from irgdistill.data import eval_loader
 from irgdistill.distributed import World, joined, ranks, restarts, run_workers
 from irgdistill.errors import Interrupted, UserError, nearest
-from irgdistill.evaluate import Metrics, evaluate
-from irgdistill.images import BadImages
-from irgdistill.matching import Plan, ends
-from irgdistill.models import Network, build_network, known_models, multiply_adds, parameters
-from irgdistill.report import Report, table
-from irgdistill.settings import Config, DataConfig
-from irgdistill.setup import Setup, autocast, check_processes, choose_device, prepare, resolved
+from irgdistill.models import build_network, known_models, multiply_adds, parameters
+from irgdistill.plan_table import print_plan
+from irgdistill.report import Report
+from irgdistill.settings import Config
+from irgdistill.setup import Setup, prepare, resolved
 from irgdistill.signals import Stopped
-from irgdistill.sources import open_splits
 from irgdistill.state import open_state, position, score
-from irgdistill.taps import Tapped, tap_name
 from irgdistill.trainer import Trainer
 
 
@@ -212,132 +207,3 @@ def _next_folder(config: Config, last: bool = False) -> Path:
     while (path := Path("runs") / f"{name}-{number}").exists():
         number += 1
     return path.with_name(f"{name}-{max(number - last, 1)}")
-
-
-def print_plan(plan: Plan | None, stdout: bool = False) -> None:
-    """The matching as a table; what was left out and why below it."""
-    if plan is None:
-        return
-    rows, notes = [], []
-    for pair in plan.pairs:
-        for role, level in (("teacher", pair.teacher), ("student", pair.student)):
-            moved, tap = ends(level), level.exit
-            rows.append(
-                [
-                    pair.name if role == "teacher" else "",
-                    role,
-                    tap_name(moved[0]) if moved is not None else "–",
-                    tap_name(tap),
-                    str(len(level.blocks)),
-                    str(tap.channels),
-                    f"{tap.height}×{tap.width} {tap.layout}" + (f"+{tap.prefix}" if tap.prefix else ""),
-                ]
-            )
-            if moved is not None and (level.kind != "block" or moved[1] != tap):
-                notes.append(f"{pair.name} {role}: {level.kind}, {tap_name(moved[0])} → {tap_name(moved[1])}")
-    columns = ["stage", "network", "first block", "last block", "blocks", "width", "map"]
-    table("matched stages", columns, rows, stdout)
-    for note in (*notes, *plan.notes):
-        Report(stdout=stdout).line(f"  {note}")
-
-
-# --- eval -------------------------------------------------------------------------------------------------------------
-
-
-def evaluate_targets(
-    targets: list[str],
-    checkpoint: Path | None,
-    against: str | None,
-    against_checkpoint: Path | None,
-    config: Config,
-    given: set[str],
-    as_json: bool,
-) -> None:
-    """Evaluate each target and print a table, or JSON: one object, or a list of them for several targets."""
-    if checkpoint is not None and len(targets) > 1:
-        raise UserError("--checkpoint holds the weights of one network; give one target with it")
-    size = config.student.input_size
-    results = []
-    for target in targets:
-        network, metadata = open_network(target, checkpoint, size)
-        teacher = open_network(against, against_checkpoint, None)[0] if against else None
-        data = data_of(target, metadata, config.data, given)
-        metrics = _evaluate(network, teacher, data, config)
-        values = {"name": target, "architecture": network.architecture, **asdict(metrics)}
-        values |= {"params": parameters(network.model), "macs": multiply_adds(network), "data": data.source}
-        results.append({key: value for key, value in values.items() if value is not None})
-    if as_json:
-        print(json.dumps(results[0] if len(results) == 1 else results, indent=2))  # noqa: T201  the command's result
-    else:
-        _print_results(results)
-
-
-def open_network(target: str, checkpoint: Path | None, size: tuple[int, int] | None) -> tuple[Network, dict[str, Any]]:
-    """Checkpoint, run folder or timm name (pretrained, or with `checkpoint`) -> network and metadata ({} if none)."""
-    path = find_checkpoint(target)
-    if path is not None:
-        if checkpoint is not None:
-            raise UserError(f"{target} is a checkpoint itself; leave out the second one, {checkpoint}")
-        if Path(target).is_dir() and path == RunFolder(Path(target)).last:
-            Report().warn(f"{target} holds no best.safetensors; taking last.safetensors")
-        return restore(path, None, size)
-    if checkpoint is not None:
-        return restore(checkpoint, target, size)
-    return build_network(target, pretrained=True, input_size=size), {}
-
-
-def data_of(target: str, metadata: Mapping[str, Any], asked: DataConfig, given: set[str]) -> DataConfig:
-    """The remembered data set, with what was asked for now on top."""
-    if "data" not in metadata:
-        if asked.source is None:
-            raise UserError(f"{target} does not remember a data set; give --data")
-        return asked
-    remembered = DataConfig.model_validate(metadata["data"])
-    names = {key.removeprefix("data.") for key in given if key.startswith("data.")}
-    names |= {"eval_batch_size", "workers"}
-    data = remembered.model_copy(update={name: getattr(asked, name) for name in names})
-    if data.source and "/" in data.source and Path(data.source).is_absolute() and not Path(data.source).exists():
-        raise UserError(f"the data set of {target} is no longer at {data.source}; say where it is with --data")
-    return data
-
-
-def _evaluate(network: Network, teacher: Network | None, data: DataConfig, config: Config) -> Metrics:
-    device = choose_device(config.runtime.device)
-    splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
-    if not splits.labelled and teacher is None:
-        raise UserError(
-            f"the validation images of {data.source} have no labels: give --against TEACHER, or other --data"
-        )
-    if network.num_classes != len(splits.classes):
-        raise UserError(
-            f"{network.name} has {network.num_classes} classes, {data.source} has {len(splits.classes)}: not comparable"
-        )
-    if network.classes is not None and network.classes != splits.classes:
-        raise UserError(f"the class names of {data.source} are not those that {network.name} was trained on")
-    bad = BadImages(data.max_bad_images, Report().warn)
-    size = network.size if teacher is None else max(network.size, teacher.size)
-    loader = eval_loader(splits, data, size, network.interpolation, network.crop_pct, device, bad)
-    plain = [None if n is None else Tapped(n.model.to(device), n.view().to(device)).eval() for n in (network, teacher)]
-    assert plain[0] is not None
-    return evaluate(plain[0], loader, autocast(config.runtime.amp, device), plain[1], labelled=splits.labelled)
-
-
-def _print_results(results: list[dict[str, Any]]) -> None:
-    columns = {
-        "top-1 %": ("top1", "{:.2f}"),
-        "top-5 %": ("top5", "{:.2f}"),
-        "loss": ("loss", "{:.4f}"),
-        "calibration %": ("calibration_error", "{:.2f}"),
-        "agreement %": ("agreement", "{:.2f}"),
-        "KL": ("kl", "{:.4f}"),
-        "parameters": ("params", "{:,}"),
-        "multiply-adds": ("macs", "{:,}"),
-        "images/s": ("images_per_second", "{:,.0f}"),
-    }
-    rows = [
-        [title, *(form.format(result[key]) for result in results)]
-        for title, (key, form) in columns.items()
-        if all(key in result for result in results)
-    ]
-    names = [result["name"] for result in results]
-    table(f"{results[0]['images']:,} images of {results[0]['data']}", ["", *names], rows)

@@ -6,7 +6,7 @@ A loss weight left unset takes the value that the method gives it (`METHODS`); `
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -44,24 +44,10 @@ MOVABLE = {
 }
 """What may change when a run goes on: where things are and when it is saved, never what is computed."""
 
-Method = Literal[
-    "none",
-    "kd",
-    "irg",
-    "mtk",
-    "irg+kd",
-    "kd+at",
-    "irg+kd+at",
-    "logits",
-    "dkd",
-    "fitnet",
-    "at",
-    "fsp",
-    "rocket",
-    "rkd",
-    "sp",
-    "pkt",
-]
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(METHODS)]
 
 
 def _size(value: Any) -> Any:

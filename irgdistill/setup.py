@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from timm.layers import use_reentrant_ckpt
 from timm.utils import random_seed
 
 from irgdistill.balance import balanced_weights
 from irgdistill.cache import Cache, describe_data, describe_teacher, describe_views
 from irgdistill.checkpoint import find_checkpoint, restore
+from irgdistill.checks import (
+    LOGIT_TERMS,
+    STAGE_TERMS,
+    check_classes,
+    check_input_sizes,
+    check_logging,
+    check_without_labels,
+)
 from irgdistill.data import train_images
 from irgdistill.errors import UserError
 from irgdistill.images import BadImages
-from irgdistill.levels import Level
-from irgdistill.loggers import check_loggers
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
 from irgdistill.settings import Config
-from irgdistill.sources import Splits, open_splits
+from irgdistill.sources import open_splits
+from irgdistill.splits import Splits
 from irgdistill.student import build_student, resolve_student
-
-LOGIT_TERMS = ("kd", "logits", "dkd")
-LABEL_TERMS = ("ce", "dkd", "rocket")
-RELATION_TERMS = ("edges", "transform")
-STAGE_TERMS = (*RELATION_TERMS, "attention", "fitnet", "at", "fsp", "rkd", "sp", "pkt")
-"""Terms that compare matched stages."""
 
 
 @dataclass
@@ -148,41 +147,6 @@ def _check_cache(cache: Cache, config: Config, splits: Splits, student: Network,
         cache.check_terms(config.losses.weights(), plan)
 
 
-def check_without_labels(config: Config) -> None:
-    """Raises UserError for what needs labels, all of it in one line."""
-    used = [f"losses.{name}" for name in LABEL_TERMS if config.losses.weights()[name] > 0]
-    used += ["losses.ce.class_weights"] * (config.losses.ce.class_weights != "none")
-    used += ["--label-smoothing"] * (config.losses.ce.label_smoothing > 0)
-    used += ["--balanced"] * config.data.balanced
-    used += ["data.train_images"] * (config.data.train_images is not None)
-    methods = "--method kd, irg, mtk, irg+kd or irg+kd+at learns from the teacher alone"
-    if used:
-        raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out ({methods})")
-    if not config.uses_teacher:
-        raise UserError(f"--no-labels: method {config.method!r} learns from labels alone; {methods}")
-    on = [name for name, weight in config.losses.weights().items() if weight > 0]
-    lasting = [name for name in on if name in LOGIT_TERMS] or on
-    if all(name in config.losses.fades() for name in lasting):
-        fades = " and ".join(f"losses.{name}.fade" for name in lasting)
-        raise UserError(f"--no-labels: nothing would teach the student to the end; leave out {fades}")
-
-
-def check_logging(config: Config, splits: Splits) -> None:
-    """Raises UserError for a logger that is not installed, and for pictures that could not be made or shown."""
-    check_loggers(config.runtime.loggers)
-    if not config.runtime.graph_images_every:
-        return
-    asked = f"runtime.graph_images_every = {config.runtime.graph_images_every}"
-    if not config.runtime.loggers:
-        raise UserError(f"{asked}: nothing shows the pictures; give --log tensorboard or --log wandb")
-    if not config.uses_teacher:
-        raise UserError(f"{asked}: method {config.method!r} has no teacher whose graphs could be shown")
-    if config.teacher.cache is not None:
-        raise UserError(f"{asked}: --teacher-cache trains without the teacher that draws its graphs; leave one out")
-    if splits.streaming:
-        raise UserError(f"{asked}: {config.data.source} is a stream, which has no images to draw from")
-
-
 def weigh_classes(config: Config, splits: Splits) -> list[float] | None:
     """The weights of `losses.ce.class_weights`. Raises UserError, also where `balanced` has no labels to count."""
     asked = config.losses.ce.class_weights
@@ -253,78 +217,3 @@ def build_booster(config: Config, num_classes: int) -> Network:
     return build_network(
         known.name, num_classes=num_classes, input_size=known.size, args=known.args, preprocessing=preprocessing
     )
-
-
-def check_classes(config: Config, teacher: Network, classes: list[str]) -> None:
-    """Terms on logits need the same classes in the same order; relation terms need none. Raises UserError."""
-    weights = config.losses.weights()
-    used = [name for name in LOGIT_TERMS if weights[name] > 0]
-    if not used:
-        return
-    remedy = "relation terms need no shared classes: " + " ".join(f"--set losses.{name}.weight=0" for name in used)
-    if teacher.num_classes != len(classes):
-        raise UserError(
-            f"the teacher has {teacher.num_classes} classes and the data {len(classes)}, "
-            f"so {' and '.join(used)} cannot compare their logits; {remedy}"
-        )
-    if teacher.classes is not None and teacher.classes != classes:
-        first = next(i for i, (a, b) in enumerate(zip(teacher.classes, classes, strict=True)) if a != b)
-        raise UserError(
-            f"class {first} is {teacher.classes[first]!r} for the teacher and {classes[first]!r} in the data, "
-            f"so {' and '.join(used)} cannot compare their logits; {remedy}"
-        )
-
-
-def check_input_sizes(teacher: Network, student: Network, plan: Plan) -> None:
-    """A map of one pixel has no stage to speak of. Raises UserError with the smallest size that works."""
-    for role, network in (("teacher", teacher), ("student", student)):
-        for pair in plan.pairs:
-            level: Level = getattr(pair, role)
-            step = 2**level.level
-            if min(network.size) > 2 * step:
-                continue
-            found = network.map_size(level.exit, network.size)
-            if found is not None and min(found) > 1:
-                continue
-            sizes = [step + 1, *range(step + step // 4, 5 * step + 1, max(step // 4, 1))]
-            maps = ((size, network.map_size(level.exit, (size, size))) for size in sorted(set(sizes)))
-            smallest = next((size for size, found in maps if found is not None and min(found) > 1), 2 * step)
-            option = "--input-size" if role == "student" else "--teacher-input-size"
-            raise UserError(
-                f"at {network.size[0]}×{network.size[1]} the /{step} map of {network.name} shrinks to a point; "
-                f"the smallest size that works is {option} {smallest}"
-            )
-
-
-def check_processes(config: Config, splits: Splits, count: int) -> None:
-    """Every process needs an equal share of each batch. Raises UserError with the nearest size that can be shared."""
-    size, unit = config.data.batch_size, count * (2 if config.augment.mixup or config.augment.cutmix else 1)
-    if count > 1 and splits.streaming:
-        raise UserError(f"{config.data.source} is a stream, which one process reads: leave out --gpus")
-    if size % unit:
-        near = sorted({max(size // unit, 1) * unit, (size // unit + 1) * unit})
-        pairs = " in pairs, which mixup needs" if unit > count else ""
-        raise UserError(
-            f"--batch-size {size} is the batch of all {count} processes and cannot be shared evenly{pairs}: "
-            f"the nearest that can is {' or '.join(map(str, near))}"
-        )
-
-
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` (this process's GPU, else the CPU), or any torch device. Raises UserError when it is not there."""
-    if name == "auto":
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {' '.join(str(error).split())[:120]} (auto, cpu, cuda, cuda:1, …)") from None
-    return device
-
-
-def autocast(amp: str, device: torch.device) -> Any:
-    """Reusable autocast context for a precision of `RuntimeConfig.amp`."""
-    if amp == "auto":
-        amp = "bf16" if device.type == "cuda" else "none"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

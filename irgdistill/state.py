@@ -100,12 +100,10 @@ def save_state(path: Path, state: Mapping[str, Any], previous: Path | None = Non
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote. Raises UserError when it is missing, damaged, or of another version."""
+    """What `save_state` wrote. Raises UserError when it is missing, damaged, or of a newer version."""
     tensors, metadata = read_tensors(path)
     if metadata is None or "state" not in metadata:
         raise UserError(f"{path} is not a state of irgdistill")
-    if metadata["format"] < FORMAT:
-        raise UserError(f"{path} was written by an older irgdistill and cannot be continued by this one")
     state: dict[str, Any] = _unpack(metadata["state"], tensors)
     return state
 

@@ -35,9 +35,8 @@ class Output(NamedTuple):
 
 
 def tap_name(tap: Tap) -> str:
-    """Unique, readable key of a tap: its module, and what is taken there when that is not the output."""
-    index = "" if tap.index is None else f"[{tap.index}]"
-    return tap.module + ("" if tap.source == "output" else f":{tap.source}") + index
+    """Unique, readable key of a tap: its module, and the element of a tuple that is taken there."""
+    return tap.module + ("" if tap.index is None else f"[{tap.index}]")
 
 
 MAP_LAYOUTS = ("NCHW", "NHWC", "BLC")
@@ -166,8 +165,6 @@ class Tapped(nn.Module):
             if name not in kept:
                 kept[name] = take(value, tap)
 
-        if tap.source == "input":
-            return module.register_forward_pre_hook(lambda _module, args: keep(args[0]))
         return module.register_forward_hook(lambda _module, _args, output: keep(output))
 
 

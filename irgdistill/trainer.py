@@ -1,51 +1,36 @@
-"""The training loop: one step, the epochs around it, saving and going on."""
+"""The training loop: one step, the epochs around it, the end."""
 
 from __future__ import annotations
 
 import json
 import math
-import platform
-import textwrap
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
-from irgdistill import __version__
-from irgdistill.checkpoint import RunFolder, describe, timm_config
-from irgdistill.config import dump
+from irgdistill.checkpoint import RunFolder
 from irgdistill.distributed import World
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.files import write_text
 from irgdistill.losses import Batch, gradient_shares
-from irgdistill.parts import Parts
 from irgdistill.report import Report
+from irgdistill.saving import Saved
 from irgdistill.setup import Setup
 from irgdistill.signals import Signals, Stopped
 from irgdistill.snapshots import Show, watched
-from irgdistill.state import Saver, best_on_disk, metric, other_state, reason, score
+from irgdistill.state import metric, reason, score
 
 
-class Trainer(Parts):
+class Trainer(Saved):
     """One run: `Trainer(prepare(config), RunFolder(path), Report(…)).fit()`, in each process of `world`."""
 
     def __init__(self, setup: Setup, folder: RunFolder, report: Report, world: World | None = None) -> None:
-        super().__init__(setup, report, world or World())
-        self.folder = folder
-        self.epoch = self.batch = self.update = 0
-        """Epochs done, batches of the next one done, updates done."""
-        self.sums: dict[str, Tensor] = {}
-        self.best: dict[str, Any] = {}
-        self.last: dict[str, Any] = {}
-        self.seconds, self.images_seen = 0.0, 0
-        self.tried: dict[str, Any] | None = None
-        """Record of the teacher's accuracy."""
-        self.saver = Saver(folder, self.config.runtime, report.warn)
+        super().__init__(setup, folder, report, world or World())
         self.signals = Signals(patient=True)
         self.show_graphs: Show = lambda teacher, student, epoch: None
 
@@ -150,67 +135,6 @@ class Trainer(Parts):
         self._record_teacher()
         if self.world.main:
             self._describe()
-
-    def resume(self, state: dict[str, Any], previous: bool = False) -> None:
-        """Go on from a state of the run folder (`open_state`). Raises UserError when it does not fit."""
-        self._check_data(state["data"])
-        try:
-            self.tapped.model.load_state_dict(state["student"])
-            self.adapters.load_state_dict(state.get("adapters", {}))
-            if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why, other = textwrap.shorten(str(error), 200, placeholder=" …"), other_state(self.folder, previous)
-            raise UserError(
-                f"the state in {self.folder.path} does not fit the run's networks: {why}; {other}"
-            ) from None
-        self.epoch, self.batch, self.update = state["epoch"], state["batch"], state["update"]
-        self.scheduler.step_update(self.update)
-        self.best, self.last = state["best"], state["last"]
-        self.seconds, self.images_seen = state["seconds"], state["images_seen"]
-        self.bad.names = state["bad_images"]
-        self._restore_own(state["processes"])
-        self.saver.has(state)
-        if self.world.main:
-            if previous:
-                self.folder.previous_state.replace(self.folder.state)
-            self.report.rewind(state["metrics"])
-            self.tried = state.get("tried")
-            if (self.epoch, self.batch) == (0, 0):  # the first state was saved before the first record
-                self._record_teacher()
-            self._repair()
-        self.best = self.world.share(self.best)
-
-    def _record_teacher(self) -> None:
-        if self.tried is not None:
-            self.report.record(self.tried)
-
-    def _check_data(self, then: dict[str, Any]) -> None:
-        """A position in the data means something in the same data only. Raises UserError."""
-        for name, now in self.data.items():
-            if now != then[name]:
-                raise UserError(f"the data are not those the run was trained on: {name} {now}, were {then[name]}")
-
-    def _repair(self) -> None:
-        """Weights on disk may be older or newer than the state, or damaged: in the end they and the record agree."""
-        evaluated = self.epoch > 0 and self.batch == 0  # the weights of the state are those that `last` is about
-        if not (evaluated and self.best == self.last):
-            self.best = best_on_disk(self.folder.best, self.best, self.report.warn)
-        if evaluated:
-            self.best = self.best or self.last
-            if self.best == self.last:
-                self._save_weights("best")
-            self._save_weights("last")
-        self.saver.write_weights()
-        self._describe()
-
-    def _describe(self) -> None:
-        if not self.folder.config.exists():
-            write_text(self.folder.config, dump(self.config))
-        config = timm_config(self.setup.student, self.setup.classes)
-        write_text(self.folder.timm_config, json.dumps(config, indent=2) + "\n")
 
     def _train_epoch(self) -> None:
         self.student.train()
@@ -337,70 +261,6 @@ class Trainer(Parts):
             128 + number,
             f"stopped at {where}, {saved}; go on with: irgdistill distill --resume {self.folder.path}",
         )
-
-    # --- saving -------------------------------------------------------------------------------------------------------
-
-    def _save_weights(self, which: str) -> None:
-        if not self.world.main:
-            return
-        setup, teacher = self.setup, self.setup.teacher
-        metadata = {
-            **describe(setup.student, setup.classes),
-            "metrics": self.best if which == "best" else self.last,
-            "method": self.config.method,
-            "losses": self.config.losses.model_dump(mode="json"),
-            "seed": self.config.seed,
-            "teacher": None
-            if teacher is None
-            else {
-                "architecture": teacher.architecture,
-                **self.config.teacher.model_dump(mode="json", include={"checkpoint", "input_size"}),
-                "name": teacher.name,
-            },
-            "matching": self.config.matching.model_dump(mode="json"),
-            "plan": None if setup.plan is None else setup.plan.to_dict(),
-            "data": self.config.data.model_dump(mode="json"),
-            "versions": {
-                "irgdistill": __version__,
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        self.saver.add(getattr(self.folder, which), self.deployed.model.state_dict(), metadata)
-
-    def _save(self) -> None:
-        """The first process writes; all know whether it could."""
-        processes = self.world.collect(self._own())
-        if self.world.main:
-            self.saver.save(lambda: self._state(processes))
-        self.saver.error = self.world.share(self.saver.error)
-
-    def _state(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "data": self.data,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "update": self.update,
-            "student": self.tapped.model.state_dict(),
-            "adapters": self.adapters.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "processes": processes,
-            "best": self.best,
-            "last": self.last,
-            "seconds": self.seconds,
-            "images_seen": self.images_seen,
-            "bad_images": self._bad_images([own["bad_images"] for own in processes]),
-            "metrics": self.report.mark(),
-            "tried": self.tried,
-        }
-
-    @staticmethod
-    def _bad_images(names: list[list[str]]) -> list[str]:
-        return list(dict.fromkeys(name for found in names for name in found))
 
     def _done(self) -> int:
         return self.epoch * self.batches + self.batch

@@ -312,7 +312,7 @@ def test_the_plan_needs_no_data_and_no_weights(run: Run) -> None:
     assert len(plan["pairs"]) == 4 and plan["pairs"][-1]["student"]["exit"]["module"] == "layer4.1"
     assert plan["pairs"][-1]["teacher"]["exit"] == {
         **{"module": "blocks.39", "channels": 1408, "height": 16, "width": 16},
-        **{"layout": "BLC", "prefix": 1, "source": "output", "index": None},
+        **{"layout": "BLC", "prefix": 1, "index": None},
     }
 
 

@@ -470,7 +470,6 @@ def test_every_tap_fires_once_on_a_real_forward(name: str) -> None:
     taps = {tap for level in levels for tap in (level.entry, *level.blocks) if tap}
     seen: dict[Tap, list[Tensor]] = {tap: [] for tap in taps}
     for tap in taps:
-        assert tap.source == "output"
         module = model.get_submodule(tap.module)
         module.register_forward_hook(lambda _m, _a, output, tap=tap: seen[tap].append(pool(output, tap)))
     with torch.no_grad():

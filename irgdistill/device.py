@@ -1,0 +1,29 @@
+"""Where a run computes, and in which precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from irgdistill.errors import UserError
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` (this process's GPU, else the CPU), or any torch device. Raises UserError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {' '.join(str(error).split())[:120]} (auto, cpu, cuda, cuda:1, …)") from None
+    return device
+
+
+def autocast(amp: str, device: torch.device) -> Any:
+    """Reusable autocast context for a precision of `RuntimeConfig.amp`."""
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" else "none"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

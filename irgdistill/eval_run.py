@@ -1,0 +1,90 @@
+"""`irgdistill eval`: networks on validation images, as a table or JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from irgdistill.data import eval_loader
+from irgdistill.device import autocast, choose_device
+from irgdistill.errors import UserError
+from irgdistill.evaluate import Metrics, evaluate
+from irgdistill.images import BadImages
+from irgdistill.models import Network, multiply_adds, parameters
+from irgdistill.report import Report, table
+from irgdistill.settings import Config, DataConfig
+from irgdistill.sources import open_splits
+from irgdistill.taps import Tapped
+from irgdistill.targets import data_of, open_network
+
+
+def evaluate_targets(
+    targets: list[str],
+    checkpoint: Path | None,
+    against: str | None,
+    against_checkpoint: Path | None,
+    config: Config,
+    given: set[str],
+    as_json: bool,
+) -> None:
+    """Evaluate each target and print a table, or JSON: one object, or a list of them for several targets."""
+    if checkpoint is not None and len(targets) > 1:
+        raise UserError("--checkpoint holds the weights of one network; give one target with it")
+    size = config.student.input_size
+    results = []
+    for target in targets:
+        network, metadata = open_network(target, checkpoint, size)
+        teacher = open_network(against, against_checkpoint, None)[0] if against else None
+        data = data_of(target, metadata, config.data, given)
+        metrics = _evaluate(network, teacher, data, config)
+        values = {"name": target, "architecture": network.architecture, **asdict(metrics)}
+        values |= {"params": parameters(network.model), "macs": multiply_adds(network), "data": data.source}
+        results.append({key: value for key, value in values.items() if value is not None})
+    if as_json:
+        print(json.dumps(results[0] if len(results) == 1 else results, indent=2))  # noqa: T201  the command's result
+    else:
+        _print_results(results)
+
+
+def _evaluate(network: Network, teacher: Network | None, data: DataConfig, config: Config) -> Metrics:
+    device = choose_device(config.runtime.device)
+    splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
+    if not splits.labelled and teacher is None:
+        raise UserError(
+            f"the validation images of {data.source} have no labels: give --against TEACHER, or other --data"
+        )
+    if network.num_classes != len(splits.classes):
+        raise UserError(
+            f"{network.name} has {network.num_classes} classes, {data.source} has {len(splits.classes)}: not comparable"
+        )
+    if network.classes is not None and network.classes != splits.classes:
+        raise UserError(f"the class names of {data.source} are not those that {network.name} was trained on")
+    bad = BadImages(data.max_bad_images, Report().warn)
+    size = network.size if teacher is None else max(network.size, teacher.size)
+    loader = eval_loader(splits, data, size, network.interpolation, network.crop_pct, device, bad)
+    plain = [None if n is None else Tapped(n.model.to(device), n.view().to(device)).eval() for n in (network, teacher)]
+    assert plain[0] is not None
+    return evaluate(plain[0], loader, autocast(config.runtime.amp, device), plain[1], labelled=splits.labelled)
+
+
+def _print_results(results: list[dict[str, Any]]) -> None:
+    columns = {
+        "top-1 %": ("top1", "{:.2f}"),
+        "top-5 %": ("top5", "{:.2f}"),
+        "loss": ("loss", "{:.4f}"),
+        "calibration %": ("calibration_error", "{:.2f}"),
+        "agreement %": ("agreement", "{:.2f}"),
+        "KL": ("kl", "{:.4f}"),
+        "parameters": ("params", "{:,}"),
+        "multiply-adds": ("macs", "{:,}"),
+        "images/s": ("images_per_second", "{:,.0f}"),
+    }
+    rows = [
+        [title, *(form.format(result[key]) for result in results)]
+        for title, (key, form) in columns.items()
+        if all(key in result for result in results)
+    ]
+    names = [result["name"] for result in results]
+    table(f"{results[0]['images']:,} images of {results[0]['data']}", ["", *names], rows)
