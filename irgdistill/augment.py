@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchvision import transforms
 
+from irgdistill.errors import UserError
 from irgdistill.held import CropFlip, pixels_of
 from irgdistill.settings import AugmentConfig
 
@@ -36,18 +37,26 @@ def padding_of(config: AugmentConfig, size: tuple[int, int]) -> int:
 def train_transform(config: AugmentConfig, size: tuple[int, int], interpolation: str, mean: Sequence[float]) -> Any:
     """Augmentation of one image: PIL -> uint8 (3, H, W)."""
     crop = crop_of(config, size)
-    compose = create_transform(
-        size,
-        is_training=True,
-        use_prefetcher=True,  # uint8, not normalised
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        color_jitter=config.color_jitter or None,
-        auto_augment=config.auto_augment,
-        interpolation=interpolation,
-        mean=mean,
-    )
+    try:
+        compose = create_transform(
+            size,
+            is_training=True,
+            use_prefetcher=True,  # uint8, not normalised
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            interpolation=interpolation,
+            mean=mean,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        if config.auto_augment is None:
+            raise
+        raise UserError(
+            f"augment.auto_augment = {config.auto_augment!r} is no policy of timm "
+            f"(rand-m9-mstd0.5, augmix-m5-w4, original-mstd0.5, …) {error}".rstrip()
+        ) from None
     steps = compose.transforms
     if crop in ("pad", "none"):
         fit = fit_to(size, interpolation)

@@ -246,6 +246,8 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     try:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         newer = about["format"] > FORMAT
+        if not newer and not {"teacher", "data", "views", "taps", "attention", "storage"} <= about.keys():
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: it cannot be read") from None
     if newer:

@@ -10,7 +10,9 @@ state/lock                           held by the process at work
 
 from __future__ import annotations
 
+import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,6 +45,18 @@ class RunFolder:
     def _own(self) -> list[Path]:
         states = [self.state, self.previous_state]
         return [*states, self.summary, self.best, self.last, self.config, self.metrics, self.timm_config]
+
+    @property
+    def go_on(self) -> str:
+        """The command that resumes it."""
+        return f"irgdistill distill --resume {shlex.quote(str(self.path))}"
+
+    def refuse_to_lose(self, files: Mapping[str, Path | None]) -> None:
+        """Raises UserError where a file that an option names would be replaced by this run's own."""
+        own = {path.resolve() for path in self._own()}
+        for name, path in files.items():
+            if path is not None and (find_checkpoint(str(path)) or path).resolve() in own:
+                raise UserError(f"{name} {path} lies in --output {self.path}, which would replace it")
 
     def refuse(self, overwrite: bool) -> None:
         """Raises UserError where another run, or something that is no run, would be lost."""
@@ -160,6 +174,8 @@ def restore(
                 f"{path} was not written by irgdistill and does not name its network; name the architecture too"
             )
         return build_network(name, weights=weights, input_size=input_size, origin=str(path)), {}
+    if "architecture" not in metadata:
+        raise UserError(f"{path} is the state of a run; its weights are in best.safetensors and last.safetensors")
     if name is not None and name.split(".")[0] != metadata["architecture"]:
         raise UserError(f"{path} holds a {metadata['architecture']}, not a {name}; leave the name out")
     network = build_network(

@@ -177,9 +177,11 @@ def distill(
         _refuse_fixed(given)
     elif previous_state:
         raise UserError("--previous-state says where --resume RUN goes on from; there is no --resume")
-    from irgdistill.config import load_config
+    from irgdistill.config import check_student, load_config
 
     config = load_config(preset, settings, given)
+    if resume is None:
+        check_student(config)
 
     from irgdistill import run
     from irgdistill.report import hushed

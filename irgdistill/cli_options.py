@@ -95,7 +95,15 @@ def options_of_distill(context: typer.Context, command: str, refused: tuple[str,
     """What `command` was given beside its own options, read as `distill` reads it. Raises UserError for `refused`."""
     assert context.parent is not None
     parser = context.parent.command.get_command(context.parent, "distill")  # type: ignore[attr-defined]
-    options: dict[str, Any] = parser.make_context(command, list(context.args), parent=context.parent).params
+    try:
+        options: dict[str, Any] = parser.make_context(command, list(context.args), parent=context.parent).params
+    except Exception as caught:
+        error: Any = caught
+        if not hasattr(error, "possibilities"):
+            raise
+        own = [name for parameter in (*context.command.params, *parser.params) for name in parameter.opts]
+        known = [name for name in own if name.strip("-").replace("-", "_") not in refused]
+        raise UserError(f"no option {error.option_name}{nearest(error.option_name, known)}") from None
     for name in refused:
         if options[name]:
             raise UserError(f"{command} does not take --{name.replace('_', '-')}")

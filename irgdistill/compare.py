@@ -7,7 +7,6 @@ OUTPUT/curves.png            validation top-1 by epoch
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from irgdistill.checkpoint import RunFolder
-from irgdistill.compare_table import Run, tell
+from irgdistill.compare_table import Run, summary_of, tell
 from irgdistill.config import dump, load_config, read_yaml, validate
 from irgdistill.distributed import cores
 from irgdistill.errors import Interrupted, UserError, nearest
-from irgdistill.files import write_text
+from irgdistill.files import read_metadata, write_text
 from irgdistill.losses import build_loss
 from irgdistill.report import Report
 from irgdistill.run import resume, start
@@ -72,7 +71,12 @@ def compare(request: Request) -> None:
     """
     runs = _plan(request)
     left = [run for run in runs if not run.folder.summary.exists()]
+    for run in runs:
+        if run not in left:
+            summary_of(run)
     if request.finished:
+        if left:
+            Report().line(f"not finished: {'; '.join(run.name for run in left)}")
         runs, left = [run for run in runs if run not in left], []
         if not runs:
             raise UserError(f"--finished: {request.output} has no finished run of these methods and seeds")
@@ -118,10 +122,20 @@ def _check(request: Request, left: Sequence[Run]) -> None:
         if different := changes(request.config(there.method, there.seed), there):
             what = "; ".join(different)
             raise UserError(f"{request.output} holds a comparison with other settings ({what}); give another --output")
+    teachers = _teachers(request.output)
     for config in {run.config.method: run.config for run in left}.values():
         setup = prepare(config)
+        for path, weights in teachers.items():
+            if setup.taught_by not in (None, weights):
+                raise UserError(f"{path} learnt from a teacher with other weights; give another --output")
         booster = None if setup.booster is None else Tapped(setup.booster.model, setup.booster.view())
         build_loss(config.losses, setup.plan, None, booster)
+
+
+def _teachers(output: Path) -> dict[Path, str]:
+    """Run folder -> checksum of the weights of its teacher, of those that had one."""
+    found = {path.parent: read_metadata(path) for path in sorted(output.glob("*/*/last.safetensors"))}
+    return {path: about["teacher"]["weights"] for path, about in found.items() if about and about["teacher"]}
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -183,7 +197,7 @@ def _done(run: Run, code: int) -> None:
         lines = (run.folder.path / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "no word")
         raise Interrupted(code if code > 0 else 128 - code, f"{run.name} ended with code {code}: {last}")
-    summary = json.loads(run.folder.summary.read_text(encoding="utf-8"))
+    summary = summary_of(run)
     Report().line(f"{run.name}: top-1 {summary['last_top1']:.2f}, best {summary['top1']:.2f}")
 
 

@@ -20,6 +20,7 @@ from irgdistill import __version__
 from irgdistill.checkpoint import RunFolder, restore
 from irgdistill.data import Loader, eval_loader
 from irgdistill.device import autocast, choose_device
+from irgdistill.errors import UserError
 from irgdistill.files import write_atomically, write_text
 from irgdistill.images import BadImages
 from irgdistill.journal import records
@@ -45,6 +46,17 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.config.method}, seed {self.config.seed}"
+
+
+def summary_of(run: Run) -> dict[str, Any]:
+    """Of a finished run. Raises UserError where it cannot be read."""
+    try:
+        summary: dict[str, Any] = json.loads(run.folder.summary.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{run.folder.summary} cannot be read ({error}); delete {run.folder.path} to train it again"
+        ) from None
+    return summary
 
 
 def tell(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) -> None:
@@ -130,7 +142,7 @@ def _rows(runs: Sequence[Run], right: Mapping[Run, Tensor]) -> list[dict[str, An
     by_method: dict[str, list[Run]] = {}
     for run in runs:
         by_method.setdefault(run.config.method, []).append(run)
-    summaries = {run: json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in runs}
+    summaries = {run: summary_of(run) for run in runs}
     rows = []
     for method, members in by_method.items():
         row: dict[str, Any] = {"method": method, "seeds": [run.config.seed for run in members]}

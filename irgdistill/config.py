@@ -64,6 +64,12 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
+def check_student(config: Config) -> None:
+    """Raises UserError where none is named, by itself or by a checkpoint."""
+    if config.student.name is None and config.student.checkpoint is None:
+        raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
+
+
 def dump(config: Config) -> str:
     """Resolved configuration as YAML; `validate(yaml.safe_load(…))` gives it back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

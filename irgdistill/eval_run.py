@@ -32,12 +32,15 @@ def evaluate_targets(
     """Evaluate each target and print a table, or JSON: one object, or a list of them for several targets."""
     if checkpoint is not None and len(targets) > 1:
         raise UserError("--checkpoint holds the weights of one network; give one target with it")
-    size = config.student.input_size
+    if against is None and against_checkpoint is not None:  # one of ours names its network
+        against, against_checkpoint = str(against_checkpoint), None
+    opened = [open_network(target, checkpoint, config.student.input_size) for target in targets]
+    sets = [
+        data_of(target, metadata, config.data, given) for target, (_, metadata) in zip(targets, opened, strict=True)
+    ]
+    teacher = open_network(against, against_checkpoint, None)[0] if against else None
     results = []
-    for target in targets:
-        network, metadata = open_network(target, checkpoint, size)
-        teacher = open_network(against, against_checkpoint, None)[0] if against else None
-        data = data_of(target, metadata, config.data, given)
+    for target, (network, _), data in zip(targets, opened, sets, strict=True):
         metrics = _evaluate(network, teacher, data, config)
         values = {"name": target, "architecture": network.architecture, **asdict(metrics)}
         values |= {"params": parameters(network.model), "macs": multiply_adds(network), "data": data.source}
@@ -87,4 +90,7 @@ def _print_results(results: list[dict[str, Any]]) -> None:
         if all(key in result for result in results)
     ]
     names = [result["name"] for result in results]
-    table(f"{results[0]['images']:,} images of {results[0]['data']}", ["", *names], rows)
+    seen = [f"{result['images']:,} images of {result['data']}" for result in results]
+    if len(set(seen)) > 1:
+        rows.insert(0, ["on", *seen])
+    table(seen[0] if len(set(seen)) == 1 else "different images", ["", *names], rows)

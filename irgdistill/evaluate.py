@@ -14,6 +14,7 @@ from torch import Tensor
 
 from irgdistill.data import Loader
 from irgdistill.distributed import World
+from irgdistill.errors import UserError
 from irgdistill.losses.logits import soft_targets
 from irgdistill.taps import Tapped
 
@@ -77,6 +78,8 @@ def evaluate(
     sums, bins = world.sum(sums), world.sum(bins)
     counts = torch.tensor([images_seen, timed, seconds], dtype=torch.float64, device=loader.device)
     images_seen, timed, seconds = world.sum(counts).tolist()
+    if not images_seen:
+        raise UserError("no validation image can be read")
     top1, top5, loss, agreement, kl = (sums / max(images_seen, 1)).tolist()
     confidence, correct = bins
     calibration = 100 * float((confidence - correct).abs().sum()) / max(images_seen, 1)

@@ -149,6 +149,10 @@ def _folder_source(root: Path, classes: list[str]) -> TimmSource:
         dataset = create_dataset("", root=str(root), search_split=False, class_map=class_map)
     except RuntimeError:
         raise UserError(f"no images in {root}") from None
+    for folder in (root / name for name in classes):
+        for below in _folders(folder):
+            if any(file.suffix.lower() in IMAGE_SUFFIXES for file in (folder / below).rglob("*")):
+                raise UserError(f"{folder / below} holds images deeper than a class folder: put them into {folder}")
     return TimmSource(dataset)
 
 
@@ -169,5 +173,5 @@ def _folders(root: Path) -> list[str]:
 def _class_folders(root: Path) -> list[str]:
     classes = _folders(root)
     if not classes:
-        raise UserError(f"{root} is empty: expected one folder of images for each class")
+        raise UserError(f"{root} holds no class folders: expected one folder of images for each class")
     return classes

@@ -22,9 +22,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig, adapters: nn.Module |
     known = [str(name) for name in list_optimizers()]
     if config.name not in known:
         raise UserError(f"unknown optimizer {config.name!r}{nearest(config.name, known)}")
-    optimizer: Optimizer = create_optimizer_v2(
-        model, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
-    )
+    how = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    try:
+        optimizer: Optimizer = create_optimizer_v2(model, opt=config.name, **how)
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"optimizer {config.name!r} cannot be had here: {' '.join(str(error).split())[:160]}") from None
     for group in [] if adapters is None else param_groups_weight_decay(adapters, config.weight_decay):
         if group["params"]:
             optimizer.add_param_group(group)

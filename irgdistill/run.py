@@ -76,7 +76,13 @@ def start(
     folder = RunFolder(output or _next_folder(config, last=restarted))
     if not restarted:
         folder.refuse(overwrite)
-    with _says_where_it_stands(folder):
+        folder.refuse_to_lose(
+            {
+                "--teacher-checkpoint": config.teacher.checkpoint,
+                "--student-checkpoint": config.student.checkpoint,
+            }
+        )
+    with _says_where_it_stands(folder, begun=False):
         setup = _ready(config, gpus, backend)
         if setup is None:
             return None
@@ -154,7 +160,7 @@ def resume(
         raise UserError(f"{path} holds a finished run; there is nothing to resume")
     if not folder.state.exists() and not folder.previous_state.exists():
         raise UserError(folder.unsaved())
-    with _says_where_it_stands(folder):
+    with _says_where_it_stands(folder, begun=True):
         state, config = open_state(folder, previous)
         tree = config.model_dump()
         for key, value in changes.items():
@@ -180,14 +186,15 @@ def _go_on(
 
 
 @contextmanager
-def _says_where_it_stands(folder: RunFolder) -> Iterator[None]:
-    """A signal that ends everything at once still says what is left."""
+def _says_where_it_stands(folder: RunFolder, begun: bool) -> Iterator[None]:
+    """A signal that ends everything at once still says what is left; a state from before a run began is another's."""
+    before = folder.state.stat().st_mtime_ns if folder.state.exists() and not begun else None
     try:
         yield
     except Stopped as stop:
         left = "nothing was trained yet"
-        if folder.state.exists():
-            left = f"what was saved is safe; go on with: irgdistill distill --resume {folder.path}"
+        if folder.state.exists() and folder.state.stat().st_mtime_ns != before:
+            left = f"what was saved is safe; go on with: {folder.go_on}"
         raise Interrupted(128 + stop.number, f"{stop}; {left}") from None
 
 

@@ -42,7 +42,7 @@ class Saved(Parts):
 
     def resume(self, state: dict[str, Any], previous: bool = False) -> None:
         """Go on from a state of the run folder (`open_state`). Raises UserError when it does not fit."""
-        self._check_data(state["data"])
+        self._check_same(state)
         try:
             self.tapped.model.load_state_dict(state["student"])
             self.adapters.load_state_dict(state.get("adapters", {}))
@@ -76,11 +76,16 @@ class Saved(Parts):
         if self.tried is not None:
             self.report.record(self.tried)
 
-    def _check_data(self, then: dict[str, Any]) -> None:
-        """A position in the data means something in the same data only. Raises UserError."""
+    def _check_same(self, state: dict[str, Any]) -> None:
+        """The data, in which a position means nothing elsewhere, and the teacher. Raises UserError."""
         for name, now in self.data.items():
-            if now != then[name]:
-                raise UserError(f"the data are not those the run was trained on: {name} {now}, were {then[name]}")
+            if now != (then := state["data"][name]):
+                raise UserError(f"the data are not those the run was trained on: {name} {now}, were {then}")
+        if self.setup.taught_by != state["taught_by"]:
+            raise UserError(
+                f"the teacher is not the one that the run learns from: its weights' checksum is "
+                f"{self.setup.taught_by}, was {state['taught_by']}"
+            )
 
     def _repair(self) -> None:
         """Weights on disk may be older or newer than the state, or damaged: in the end they and the record agree."""
@@ -119,6 +124,7 @@ class Saved(Parts):
                 "architecture": teacher.architecture,
                 **self.config.teacher.model_dump(mode="json", include={"checkpoint", "input_size"}),
                 "name": teacher.name,
+                "weights": setup.taught_by,
             },
             "matching": self.config.matching.model_dump(mode="json"),
             "plan": None if setup.plan is None else setup.plan.to_dict(),
@@ -143,6 +149,7 @@ class Saved(Parts):
         return {
             "config": self.config.model_dump(mode="json"),
             "data": self.data,
+            "taught_by": self.setup.taught_by,
             "epoch": self.epoch,
             "batch": self.batch,
             "update": self.update,

@@ -72,8 +72,17 @@ def _in_order(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def _rising(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("the first cannot be the larger")
+    return value
+
+
 Names = Annotated[list[str], BeforeValidator(_names)]
-Size = Annotated[tuple[int, int], BeforeValidator(_size)]
+Pixels = Annotated[int, Field(ge=1)]
+Size = Annotated[tuple[Pixels, Pixels], BeforeValidator(_size)]
+Positive = Annotated[float, Field(gt=0)]
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Fade = Annotated[tuple[Probability, Probability], BeforeValidator(_names), AfterValidator(_in_order)]
@@ -101,7 +110,7 @@ class Preprocessing(Section):
     """Of each channel, for pixels in 0 to 1."""
     std: list[float]
     """Of each channel, likewise."""
-    interpolation: str
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
     """`bilinear`, `bicubic`, … as timm names them."""
     crop_pct: float
     """Share of the resized image that validation crops."""
@@ -184,9 +193,9 @@ class AugmentConfig(Section):
     """`pad`: zero-padded random crop (CIFAR style); `resized`: random resized crop; `auto`: `pad` up to 64 pixels."""
     padding: Annotated[int, Field(ge=0)] | None = None
     """Pixels on each side for `pad`; default: one eighth of the input size."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Range = (0.08, 1.0)
     """Area range of the random resized crop."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
+    ratio: Range = (0.75, 4 / 3)
     """Aspect range of the random resized crop."""
     hflip: Probability = 0.5
     """Probability of a mirror image."""
@@ -268,8 +277,8 @@ class EdgesConfig(TermConfig):
 
 
 class DKDConfig(TermConfig):
-    temperature: Annotated[float, Field(gt=0)] = 4.0
-    """As that of `kd`."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """As that of `kd`; unset: the same."""
     beta: Weight = 2.0
     """Factor of the divergence among the other classes, beside that of the target; the authors' for CIFAR ResNets."""
 
@@ -356,7 +365,7 @@ class Config(Section):
 
     method: Method = "irg+kd+at"
     """Which hints are on; see `METHODS`."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Initial weights, data order and augmentation."""
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()

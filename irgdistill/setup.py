@@ -20,6 +20,7 @@ from irgdistill.checks import (
     check_logging,
     check_without_labels,
 )
+from irgdistill.config import check_student
 from irgdistill.data import train_images
 from irgdistill.errors import UserError
 from irgdistill.images import BadImages
@@ -48,7 +49,8 @@ class Setup:
     """What answers in the teacher's place, which then has no weights."""
     class_weights: list[float] | None = None
     """Of the cross-entropy, in label order."""
-
+    taught_by: str | None = None
+    """Checksum of the teacher's weights, cached or live."""
     start: str = ""
     """Where the student's weights come from, in words; empty for random ones."""
 
@@ -70,8 +72,9 @@ def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
     `fetch`, pretrained weights are not downloaded: random ones stand for them.
     """
     config = resolved(config, begun)
-    if config.student.name is None:
-        raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
+    check_student(config)
+    if not any(weight > 0 for weight in config.losses.weights().values()):
+        raise UserError("no loss term has a weight: nothing would be learnt")
     cache = None if config.teacher.cache is None else Cache(config.teacher.cache)
     if cache is not None:
         config = cache.adopt(config)
@@ -93,7 +96,11 @@ def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
     if cache is not None:
         size = cache.size
         _check_cache(cache, config, splits, student, plan)
-    return Setup(config, splits, student, teacher, plan, size, booster, cache, class_weights, start)
+    taught_by = None
+    if teacher is not None:
+        about = describe_teacher(teacher) if cache is None else cache.about["teacher"]
+        taught_by = str(about["weights"])
+    return Setup(config, splits, student, teacher, plan, size, booster, cache, class_weights, taught_by, start)
 
 
 def open_data(config: Config, teacher: Callable[[], Network | None]) -> tuple[Splits, Network | None]:
@@ -200,9 +207,12 @@ def build_teacher(config: Config, fetch: bool = True) -> Network:
         path = find_checkpoint(str(spec.checkpoint)) or spec.checkpoint
         return restore(path, spec.name, spec.input_size)[0]
     if spec.name is None:
+        hints = [f"losses.{name}" for name, weight in config.losses.weights().items() if weight > 0 and name != "ce"]
         raise UserError(
             f"method {config.method!r} needs a teacher: give --teacher NAME or --teacher-checkpoint FILE "
             "(or --method none to train the student alone)"
+            if config.method != "none"
+            else f"{', '.join(hints) or 'a cache'} needs a teacher: give --teacher NAME or --teacher-checkpoint FILE"
         )
     return build_network(spec.name, pretrained=fetch, input_size=spec.input_size)
 

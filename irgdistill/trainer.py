@@ -235,7 +235,7 @@ class Trainer(Saved):
         except OSError as error:
             raise UserError(
                 f"trained to the end, but not all is saved ({reason(error)}): {self.saver.saved}; "
-                f"make room, then: irgdistill distill --resume {self.folder.path}"
+                f"make room, then: {self.folder.go_on}"
             ) from None
         return summary
 
@@ -259,7 +259,7 @@ class Trainer(Saved):
             saved = f"but this could not be saved ({reason(self.saver.error)}): {self.saver.saved}"
         raise Interrupted(
             128 + number,
-            f"stopped at {where}, {saved}; go on with: irgdistill distill --resume {self.folder.path}",
+            f"stopped at {where}, {saved}; go on with: {self.folder.go_on}",
         )
 
     def _done(self) -> int:

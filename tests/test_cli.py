@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Result, Run, records
+from conftest import SMALL, Result, Run, records, write_images
 from safetensors.torch import load_file, save_file
 
 import irgdistill.models  # noqa: F401  registers the CIFAR networks
 from irgdistill.checkpoint import RunFolder
-from irgdistill.files import read_metadata
+from irgdistill.files import read_metadata, save_tensors
+from irgdistill.signals import Stopped
 from irgdistill.state import load_state
 
 
@@ -368,3 +370,105 @@ def test_help_is_quick(option: str) -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.5
+
+
+def test_another_teacher_is_refused(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
+    """By a run that goes on, whose state remembers the teacher's weights; the same ones elsewhere are taken."""
+    from irgdistill.trainer import Trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_end_epoch", lambda self, metrics: self._stop(15))
+        assert distill(run, teacher, folder, tmp_path / "run", "--epochs", 2).code == 143
+    weights = load_file(teacher / "best.safetensors")
+    metadata = read_metadata(teacher / "best.safetensors")
+    assert metadata is not None
+    save_tensors(tmp_path / "same.safetensors", weights, metadata)
+    save_tensors(tmp_path / "other.safetensors", {name: value + 1 for name, value in weights.items()}, metadata)
+    resume = ("distill", "--resume", tmp_path / "run", "--teacher-checkpoint")
+    other = run(*resume, tmp_path / "other.safetensors")
+    assert other.code == 2 and "the teacher is not the one that the run learns from" in other.err
+    assert run(*resume, tmp_path / "same.safetensors").code == 0
+
+
+def test_a_run_does_not_replace_its_teacher(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(teacher, own)
+    before = (own / "best.safetensors").read_bytes()
+    for option in ("--teacher-checkpoint", "--student-checkpoint"):
+        for given in (own, own / "last.safetensors"):
+            result = distill(run, teacher, folder, own, "--overwrite", option, given)
+            assert result.code == 2 and f"{option} {given} lies in --output" in result.err, result.err
+    assert (own / "best.safetensors").read_bytes() == before
+
+
+def test_stopped_before_it_began_it_speaks_of_no_other_run(
+    run: Run, teacher: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(teacher, tmp_path / "old")
+
+    def stopped(*_: Any) -> Any:
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr("irgdistill.run.prepare", stopped)
+    result = distill(run, teacher, folder, tmp_path / "old", "--overwrite")
+    assert result.code == 130 and "nothing was trained yet" in result.err and "--resume" not in result.err
+
+
+def test_images_deeper_than_class_folders_are_named(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
+    below = folder / "train" / "red" / "2021"
+    below.mkdir()
+    shutil.copy(next((folder / "train" / "red").glob("*.png")), below / "a.png")
+    result = distill(run, teacher, folder, tmp_path / "run")
+    assert result.code == 2 and f"{below} holds images deeper than a class folder" in result.err
+
+
+def test_eval_of_several_data_sets(run: Run, teacher: Path, tmp_path: Path) -> None:
+    """Nothing is measured before all can be opened; each column says on which images it was."""
+    one, two = (write_images(tmp_path / n / "val", {"red": c, "green": c, "blue": c}, seed=1).parent for n, c in TWO)
+    for number, data in enumerate((one, two)):
+        shutil.copytree(data / "val", data / "train")
+        shutil.copytree(teacher, tmp_path / f"run{number}")
+        path = tmp_path / f"run{number}" / "best.safetensors"
+        metadata = read_metadata(path)
+        assert metadata is not None
+        save_tensors(path, load_file(path), {**metadata, "data": {**metadata["data"], "source": str(data)}})
+    result = run("eval", tmp_path / "run0", tmp_path / "run1", "--workers", 0)
+    assert result.code == 0 and "different images" in result.out, result.err
+    assert "12 images of" in result.out and "24 images of" in result.out
+    missing = run("eval", tmp_path / "run0", "no-such-model", "--workers", 0)
+    assert missing.code == 2 and not missing.out
+    taught = run("eval", tmp_path / "run0", "--against-checkpoint", teacher / "last.safetensors", "--workers", 0)
+    assert taught.code == 0 and "agreement" in taught.out, taught.err
+
+
+TWO = (("one", 4), ("two", 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seed", 2**31), "seed = 2147483648"),
+        (("--input-size", 0), "input_size"),
+        (("--auto-augment", "rnd-m9"), "augment.auto_augment = 'rnd-m9' is no policy of timm"),
+        (("--opt", "fusedadam"), "optimizer 'fusedadam' cannot be had here"),
+        (("--set", "augment.scale=[-1,0]"), "augment.scale"),
+        (("--set", "augment.ratio=[2,1]"), "the first cannot be the larger"),
+        (("--teacher", "resnet50.a1_in1K"), "unknown weights 'resnet50.a1_in1K'; did you mean resnet50.a1_in1k"),
+        (("--device", "meta"), "--device meta"),
+        (("--method", "none", "--set", "losses.ce.weight=0"), "no loss term has a weight"),
+    ],
+)
+def test_values_out_of_bounds(
+    run: Run, teacher: Path, folder: Path, tmp_path: Path, options: tuple[object, ...], message: str
+) -> None:
+    student = ("--student", "cifar_resnet14_x0_5", "--data", folder, "--output", tmp_path / "run", *SMALL)
+    given = () if "--teacher" in options else ("--teacher-checkpoint", teacher)
+    result = run("distill", *student, *given, *options)
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_is_no_checkpoint(run: Run, teacher: Path, tmp_path: Path) -> None:
+    for command in (("eval",), ("export",)):
+        result = run(*command, teacher / "state" / "state.safetensors")
+        assert result.code == 2 and "is the state of a run; its weights are in best.safetensors" in result.err

@@ -19,11 +19,11 @@ from interruption import differences, outcome
 from safetensors import SafetensorError
 
 import irgdistill.evaluate
-from irgdistill import files, journal, trainer
+from irgdistill import files, journal
 from irgdistill import run as run_module
 from irgdistill.checkpoint import RunFolder
 from irgdistill.journal import records
-from irgdistill.state import load_state, position, save_state
+from irgdistill.state import Saver, load_state, position, save_state
 from irgdistill.trainer import Trainer
 
 OPTIONS = ("--method", "none", "--student", "cifar_resnet14_x0_5", "--input-size", 16, "--workers", 0, "--epochs", 3)
@@ -517,10 +517,8 @@ def test_unreadable_images_are_remembered(begin: Run, run: Run, whole: Path, tmp
 def test_the_clock_saves_too(begin: Run, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         states: list[str] = []
-        save = trainer.Saver._write_state
-        patch.setattr(
-            trainer.Saver, "_write_state", lambda self, state: (states.append(position(state)), save(self, state))
-        )
+        save = Saver._write_state
+        patch.setattr(Saver, "_write_state", lambda self, state: (states.append(position(state)), save(self, state)))
         assert begin("--save-every-steps", 0, "--save-every-minutes", 1e-9, "--epochs", 1).code == 0
         every_update, states[:] = list(states), []
         assert begin("--save-every-steps", 0, "--save-every-minutes", 60, "--epochs", 1, "--overwrite").code == 0

@@ -254,7 +254,7 @@ def test_a_logger_that_fails_ends_nothing(
 def test_pictures_that_fail_end_nothing(
     run: Run, teacher: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("irgdistill.snapshots.stage_figure", lambda *_: 1 / 0)
+    monkeypatch.setattr("irgdistill.plot.stage_figure", lambda *_: 1 / 0)
     options = ("--log", "tensorboard", "--epochs", 1, *PICTURES)
     result = run(*arguments(teacher, folder, tmp_path / "run", *options))
     assert result.code == 0 and "no pictures of the graphs after epoch 1: division by zero" in result.err

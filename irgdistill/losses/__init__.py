@@ -98,7 +98,7 @@ def build_loss(
         if "transform" in on and stages:
             terms["transform"] = Transformations(stages, world)
     if "dkd" in on:
-        terms["dkd"] = DecoupledTargets(config.dkd.temperature, config.dkd.beta)
+        terms["dkd"] = DecoupledTargets(config.dkd.temperature or config.kd.temperature, config.dkd.beta)
     if plan is not None:
         if on & {"edges", "transform"} and not attended(plan):
             on -= {"attention"}

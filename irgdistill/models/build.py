@@ -103,6 +103,8 @@ def build_network(
     """
     _check_name(name)
     args = dict(args or {})
+    if args.get("in_chans", 3) != 3:
+        raise UserError(f"{name} with in_chans = {args['in_chans']}: images have 3 channels")
     if num_classes is None and weights is not None:
         num_classes = _classes_of(name, weights)
     if input_size is not None and _fixed_size(name, args):
@@ -183,8 +185,16 @@ def _check_name(name: str) -> None:
     if name.startswith(_SOURCES):
         if name.startswith("local-dir:") and not (Path(name[len("local-dir:") :]) / "config.json").is_file():
             raise UserError(f"{name}: no config.json in that folder")
-    elif not timm.is_model(name):
-        raise UserError(f"unknown model {name!r}{nearest(name, [m.split('.')[0] for m in known_models()])}")
+        return
+    if not timm.is_model(name):
+        elsewhere = ", and no folder or file here" if "/" in name or Path(name).suffix else ""
+        known = [m.split(".")[0] for m in known_models()]
+        raise UserError(f"unknown model {name!r}{elsewhere}{nearest(name, known)}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise UserError(f"unknown weights {name!r}{nearest(name, tags)}") from None
 
 
 def _fixed_size(name: str, args: Mapping[str, Any]) -> bool:
