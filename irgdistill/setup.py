@@ -73,7 +73,7 @@ def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
     """
     config = resolved(config, begun)
     check_student(config)
-    if not any(weight > 0 for weight in config.losses.weights().values()):
+    if config.data.labels and not any(weight > 0 for weight in config.losses.weights().values()):
         raise UserError("no loss term has a weight: nothing would be learnt")
     cache = None if config.teacher.cache is None else Cache(config.teacher.cache)
     if cache is not None:

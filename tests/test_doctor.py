@@ -116,11 +116,11 @@ def test_a_slow_loader_is_told_how_many_workers_it_takes(run: Run, monkeypatch: 
         return load(self, keys)
 
     monkeypatch.setattr(Images, "__getitems__", slow)
-    monkeypatch.setattr(doctor, "_cores", lambda: 1000)
+    monkeypatch.setattr(doctor, "cores", lambda: 1000)
     shown = run("doctor", *PLAN, "--batch-size", 8, "--json")
     (verdict,) = (v["text"] for v in json.loads(shown.out)["verdicts"] if v["kind"] == "change")
     assert shown.code == 0 and verdict.startswith("training waits for images") and "--workers " in verdict
-    monkeypatch.setattr(doctor, "_cores", lambda: 1)
+    monkeypatch.setattr(doctor, "cores", lambda: 1)
     assert "more than there are cores" in run("doctor", *PLAN, "--batch-size", 8, "--workers", 1).out
 
 

@@ -138,11 +138,11 @@ def test_pictures_of_the_graphs(
     run: Run, teacher: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the untrained student and after every epoch; the teacher's graph never changes, the student's does."""
-    from irgdistill import snapshots
+    from irgdistill import plot
 
     views: list[Any] = []
-    draw = snapshots.stage_figure
-    monkeypatch.setattr(snapshots, "stage_figure", lambda view, blocks: views.append(view) or draw(view, blocks))
+    draw = plot.stage_figure
+    monkeypatch.setattr(plot, "stage_figure", lambda view, blocks: views.append(view) or draw(view, blocks))
     output = tmp_path / "run"
     assert run(*arguments(teacher, folder, output, "--log", "tensorboard", "--ema", 0.9, *PICTURES)).code == 0
     found = events(output)
