@@ -20,6 +20,7 @@ import torch
 from conftest import Run
 from safetensors.torch import load_file
 
+from irgdistill.files import read_metadata, save_tensors
 from irgdistill.statistics import mean_and_deviation, paired_interval, t_975
 
 RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--epochs", 1, "--batch-size", 128)
@@ -205,3 +206,22 @@ def test_intervals() -> None:
     assert (mean - half, mean + half) == (pytest.approx(low, rel=1e-3), pytest.approx(high, rel=1e-3))
     for freedom in (*range(1, 40), 100, 10_000):
         assert t_975(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=5.1e-4)
+
+
+def test_another_teacher_is_refused(run: Run, teacher: tuple[object, ...], tmp_path: Path) -> None:
+    """Its students would stand in one table with those of the first; a summary that cannot be read is named."""
+    output = tmp_path / "out"
+    options = ("--seeds", 1, *RECIPE, "--output", output)
+    assert run("compare", "--methods", "none,kd", *options, *teacher).code == 0
+    own = Path(str(teacher[1]))
+    metadata = read_metadata(own)
+    assert metadata is not None
+    weights = {name: value * 2 if value.is_floating_point() else value for name, value in load_file(own).items()}
+    save_tensors(tmp_path / "other.safetensors", weights, metadata)
+    other = (teacher[0], tmp_path / "other.safetensors", *teacher[2:])
+    refused = run("compare", "--methods", "none,kd,irg", *options, *other)
+    assert refused.code == 2 and f"{output / 'kd' / '0'} learnt from a teacher with other weights" in refused.err
+    assert not (output / "irg").exists()
+    (output / "kd" / "0" / "summary.json").write_text("{")
+    broken = run("compare", "--methods", "none,kd", *options, *teacher)
+    assert broken.code == 2 and f"{output / 'kd' / '0' / 'summary.json'} cannot be read" in broken.err
