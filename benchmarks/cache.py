@@ -19,10 +19,11 @@ from typing import Any
 
 from record import epoch_rows, save
 
-from irgdistill.caching import Request, cache_teacher
-from irgdistill.checkpoint import RunFolder
+from irgdistill.caching import cache_teacher
 from irgdistill.config import load_config
 from irgdistill.report import Report
+from irgdistill.requests import CacheRequest
+from irgdistill.run_folder import RunFolder
 from irgdistill.setup import prepare
 from irgdistill.trainer import Trainer
 
@@ -50,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"
         started = time.perf_counter()
-        cache_teacher(Request(cache), load_config(flags={**common, **teacher, "data.views": None}))
+        cache_teacher(CacheRequest(load_config(flags={**common, **teacher, "data.views": None}), cache))
         caching = time.perf_counter() - started
         size = sum(path.stat().st_size for path in cache.iterdir())
         kinds: dict[str, dict[str, Any]] = {

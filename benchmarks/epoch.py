@@ -32,11 +32,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
-from irgdistill.checkpoint import RunFolder, restore
+from irgdistill.checkpoint import restore
 from irgdistill.config import load_config
 from irgdistill.losses.similarity import rkd_loss
 from irgdistill.models import build_network
 from irgdistill.report import Report
+from irgdistill.run_folder import RunFolder
 from irgdistill.setup import prepare
 from irgdistill.trainer import Trainer
 

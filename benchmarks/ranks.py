@@ -30,12 +30,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from irgdistill.checkpoint import RunFolder
 from irgdistill.config import load_config
 from irgdistill.distributed import World, joined
 from irgdistill.graph import edge_loss
 from irgdistill.models import build_network
 from irgdistill.report import Report
+from irgdistill.run_folder import RunFolder
 from irgdistill.setup import prepare
 from irgdistill.trainer import Trainer
 

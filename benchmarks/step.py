@@ -28,10 +28,10 @@ from record import save
 from safetensors.torch import save_file
 from torch import Tensor
 
-from irgdistill.checkpoint import RunFolder
 from irgdistill.config import load_config
 from irgdistill.models import build_network
 from irgdistill.report import Report
+from irgdistill.run_folder import RunFolder
 from irgdistill.setup import prepare
 from irgdistill.taps import Tapped
 from irgdistill.trainer import Trainer

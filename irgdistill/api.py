@@ -30,6 +30,7 @@ from irgdistill.losses import Batch, Learner, build_loss
 from irgdistill.matching import Plan
 from irgdistill.matching import match as match_levels
 from irgdistill.models import Network
+from irgdistill.requests import DistillRequest
 from irgdistill.run import start
 from irgdistill.settings import Config
 from irgdistill.taps import Output, Tapped
@@ -49,7 +50,7 @@ def distill(
         config = _config_of(options)
     elif options:
         raise UserError(f"distill takes a configuration or options, not both: leave out {', '.join(sorted(options))}")
-    summary = start(config, None if output is None else Path(output), overwrite)
+    summary = start(DistillRequest(config, None if output is None else Path(output), overwrite))
     assert summary is not None, "no workers were asked for"
     return summary
 

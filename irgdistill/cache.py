@@ -26,6 +26,7 @@ from irgdistill.images import Images
 from irgdistill.levels import Tap
 from irgdistill.matching import Plan
 from irgdistill.models import Network, build_network
+from irgdistill.requests import STORES
 from irgdistill.settings import AugmentConfig, Config
 from irgdistill.splits import Splits
 from irgdistill.taps import MAP_LAYOUTS, Output, tap_name
@@ -35,7 +36,7 @@ SHARD = 4096
 """Rows of a file: what an interruption loses at most."""
 TRIED = 64
 """Views whose pixels are compared when a cache is used."""
-TYPES = {"fp16": torch.float16, "fp32": torch.float32}
+TYPES = dict(zip(STORES, (torch.float16, torch.float32), strict=True))
 WHOLE_MAPS = ("fitnet", "fsp", "sp")
 """Terms that compare more than pooled features and attention maps."""
 

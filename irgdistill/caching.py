@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from irgdistill.cache import (
 from irgdistill.checks import check_classes
 from irgdistill.data import as_it_is, train_images
 from irgdistill.device import autocast, choose_device
-from irgdistill.errors import Interrupted, UserError, nearest
+from irgdistill.errors import Interrupted, UserError
 from irgdistill.files import read_tensors, save_tensors, write_text
 from irgdistill.graph import unit
 from irgdistill.images import BadImages
@@ -35,40 +34,26 @@ from irgdistill.levels import Tap
 from irgdistill.matching import ends, match
 from irgdistill.models import Network, build_network, fold_batch_norm
 from irgdistill.report import Report
+from irgdistill.requests import CacheRequest
 from irgdistill.settings import Config
 from irgdistill.setup import build_teacher, open_data, resolved
 from irgdistill.signals import Stopped, leave_to_parent
 from irgdistill.taps import MAP_LAYOUTS, Output, Tapped, tap_name
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to cache, as the command line says it."""
-
-    output: Path
-    views: int | None = None
-    """Of each image; None: as many as the run's `data.views`, or 1."""
-    store: str = "fp16"
-    logits: str = "all"
-
-
-def cache_teacher(request: Request, config: Config) -> None:
+def cache_teacher(request: CacheRequest) -> None:
     """Write what is missing of the cache; the same call goes on after an interruption.
 
     Raises UserError before the teacher runs for whatever can be known by then.
     """
-    config = resolved(config)
+    config = resolved(request.config)
     splits, teacher = open_data(config, lambda: build_teacher(config))
     assert teacher is not None
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream: its images have no numbers under which to find them again")
     check_classes(config, teacher, splits.classes)
     largest = _largest(request.logits, teacher.num_classes)
-    if request.store not in TYPES:
-        raise UserError(f"--store {request.store}: expected {' or '.join(TYPES)}{nearest(request.store, TYPES)}")
-    count = (config.data.views or 1) if request.views is None else request.views
-    if count < 1:
-        raise UserError(f"--views {count}: expected at least 1")
+    count = request.views or config.data.views or 1
     student = None if config.student.name is None else _student(config)
     like, size = student or teacher, max(teacher.size, (student or teacher).size)
     seed = config.seed if config.data.view_seed is None else config.data.view_seed
@@ -116,7 +101,7 @@ def cache_teacher(request: Request, config: Config) -> None:
 def _largest(logits: str, classes: int) -> int | None:
     if logits == "all":
         return None
-    if not logits.isdecimal() or not 1 <= int(logits) < classes:
+    if int(logits) >= classes:
         raise UserError(f"--logits {logits}: expected all, or a number from 1 to {classes - 1}")
     return int(logits)
 

@@ -9,31 +9,11 @@ from irgdistill.matching import Plan
 from irgdistill.models import Network
 from irgdistill.settings import Config
 from irgdistill.splits import Splits
+from irgdistill.usage import LOGIT_TERMS
 
-LOGIT_TERMS = ("kd", "logits", "dkd")
-LABEL_TERMS = ("ce", "dkd", "rocket")
 RELATION_TERMS = ("edges", "transform")
 STAGE_TERMS = (*RELATION_TERMS, "attention", "fitnet", "at", "fsp", "rkd", "sp", "pkt")
 """Terms that compare matched stages."""
-
-
-def check_without_labels(config: Config) -> None:
-    """Raises UserError for what needs labels, all of it in one line."""
-    used = [f"losses.{name}" for name in LABEL_TERMS if config.losses.weights()[name] > 0]
-    used += ["losses.ce.class_weights"] * (config.losses.ce.class_weights != "none")
-    used += ["--label-smoothing"] * (config.losses.ce.label_smoothing > 0)
-    used += ["--balanced"] * config.data.balanced
-    used += ["data.train_images"] * (config.data.train_images is not None)
-    methods = "--method kd, irg, mtk, irg+kd or irg+kd+at learns from the teacher alone"
-    if used:
-        raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out ({methods})")
-    if not config.uses_teacher:
-        raise UserError(f"--no-labels: method {config.method!r} learns from labels alone; {methods}")
-    on = [name for name, weight in config.losses.weights().items() if weight > 0]
-    lasting = [name for name in on if name in LOGIT_TERMS] or on
-    if all(name in config.losses.fades() for name in lasting):
-        fades = " and ".join(f"losses.{name}.fade" for name in lasting)
-        raise UserError(f"--no-labels: nothing would teach the student to the end; leave out {fades}")
 
 
 def check_logging(config: Config, splits: Splits) -> None:

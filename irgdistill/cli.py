@@ -34,7 +34,8 @@ from irgdistill.cli_options import (
     settings_of,
     usage,
 )
-from irgdistill.errors import Interrupted, UserError, leave_word
+from irgdistill.errors import Interrupted, UserError
+from irgdistill.launched import leave_word
 from irgdistill.signals import Signals, Stopped
 
 app = typer.Typer(
@@ -174,38 +175,31 @@ def distill(
                 "--resume goes on with the run's own configuration; "
                 "leave out --preset, --set, --output, --overwrite and --dry-run"
             )
-        _refuse_fixed(given)
     elif previous_state:
         raise UserError("--previous-state says where --resume RUN goes on from; there is no --resume")
-    from irgdistill.config import check_student, load_config
+    from irgdistill.config import load_config
+    from irgdistill.requests import DistillRequest, ResumeRequest
 
     config = load_config(preset, settings, given)
-    if resume is None:
-        check_student(config)
-
+    request = (
+        DistillRequest(config, output, overwrite, gpus, backend)
+        if resume is None
+        else ResumeRequest(resume, given, previous_state, gpus, backend)
+    )
     from irgdistill import run
     from irgdistill.report import hushed
 
     remember_names()
     summary = None
     with hushed(quiet):
-        if resume is not None:
-            summary = run.resume(resume, given, previous_state, gpus, backend)
+        if isinstance(request, ResumeRequest):
+            summary = run.resume(request)
         elif dry_run:
             run.dry_run(config, as_json)
         else:
-            summary = run.start(config, output, overwrite, gpus, backend)
+            summary = run.start(request)
     if as_json and summary is not None:
         typer.echo(json.dumps(summary))
-
-
-def _refuse_fixed(given: dict[str, Any]) -> None:
-    """Of a run that goes on, only what does not change its result may be given anew. Raises UserError."""
-    from irgdistill.settings import MOVABLE
-
-    fixed = sorted(set(given) - MOVABLE)
-    if fixed:
-        raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(MOVABLE))}")
 
 
 @app.command(
@@ -235,6 +229,7 @@ def compare(
 
     What is finished is skipped, what is not goes on.
     """
+    from irgdistill.requests import CompareRequest
     from irgdistill.settings import MOVABLE
 
     refused = ("method", "no_labels", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
@@ -244,12 +239,7 @@ def compare(
         for name, value in options.items()
         if FLAGS.get(name) in MOVABLE - {"runtime.loggers"} and value is not None
     }
-
-    from irgdistill.compare import Request
-    from irgdistill.compare import compare as run
-    from irgdistill.report import hushed
-
-    request = Request(
+    request = CompareRequest(
         methods=[name for name in methods.replace(" ", "").split(",") if name],
         seeds=seeds,
         output=output,
@@ -261,6 +251,9 @@ def compare(
         as_json=as_json,
         finished=finished,
     )
+    from irgdistill.compare import compare as run
+    from irgdistill.report import hushed
+
     with hushed(quiet):
         run(request)
 
@@ -287,17 +280,17 @@ def cache_teacher(
     Students then train with `distill --teacher-cache FOLDER`, with no teacher in memory.
     """
     from irgdistill.config import load_config
+    from irgdistill.requests import CacheRequest
 
     refused = ("resume", "previous_state", "overwrite", "dry_run", "gpus", "backend", "teacher_cache")
     options = options_of_distill(context, "cache-teacher", refused)
     config = load_config(options["preset"], list(options["settings"] or ()), settings_of(options))
-
-    from irgdistill.caching import Request
+    request = CacheRequest(config, output, views, store, logits)
     from irgdistill.caching import cache_teacher as run
     from irgdistill.report import hushed
 
     with hushed(quiet):
-        run(Request(output, views, store, logits), config)
+        run(request)
 
 
 @app.command(
@@ -350,13 +343,12 @@ def inspect_graph(
 ) -> None:
     """Show which stages of two networks meet, and how each relates the same images to one another."""
     from irgdistill.config import load_config
+    from irgdistill.requests import InspectRequest
 
     given = {FLAGS[name]: value for name, value in locals().items() if name in FLAGS and value is not None}
-    config = load_config(flags={**given, "data.eval_batch_size": 64 if step is None else step})
-
-    from irgdistill.inspect_setup import Request, show_plan
-
-    request = Request(
+    request = InspectRequest(
+        load_config(flags={**given, "data.eval_batch_size": 64 if step is None else step}),
+        frozenset(given),
         target=target,
         student_checkpoint=student_checkpoint,
         student_pretrained=student_pretrained,
@@ -367,14 +359,12 @@ def inspect_graph(
         format=form,
         terminal=terminal,
         output=output,
+        plan_only=plan_only,
         as_json=as_json,
     )
-    if plan_only:
-        show_plan(request, config)
-        return
     from irgdistill.inspect_run import inspect
 
-    inspect(request, config, set(given))
+    inspect(request)
 
 
 app.command(

@@ -49,28 +49,27 @@ def export(
 ) -> None:
     """Hand the student on: a folder for timm and the Hub, ONNX, torch.export, or plain timm weights."""
     from irgdistill.config import load_config
+    from irgdistill.requests import ExportRequest
 
     given = {key: value for key, value in {"data.source": data, "data.root": data_root}.items() if value is not None}
     config = load_config(flags={**given, "data.workers": 0, "data.eval_batch_size": 64})
 
-    from irgdistill.export import Request
+    request = ExportRequest(
+        target=target,
+        format=form,
+        output=output,
+        overwrite=overwrite,
+        push=push,
+        license=license_,
+        opset=opset,
+        raw_input=raw_input,
+        check_images=check_images,
+        data=config.data,
+        given=frozenset(given),
+    )
     from irgdistill.export import export as run
 
-    run(
-        Request(
-            target=target,
-            format=form,
-            output=output,
-            overwrite=overwrite,
-            push=push,
-            license=license_,
-            opset=opset,
-            raw_input=raw_input,
-            check_images=check_images,
-            data=config.data,
-            given=frozenset(given),
-        )
-    )
+    run(request)
 
 
 def models(
@@ -93,6 +92,7 @@ def evaluate(
     data: Annotated[str | None, option(DATA, help="Default: what the checkpoint remembers.")] = None,
     data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
     val_fraction: Annotated[float | None, option(DATA, help="Hold out this share.")] = None,
+    max_bad_images: Annotated[int | None, option(DATA, help="Unreadable images to skip (10).")] = None,
     batch_size: Annotated[int, option(RUNTIME, help="Images per step (256).")] = 256,
     workers: Annotated[int, option(RUNTIME, help="Loader processes (1).")] = 1,
     device: Annotated[str, option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = "auto",
@@ -101,11 +101,13 @@ def evaluate(
 ) -> None:
     """Accuracy, calibration, size and speed of a network."""
     from irgdistill.config import load_config
+    from irgdistill.requests import EvalRequest
 
     flags = {
         "data.source": data,
         "data.root": data_root,
         "data.val_fraction": val_fraction,
+        "data.max_bad_images": max_bad_images,
         "data.eval_batch_size": batch_size,
         "data.workers": workers,
         "student.input_size": input_size,
@@ -114,10 +116,10 @@ def evaluate(
     }
     given = {key: value for key, value in flags.items() if value is not None}
     config = load_config(flags=given)
-
+    request = EvalRequest(targets, config, frozenset(given), checkpoint, against, against_checkpoint, as_json)
     from irgdistill.eval_run import evaluate_targets
 
-    evaluate_targets(targets, checkpoint, against, against_checkpoint, config, set(given), as_json)
+    evaluate_targets(request)
 
 
 def doctor(
@@ -129,17 +131,17 @@ def doctor(
     Exit code 1: it does not fit.
     """
     from irgdistill.config import load_config
+    from irgdistill.requests import DoctorRequest
 
     refused = ("resume", "previous_state", "overwrite", "dry_run", "quiet")
     options = options_of_distill(context, "doctor", refused)
     config = load_config(options["preset"], list(options["settings"] or ()), settings_of(options))
+    request = DoctorRequest(
+        config, bool(context.args), options["output"] or Path("runs"), options["gpus"], options["backend"], as_json
+    )
+    from irgdistill.doctor import diagnose
 
-    from irgdistill.doctor import diagnose, processes_of
-
-    processes = processes_of(options["gpus"])
-    if options["backend"] == "gloo":
-        config.runtime.device = "cpu"
-    if not diagnose(config, bool(context.args), options["output"], processes, as_json):
+    if not diagnose(request):
         raise typer.Exit(1)
 
 

@@ -12,21 +12,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from irgdistill.checkpoint import RunFolder
 from irgdistill.compare_table import Run, summary_of, tell
-from irgdistill.config import dump, load_config, read_yaml, validate
+from irgdistill.config import dump, read_yaml, validate
 from irgdistill.distributed import cores
-from irgdistill.errors import Interrupted, UserError, nearest
+from irgdistill.errors import Interrupted, UserError
 from irgdistill.files import read_metadata, write_text
 from irgdistill.losses import build_loss
 from irgdistill.report import Report
+from irgdistill.requests import CompareRequest, DistillRequest, ResumeRequest
 from irgdistill.run import resume, start
-from irgdistill.settings import METHODS, MOVABLE, Config
+from irgdistill.run_folder import RunFolder
+from irgdistill.settings import MOVABLE
 from irgdistill.setup import prepare, resolved
 from irgdistill.signals import Stopped
 from irgdistill.state import changes
@@ -36,35 +35,7 @@ POLL = 0.2
 """Seconds between two looks at the runs at work."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to compare, as the command line says it."""
-
-    methods: Sequence[str]
-    seeds: int
-    output: Path
-    jobs: int = 1
-    """Runs at work at once, on one device."""
-    preset: str | None = None
-    settings: Sequence[str] = ()
-    flags: Mapping[str, Any] | None = None
-    moved: Sequence[str] = ()
-    """Options of `distill` that may also be given to a run that goes on."""
-    as_json: bool = False
-    """Print the table as one JSON object."""
-    finished: bool = False
-    """Train nothing: the table of the runs that are finished."""
-
-    def config(self, method: str, seed: int | None = None) -> Config:
-        """Of one run. A weight that is set holds for the methods that have its term; the others stay without it."""
-        others = {term for terms in METHODS.values() for term in terms} - set(METHODS[method])
-        flags = {**(self.flags or {}), "method": method, **{f"losses.{name}.weight": 0.0 for name in others}}
-        if seed is not None:
-            flags["seed"] = seed
-        return resolved(load_config(self.preset, list(self.settings), flags))
-
-
-def compare(request: Request) -> None:
+def compare(request: CompareRequest) -> None:
     """Train what is not trained yet, then print and save the table. The same call goes on after an interruption.
 
     Raises UserError before the first run for whatever can be known by then.
@@ -95,31 +66,22 @@ def compare(request: Request) -> None:
     tell(request.output, runs, request.jobs, request.as_json)
 
 
-def _plan(request: Request) -> list[Run]:
-    """All runs, seed by seed, so that an unfinished comparison is a fair one. Raises UserError."""
-    if request.seeds < 1 or request.jobs < 1:
-        raise UserError(f"--seeds {request.seeds} --jobs {request.jobs}: both must be at least 1")
-    for method in request.methods:
-        if method not in METHODS:
-            raise UserError(f"unknown method {method!r}{nearest(method, METHODS)} (known: {', '.join(METHODS)})")
+def _plan(request: CompareRequest) -> list[Run]:
+    """All runs, seed by seed, so that an unfinished comparison is a fair one."""
     methods = list(dict.fromkeys(request.methods))
-    if not methods:
-        raise UserError("--methods names no method")
-    if not request.config(methods[0]).data.labels:
-        raise UserError("data.labels = false: compare ranks methods by accuracy, and one of them may be none")
     first = request.config(methods[0]).seed
     return [
-        Run(request.config(method, seed), RunFolder(request.output / method / str(seed)))
+        Run(resolved(request.config(method, seed)), RunFolder(request.output / method / str(seed)))
         for seed in range(first, first + request.seeds)
         for method in methods
     ]
 
 
-def _check(request: Request, left: Sequence[Run]) -> None:
+def _check(request: CompareRequest, left: Sequence[Run]) -> None:
     """Refuse another comparison's folder, and runs that could not start. Raises UserError."""
     for path in sorted(request.output.glob("*/*/config.yaml")):
         there = validate(read_yaml(path), f"{path}: ")
-        if different := changes(request.config(there.method, there.seed), there):
+        if different := changes(resolved(request.config(there.method, there.seed)), there):
             what = "; ".join(different)
             raise UserError(f"{request.output} holds a comparison with other settings ({what}); give another --output")
     teachers = _teachers(request.output)
@@ -141,18 +103,19 @@ def _teachers(output: Path) -> dict[Path, str]:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def _train(run: Run, request: Request) -> None:
+def _train(run: Run, request: CompareRequest) -> None:
     """In this process, from the beginning or from where it stands."""
     try:
         if run.folder.state.exists():
-            resume(run.folder.path, {key: value for key, value in (request.flags or {}).items() if key in MOVABLE})
+            moved = {key: value for key, value in (request.flags or {}).items() if key in MOVABLE}
+            resume(ResumeRequest(run.folder.path, moved))
         else:
-            start(run.config, run.folder.path, True, None, None)
+            start(DistillRequest(run.config, run.folder.path, overwrite=True))
     except UserError as error:
         raise UserError(f"{run.name}: {error}") from None
 
 
-def _train_together(left: Sequence[Run], request: Request) -> None:
+def _train_together(left: Sequence[Run], request: CompareRequest) -> None:
     """As `irgdistill distill` in processes of their own, `request.jobs` at a time. One that fails stops the others."""
     waiting, working = list(left), dict[Run, subprocess.Popen[bytes]]()
     try:
@@ -170,7 +133,7 @@ def _train_together(left: Sequence[Run], request: Request) -> None:
         _stop(list(working.values()))
 
 
-def _launch(run: Run, request: Request) -> subprocess.Popen[bytes]:
+def _launch(run: Run, request: CompareRequest) -> subprocess.Popen[bytes]:
     """Start a run, apart from this one's terminal: Ctrl-C is for this process to pass on."""
     folder = run.folder.path
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from irgdistill import __version__
-from irgdistill.checkpoint import RunFolder, restore
+from irgdistill.checkpoint import restore
 from irgdistill.data import Loader, eval_loader
 from irgdistill.device import autocast, choose_device
 from irgdistill.errors import UserError
@@ -27,6 +27,7 @@ from irgdistill.journal import records
 from irgdistill.models import Network
 from irgdistill.plot import curves_figure, render
 from irgdistill.report import Report, table
+from irgdistill.run_folder import RunFolder
 from irgdistill.settings import Config
 from irgdistill.setup import build_teacher
 from irgdistill.sources import open_splits

@@ -5,7 +5,7 @@ What a run uses is built in this order, later wins: defaults, preset, `--set key
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,19 @@ from pydantic import BaseModel, ValidationError
 
 from irgdistill.errors import UserError, nearest
 from irgdistill.settings import Config
+
+QUOTE = "'"
+WANTED = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "expected a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "expected a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "expected true or false"),
+    **dict.fromkeys(("dict_type", "model_type"), "expected keys with values"),
+    "list_type": "expected a list, such as [A, B]",
+    **dict.fromkeys(("tuple_type", "too_long"), "expected two values, such as [A, B]"),
+    "path_type": "expected a path",
+    "finite_number": "expected a finite number",
+}
+"""What pydantic's kinds of error say to someone who knows no Python."""
 
 
 def load_config(
@@ -40,19 +53,32 @@ def validate(tree: Mapping[str, Any], where: str = "") -> Config:
     try:
         return Config.model_validate(dict(tree))
     except ValidationError as error:
-        raise UserError(where + "; ".join(_explain(e) for e in error.errors())) from None
+        raise UserError(where + _explain(error.errors())) from None
 
 
-def _explain(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{nearest(path, list(keys()))}"
-    if error["type"] == "literal_error":
-        allowed = error["ctx"]["expected"]
-        near = nearest(str(error["input"]), allowed.split("'")[1::2])
-        return f"{path} = {error['input']!r}: expected {allowed}{near}"
-    msg = error["msg"].removeprefix("Value error, ")
-    return f"{path} = {error['input']!r}: {msg[0].lower()}{msg[1:]}"
+def _explain(errors: Iterable[Any]) -> str:
+    """One sentence for each key that is wrong, whichever of its parts or alternatives pydantic complains of."""
+    sentences: dict[str, list[str]] = {}
+    known = set(keys())
+    for error in errors:
+        parts = [str(part) for part in error["loc"]]
+        path = next((key for n in range(len(parts)) if (key := ".".join(parts[: n + 1])) in known), ".".join(parts))
+        kind = error["type"]
+        if kind == "missing" and parts[-1].isdecimal():
+            kind = "tuple_type"
+        if kind == "missing":
+            sentences[f"{'.'.join(parts)} is missing"] = []
+            continue
+        if kind == "extra_forbidden":
+            sentences[f"unknown key {path!r}{nearest(path, known)}"] = []
+            continue
+        allowed = error["msg"].removeprefix("Value error, ")
+        if kind == "literal_error":
+            words = error["ctx"]["expected"]
+            allowed = f"expected {words}{nearest(str(error['input']), words.split(QUOTE)[1::2])}"
+        allowed = WANTED.get(kind, allowed).replace("Input should be", "expected a value")
+        sentences.setdefault(f"{path} = {error['input']!r}: ", []).append(f"{allowed[0].lower()}{allowed[1:]}")
+    return "; ".join(what + ", or ".join(dict.fromkeys(why)) for what, why in sentences.items())
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -62,12 +88,6 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
             yield from keys(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
-
-
-def check_student(config: Config) -> None:
-    """Raises UserError where none is named, by itself or by a checkpoint."""
-    if config.student.name is None and config.student.checkpoint is None:
-        raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
 
 
 def dump(config: Config) -> str:

@@ -32,19 +32,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from irgdistill.errors import FAILURES, Interrupted
+from irgdistill.errors import Interrupted
+from irgdistill.launched import FAILURES, ranks, restarts
 
 T = TypeVar("T")
-
-
-def ranks() -> int:
-    """How many processes this one was started among: by `torchrun`, or by `run_workers`."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def restarts() -> int:
-    """How often `torchrun --max-restarts` has started these processes anew."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 @dataclass(frozen=True)

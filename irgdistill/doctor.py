@@ -23,7 +23,7 @@ from irgdistill.distributed import cores
 from irgdistill.errors import UserError
 from irgdistill.models import build_network
 from irgdistill.report import Report, table
-from irgdistill.settings import Config
+from irgdistill.requests import DoctorRequest
 from irgdistill.setup import Setup, prepare
 from irgdistill.trial import Trial, try_run
 
@@ -56,17 +56,17 @@ class Findings:
         return all(kind != "no" for kind, _ in self.verdicts)
 
 
-def diagnose(config: Config, planned: bool, output: Path | None, processes: int, as_json: bool) -> bool:
-    """Print what there is and, of a planned run in so many processes, what it needs -> whether it fits.
+def diagnose(request: DoctorRequest) -> bool:
+    """Print what there is and, of a planned run, what it needs -> whether it fits.
 
     Raises UserError where the run itself would be refused.
     """
     found = Findings()
     _software(found)
-    _machine(found, output or Path("runs"))
-    if planned:
-        _plan(config, output or Path("runs"), processes, found)
-    if as_json:
+    _machine(found, request.output)
+    if request.planned:
+        _plan(request, found)
+    if request.as_json:
         verdicts = [{"kind": kind, "text": text} for kind, text in found.verdicts]
         print(json.dumps({**found.values, "verdicts": verdicts, "fits": found.fits}))  # noqa: T201  the command's result
         return found.fits
@@ -161,8 +161,12 @@ def size(count: float) -> str:
 # --- a planned run ----------------------------------------------------------------------------------------------------
 
 
-def _plan(config: Config, output: Path, processes: int, found: Findings) -> None:
+def _plan(request: DoctorRequest, found: Findings) -> None:
     """Measure one process of the run, and judge. Raises UserError as the run would."""
+    config = request.config.model_copy(deep=True)
+    if request.backend == "gloo":
+        config.runtime.device = "cpu"
+    processes = max(torch.cuda.device_count(), 1) if request.gpus == "all" else int(request.gpus or 1)
     student, share = config.student, config.data.batch_size // processes
     fetched = [("student", student.name)] if student.pretrained and student.checkpoint is None else []
     if config.uses_teacher and config.teacher.checkpoint is None:
@@ -184,7 +188,7 @@ def _plan(config: Config, output: Path, processes: int, found: Findings) -> None
     found.values["trial"] = asdict(trial)
     _memory_verdict(trial, share, there, device, found)
     _speed_verdict(trial, setup, processes, found)
-    _room_verdicts(trial, setup, share, output, processes, found)
+    _room_verdicts(trial, setup, share, request.output, processes, found)
     for role, name in fetched:
         _fetch(role, str(name), found)
 
@@ -250,12 +254,3 @@ def _fetch(role: str, name: str, found: Findings) -> None:
         build_network(name, pretrained=True)
     except UserError as error:
         found.say("change", f"not tried: the {role}'s weights; {error}")
-
-
-def processes_of(gpus: str | None) -> int:
-    """Of `--gpus`. Raises UserError."""
-    if gpus == "all":
-        return max(torch.cuda.device_count(), 1)
-    if gpus is not None and not (gpus.isdecimal() and int(gpus) > 0):
-        raise UserError(f"--gpus {gpus}: expected a number of processes on this machine, or all")
-    return int(gpus or 1)

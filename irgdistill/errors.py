@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
-import os
-import time
 from collections.abc import Iterable
-from pathlib import Path
-
-FAILURES = "IRGDISTILL_FAILURES"
-"""Environment variable of a worker: the folder in which it says why it ended; the process that started it speaks."""
 
 
 class UserError(ValueError):
@@ -23,16 +16,6 @@ class Interrupted(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
-
-
-def leave_word(message: str, code: int) -> bool:
-    """In a worker, write why it ends, for the process that started it; False elsewhere."""
-    folder, rank = os.environ.get(FAILURES), int(os.environ.get("RANK", 0))
-    if folder is None:
-        return False
-    failure = {"rank": rank, "time": time.time(), "message": message, "code": code}
-    Path(folder, f"{rank}.json").write_text(json.dumps(failure), encoding="utf-8")
-    return True
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

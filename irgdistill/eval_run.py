@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from irgdistill.data import eval_loader
@@ -14,38 +13,31 @@ from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.images import BadImages
 from irgdistill.models import Network, multiply_adds, parameters
 from irgdistill.report import Report, table
+from irgdistill.requests import EvalRequest
 from irgdistill.settings import Config, DataConfig
 from irgdistill.sources import open_splits
 from irgdistill.taps import Tapped
 from irgdistill.targets import data_of, open_network
 
 
-def evaluate_targets(
-    targets: list[str],
-    checkpoint: Path | None,
-    against: str | None,
-    against_checkpoint: Path | None,
-    config: Config,
-    given: set[str],
-    as_json: bool,
-) -> None:
+def evaluate_targets(request: EvalRequest) -> None:
     """Evaluate each target and print a table, or JSON: one object, or a list of them for several targets."""
-    if checkpoint is not None and len(targets) > 1:
-        raise UserError("--checkpoint holds the weights of one network; give one target with it")
+    config, against, against_checkpoint = request.config, request.against, request.against_checkpoint
     if against is None and against_checkpoint is not None:  # one of ours names its network
         against, against_checkpoint = str(against_checkpoint), None
-    opened = [open_network(target, checkpoint, config.student.input_size) for target in targets]
+    opened = [open_network(target, request.checkpoint, config.student.input_size) for target in request.targets]
     sets = [
-        data_of(target, metadata, config.data, given) for target, (_, metadata) in zip(targets, opened, strict=True)
+        data_of(target, metadata, config.data, request.given)
+        for target, (_, metadata) in zip(request.targets, opened, strict=True)
     ]
     teacher = open_network(against, against_checkpoint, None)[0] if against else None
     results = []
-    for target, (network, _), data in zip(targets, opened, sets, strict=True):
+    for target, (network, _), data in zip(request.targets, opened, sets, strict=True):
         metrics = _evaluate(network, teacher, data, config)
         values = {"name": target, "architecture": network.architecture, **asdict(metrics)}
         values |= {"params": parameters(network.model), "macs": multiply_adds(network), "data": data.source}
         results.append({key: value for key, value in values.items() if value is not None})
-    if as_json:
+    if request.as_json:
         print(json.dumps(results[0] if len(results) == 1 else results, indent=2))  # noqa: T201  the command's result
     else:
         _print_results(results)

@@ -6,7 +6,6 @@ set is still there; only then does it take its name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ import timm
 import torch
 from torch import Tensor
 
-from irgdistill.checkpoint import find_checkpoint
 from irgdistill.data import eval_loader
-from irgdistill.errors import UserError, nearest
+from irgdistill.errors import UserError
 from irgdistill.files import read_metadata, write_atomically, write_folder
 from irgdistill.hub import OWN_FILES, WEIGHTS, check_login, save_for_timm, upload
 from irgdistill.images import BadImages
@@ -25,41 +23,20 @@ from irgdistill.model_card import write_card
 from irgdistill.models import Network
 from irgdistill.programs import Logits, export_program, facts, plain, write_onnx, write_program
 from irgdistill.report import Report
-from irgdistill.settings import DataConfig
+from irgdistill.requests import ExportRequest
+from irgdistill.run_folder import find_checkpoint
 from irgdistill.sources import open_splits
 from irgdistill.targets import data_of, open_network
 
-FORMATS = ("hub", "onnx", "program", "timm")
 TOLERANCE = 1e-4
 """Largest difference between a logit of what was written and of the student."""
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 CHECK_BATCH = 16
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for."""
-
-    target: str
-    """Run folder or checkpoint."""
-    format: str = "hub"
-    output: Path | None = None
-    overwrite: bool = False
-    push: str | None = None
-    """Repository on the Hub."""
-    license: str | None = None
-    opset: int | None = None
-    raw_input: bool = False
-    """Normalisation inside the graph: images are RGB in [0, 1]."""
-    check_images: int = 64
-    data: DataConfig = field(default_factory=DataConfig)
-    """Where the images of the check are, for the keys in `given`."""
-    given: frozenset[str] = frozenset()
-
-
-def export(request: Request) -> Path:
+def export(request: ExportRequest) -> Path:
     """Write the student in the format asked for -> where it is. Raises UserError, leaving everything as it was."""
-    _check_options(request)
+    _check_equipment(request)
     checkpoint = _own_checkpoint(request.target)
     network, metadata = open_network(request.target, None, None)
     network.model.eval()
@@ -86,22 +63,10 @@ def export(request: Request) -> Path:
 # --- before anything is written ---------------------------------------------------------------------------------------
 
 
-def _check_options(request: Request) -> None:
-    """Raises UserError: unknown format, options of another one, packages or a login that are not there."""
-    form = request.format
-    if form not in FORMATS:
-        raise UserError(f"--format {form}: expected {', '.join(FORMATS)}{nearest(form, FORMATS)}")
-    needs = {
-        "--push": ("hub",) if request.push is not None else None,
-        "--license": ("hub",) if request.license is not None else None,
-        "--opset": ("onnx",) if request.opset is not None else None,
-        "--raw-input": ("onnx", "program") if request.raw_input else None,
-    }
-    for option, formats in needs.items():
-        if formats is not None and form not in formats:
-            raise UserError(f"{option} goes with --format {' or '.join(formats)}, not with {form}")
+def _check_equipment(request: ExportRequest) -> None:
+    """Raises UserError for packages or a login that are not there."""
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
-    if form == "onnx" and missing:
+    if request.format == "onnx" and missing:
         raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'irgdistill[onnx]'")
     if request.push is not None:
         check_login(request.push)
@@ -109,15 +74,13 @@ def _check_options(request: Request) -> None:
 
 def _own_checkpoint(target: str) -> Path:
     """Raises UserError where `target` is neither a run folder nor a checkpoint of ours."""
-    path = find_checkpoint(target)
-    if path is None:
-        raise UserError(f"{target} is no run folder and no checkpoint file")
+    path = find_checkpoint(target) or Path(target)
     if path.suffix != ".safetensors" or read_metadata(path) is None:
         raise UserError(f"{path} was not written by irgdistill; export takes its run folders and checkpoints")
     return path
 
 
-def _free_path(request: Request, network: Network, checkpoint: Path) -> Path:
+def _free_path(request: ExportRequest, network: Network, checkpoint: Path) -> Path:
     """Where to write. Raises UserError where something is that was not to be replaced."""
     ending = {"onnx": ".onnx", "program": ".pt2"}.get(request.format)
     path = request.output or checkpoint.parent / (request.format if ending is None else network.architecture + ending)
@@ -141,7 +104,7 @@ def _free_path(request: Request, network: Network, checkpoint: Path) -> Path:
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
-def _check_images(request: Request, network: Network, metadata: dict[str, Any]) -> tuple[Tensor, str]:
+def _check_images(request: ExportRequest, network: Network, metadata: dict[str, Any]) -> tuple[Tensor, str]:
     """uint8 (N, 3, H, W), evenly from the validation images, and what they are. Random ones where the data are gone."""
     try:
         data = data_of(request.target, metadata, request.data, set(request.given))
@@ -205,7 +168,9 @@ def _write_timm(folder: Path, network: Network, metadata: dict[str, Any]) -> Log
     return plain(timm.create_model(name, num_classes=classes, checkpoint_path=str(weights), **network.args).eval())
 
 
-def _write_hub(folder: Path, network: Network, metadata: dict[str, Any], request: Request, checkpoint: Path) -> Logits:
+def _write_hub(
+    folder: Path, network: Network, metadata: dict[str, Any], request: ExportRequest, checkpoint: Path
+) -> Logits:
     license = request.license or "apache-2.0"
     save_for_timm(network, metadata, folder / WEIGHTS, license)
     write_card(folder, network, metadata, checkpoint, license, request.push)

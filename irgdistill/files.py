@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from irgdistill.errors import UserError
+from irgdistill.run_folder import TEMPORARY
 
 FORMAT = 2
 KEY, CHECKSUM = "irgdistill", "checksum"
-TEMPORARY = ".tmp"
-"""Ending of what a killed process may leave."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:

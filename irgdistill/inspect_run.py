@@ -19,10 +19,10 @@ from torch import Tensor
 from irgdistill import __version__
 from irgdistill.data import eval_loader
 from irgdistill.device import choose_device
-from irgdistill.errors import UserError, nearest
+from irgdistill.errors import UserError
 from irgdistill.files import write_atomically, write_text
 from irgdistill.images import BadImages
-from irgdistill.inspect_setup import Meeting, Member, Request, image_name, known_networks, meet
+from irgdistill.inspect_setup import Meeting, Member, image_name, known_networks, meet, show_plan
 from irgdistill.inspection import (
     Graph,
     Seen,
@@ -36,50 +36,39 @@ from irgdistill.inspection import (
 from irgdistill.models import parameters
 from irgdistill.page import build_page
 from irgdistill.plan_table import print_plan
-from irgdistill.plot import FORMATS, Blocks, StageView, overview_figure, render, stage_figure, transformation_figure
+from irgdistill.plot import Blocks, StageView, overview_figure, render, stage_figure, transformation_figure
 from irgdistill.report import Report, table
+from irgdistill.requests import InspectRequest
 from irgdistill.settings import Config
 from irgdistill.taps import Tapped
 from irgdistill.terminal import show
 
 FORMAT = 1
 KIND = "irgdistill graph"
-MOST = 2048
-"""Images at most: the report holds every pair of them."""
 REMEMBERED = {"source", "root", "train_split", "val_split", "val_fraction", "eval_batch_size"}
 """Of the data's configuration: what the numbers depend on."""
 
 
-def inspect(request: Request, config: Config, given: set[str]) -> None:
-    """The command. `given` are the configuration keys that were asked for. Raises UserError."""
-    _check(request)
-    config = known_networks(request, config)
+def inspect(request: InspectRequest) -> None:
+    """The command. Raises UserError."""
+    if request.plan_only:
+        show_plan(request)
+        return
+    config = known_networks(request)
     output = request.output
     if output is not None:
         _check_output(output)
-    meeting = meet(config, given, request)
+    meeting = meet(request, config)
     if output is None:
         output = _default_output(request, meeting)
         _check_output(output)
     Inspection(meeting, request, config, output).run()
 
 
-def _check(request: Request) -> None:
-    for flag, value, allowed in (("--format", request.format, FORMATS), ("--split", request.split, ("val", "train"))):
-        if value not in allowed:
-            raise UserError(f"{flag} {value}: expected {', '.join(allowed)}{nearest(value, allowed)}")
-    if not 2 <= request.images <= MOST:
-        raise UserError(f"--images {request.images}: a graph has 2 to {MOST} images")
-    if not 1 <= request.neighbours < request.images:
-        raise UserError(
-            f"--neighbours {request.neighbours}: expected 1 to {request.images - 1} (of --images {request.images})"
-        )
-
-
 class Inspection:
     """One inspection: look, compute, draw, write, print."""
 
-    def __init__(self, meeting: Meeting, request: Request, config: Config, output: Path) -> None:
+    def __init__(self, meeting: Meeting, request: InspectRequest, config: Config, output: Path) -> None:
         self.meeting, self.request, self.config, self.output = meeting, request, config, output
         self.members = [meeting.teacher, *meeting.students]
         self.report = Report()
@@ -296,7 +285,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _default_output(request: Request, meeting: Meeting) -> Path:
+def _default_output(request: InspectRequest, meeting: Meeting) -> Path:
     if request.target is not None and Path(request.target).is_dir():
         return Path(request.target) / "graphs"
     name = f"{meeting.teacher.network.architecture}-{meeting.students[0].network.architecture}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from timm.utils import random_seed
 
-from irgdistill.checkpoint import find_checkpoint, restore
+from irgdistill.checkpoint import restore
 from irgdistill.checks import check_input_sizes
 from irgdistill.config import validate
 from irgdistill.errors import UserError
@@ -19,33 +19,14 @@ from irgdistill.inspection import draw_evenly
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
 from irgdistill.plan_table import print_plan
+from irgdistill.requests import TWO, InspectRequest
+from irgdistill.run_folder import find_checkpoint
 from irgdistill.settings import Config, DataConfig, MatchingConfig
 from irgdistill.setup import build_teacher
 from irgdistill.sources import open_splits
 from irgdistill.splits import Source, Splits
 from irgdistill.targets import data_of
 from irgdistill.unlabelled import Unlabelled
-
-TWO = "give a run folder or checkpoint, or two networks: --teacher T --student S --data D"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for beside the configuration."""
-
-    target: str | None = None
-    """Run folder or checkpoint."""
-    student_checkpoint: Path | None = None
-    student_pretrained: bool = False
-    compare: str | None = None
-    """Another checkpoint of the same student."""
-    images: int = 64
-    split: str = "val"
-    neighbours: int = 5
-    format: str = "png"
-    terminal: bool = False
-    output: Path | None = None
-    as_json: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,21 +51,15 @@ class Meeting:
     data: DataConfig
 
 
-def known_networks(request: Request, config: Config) -> Config:
+def known_networks(request: InspectRequest) -> Config:
     """The configuration with what a run or checkpoint remembers beneath what was asked for now: teacher, matching.
 
-    Reads no weights. Raises UserError: nothing to inspect, two students, a teacher that is not the run's, none at all.
+    Reads no weights. Raises UserError: two students, a teacher that is not the run's, none at all.
     """
-    if request.student_checkpoint is not None and request.student_pretrained:
-        raise UserError("--student-checkpoint and --student-pretrained: a student has one or the other")
-    config = config.model_copy(deep=True)
+    config = request.config.model_copy(deep=True)
     if request.target is not None:
         _remember(request.target, request, config)
-    elif config.student.name is None and request.student_checkpoint is None:
-        raise UserError(f"no student: {TWO}")
     if config.teacher.name is None and config.teacher.checkpoint is None:
-        if request.target is None:
-            raise UserError(f"no teacher: {TWO}")
         raise UserError(
             f"{request.target} does not say where its teacher is, or had none: "
             "give --teacher NAME or --teacher-checkpoint FILE"
@@ -92,7 +67,7 @@ def known_networks(request: Request, config: Config) -> Config:
     return config
 
 
-def _remember(target: str, request: Request, config: Config) -> None:
+def _remember(target: str, request: InspectRequest, config: Config) -> None:
     given = [
         flag
         for flag, value in (
@@ -144,11 +119,9 @@ def _run_of(path: Path, metadata: Mapping[str, Any]) -> Config:
     return validate(tree, f"{path}: ")
 
 
-def show_plan(request: Request, config: Config) -> None:
+def show_plan(request: InspectRequest) -> None:
     """Print which stages meet, from shapes alone: no data, no weights. Raises UserError."""
-    if request.compare is not None:
-        raise UserError("--plan-only shows one plan; leave out --compare")
-    config = known_networks(request, config)
+    config = known_networks(request)
     names = [
         _name(config.teacher.name, config.teacher.checkpoint, "--teacher"),
         _name(config.student.name, request.student_checkpoint, "--student"),
@@ -170,11 +143,14 @@ def _name(name: str | None, checkpoint: Path | None, flag: str) -> str:
     return name
 
 
-def meet(config: Config, given: set[str], request: Request) -> Meeting:
-    """Build and check everything before the first image is read. Raises UserError for all that can be refused."""
+def meet(request: InspectRequest, config: Config) -> Meeting:
+    """Build and check everything before the first image is read; `config` is that of `known_networks`.
+
+    Raises UserError for all that can be refused.
+    """
     path = None if request.target is None else _checkpoint(request.target)
     metadata = {} if path is None else _own_metadata(path)
-    data = data_of(str(request.target), metadata, config.data, given) if metadata else config.data
+    data = data_of(str(request.target), metadata, config.data, request.given) if metadata else config.data
     splits, teacher = _drawn(data, request, config.seed, metadata.get("classes")), _teacher(config, request)
     student, label, weights = _student(config, request, path, len(splits.classes))
     students = [Member(label, student, weights)]
@@ -198,7 +174,7 @@ def meet(config: Config, given: set[str], request: Request) -> Meeting:
     )
 
 
-def _teacher(config: Config, request: Request) -> Network:
+def _teacher(config: Config, request: InspectRequest) -> Network:
     checkpoint = config.teacher.checkpoint
     if checkpoint is not None and not checkpoint.exists():
         whose = "" if request.target is None else f" of {request.target}"
@@ -206,7 +182,7 @@ def _teacher(config: Config, request: Request) -> Network:
     return build_teacher(config)
 
 
-def _student(config: Config, request: Request, path: Path | None, classes: int) -> tuple[Network, str, str]:
+def _student(config: Config, request: InspectRequest, path: Path | None, classes: int) -> tuple[Network, str, str]:
     """The student, what to call it, and where its weights come from."""
     name, size = config.student.name, config.student.input_size
     checkpoint = path
@@ -258,7 +234,7 @@ def _plan(teacher: Network, student: Network, config: Config) -> Plan:
     return plan
 
 
-def _drawn(data: DataConfig, request: Request, seed: int, classes: list[str] | None) -> Splits:
+def _drawn(data: DataConfig, request: InspectRequest, seed: int, classes: list[str] | None) -> Splits:
     """Images of every class; of images without labels any, as if they were of one class."""
     splits = open_splits(data, val_only=request.split == "val", classes=classes)
     if splits.streaming:

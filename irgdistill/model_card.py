@@ -12,11 +12,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from irgdistill.checkpoint import RunFolder
 from irgdistill.config import dump, read_yaml, validate
 from irgdistill.errors import UserError
 from irgdistill.journal import records
 from irgdistill.models import Network, multiply_adds, parameters
+from irgdistill.run_folder import RunFolder
 from irgdistill.settings import Config
 from irgdistill.state import metric, score
 

@@ -16,9 +16,8 @@ from torch.utils.data import IterableDataset
 
 from irgdistill.errors import UserError, nearest
 from irgdistill.settings import DataConfig
+from irgdistill.usage import STREAMS
 
-STREAMS = ("wds/", "hfids/", "tfds/")
-PREFIXES = ("torch/", "hfds/", *STREAMS)
 TORCH = ("cifar10", "cifar100", "cifar100-coarse", "mnist", "kmnist", "fashion_mnist", "qmnist")
 """Data sets of torchvision that have a training and a test half; timm takes any name but `train` for the latter."""
 OTHER_TORCH = ("imagenet", "places365", "inaturalist", "image_folder")

@@ -23,7 +23,6 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-FORMATS = ("png", "svg", "pdf")
 Array = NDArray[Any]
 
 EDGES: Colormap = matplotlib.colormaps["cividis"]
@@ -172,7 +171,7 @@ def curves_figure(title: str, curves: Mapping[str, Sequence[Sequence[float]]]) -
 
 
 def render(figure: Figure, form: str) -> bytes:
-    """The figure as a file of one of FORMATS; the same figure gives the same bytes."""
+    """The figure as a file of one of `requests.FIGURES`; the same figure gives the same bytes."""
     stamp = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[form]
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "irgdistill"}), warnings.catch_warnings():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 
-from irgdistill.checkpoint import RunFolder
 from irgdistill.checks import check_processes
 from irgdistill.config import dump, validate
-from irgdistill.distributed import World, joined, ranks, restarts, run_workers
+from irgdistill.distributed import World, joined, run_workers
 from irgdistill.errors import Interrupted, UserError, nearest
+from irgdistill.launched import ranks, restarts
 from irgdistill.models import build_network, known_models, multiply_adds, parameters
+from irgdistill.parts import Parts
 from irgdistill.plan_table import print_plan
 from irgdistill.report import Report
+from irgdistill.requests import DistillRequest, ResumeRequest
+from irgdistill.run_folder import RunFolder
 from irgdistill.settings import Config
 from irgdistill.setup import Setup, prepare, resolved
 from irgdistill.signals import Stopped
@@ -30,12 +33,14 @@ from irgdistill.trainer import Trainer
 def dry_run(config: Config, as_json: bool = False) -> None:
     """Print the resolved configuration and the matching; check everything that can be checked without training."""
     setup = prepare(config)
+    Parts(setup, Report(quiet=True), World())
     if as_json:
         plan = None if setup.plan is None else setup.plan.to_dict()
         values = {"config": setup.config.model_dump(mode="json"), "plan": plan, "start": setup.start}
         print(json.dumps(values))  # noqa: T201  the command's result
         return
     print_plan(setup.plan)
+    Report().line(str(setup.splits))
     if setup.start:
         Report().line(setup.start)
     print(dump(setup.config), end="")  # noqa: T201  the command's result
@@ -64,18 +69,15 @@ def list_models(pattern: str, as_json: bool) -> None:
             print(f"{name:44} {count:14,} {macs:16,} {size:>9}  {text}", flush=True)  # noqa: T201
 
 
-def start(
-    config: Config, output: Path | None, overwrite: bool, gpus: str | None = None, backend: str | None = None
-) -> dict[str, Any] | None:
+def start(request: DistillRequest) -> dict[str, Any] | None:
     """Train from the beginning, in a new folder; in `gpus` processes of this machine, or among those of torchrun.
 
     The summary and the `folder` in the process that leads the run; None in others.
     """
     restarted = restarts() > 0
-    config = resolved(config)
-    folder = RunFolder(output or _next_folder(config, last=restarted))
+    config = resolved(request.config)
+    folder = RunFolder(request.output or _next_folder(config, last=restarted))
     if not restarted:
-        folder.refuse(overwrite)
         folder.refuse_to_lose(
             {
                 "--teacher-checkpoint": config.teacher.checkpoint,
@@ -83,21 +85,22 @@ def start(
             }
         )
     with _says_where_it_stands(folder, begun=False):
-        setup = _ready(config, gpus, backend)
+        setup = _ready(config, request.gpus, request.backend)
         if setup is None:
             return None
-        with joined(config.runtime.device, backend) as world:
+        with joined(config.runtime.device, request.backend) as world:
             folder = RunFolder(world.share(folder.path))
             if world.share(restarted and folder.state.exists()):
                 return _go_on(folder, setup, world, open_state(folder)[0])
             trainer = Trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
             if world.main:
                 print_plan(setup.plan)
+            trainer.report.line(str(setup.splits))
             if setup.start:
                 trainer.report.line(setup.start)
             trainer.report.line(f"run folder {folder.path}")
             _tell(trainer)
-            trainer.start(overwrite or restarted)
+            trainer.start(request.overwrite or restarted)
             return _finish(trainer)
 
 
@@ -116,15 +119,11 @@ def _ready(config: Config, gpus: str | None, backend: str | None, begun: bool = 
 
 def _workers(config: Config, gpus: str | None, backend: str | None) -> int:
     """How many processes to start here; 0: none, this is one of them. Raises UserError."""
-    if backend not in (None, "nccl", "gloo"):
-        raise UserError(f"--backend {backend}: nccl, or gloo to run on the CPU{nearest(backend, ['nccl', 'gloo'])}")
     there = torch.cuda.device_count()
     if backend == "nccl" and not there:
         raise UserError("--backend nccl: there is no GPU here; --backend gloo runs the processes on the CPU")
     if gpus is None or ranks() > 1:
         return 0
-    if gpus != "all" and not (gpus.isdecimal() and int(gpus) > 0):
-        raise UserError(f"--gpus {gpus}: expected a number of processes on this machine, or all")
     if config.runtime.device not in ("auto", "cpu", "cuda"):
         raise UserError(
             f"--device {config.runtime.device} is one device; with --gpus leave it out, or give cpu or cuda"
@@ -148,29 +147,20 @@ def _tell(trainer: Trainer) -> None:
         )
 
 
-def resume(
-    path: Path, changes: Mapping[str, Any], previous: bool = False, gpus: str | None = None, backend: str | None = None
-) -> dict[str, Any] | None:
-    """Go on where the state in a run folder stands; returns what `start` does.
-
-    Raises UserError when there is nothing to go on with.
-    """
-    folder = RunFolder(path)
-    if folder.summary.exists():
-        raise UserError(f"{path} holds a finished run; there is nothing to resume")
-    if not folder.state.exists() and not folder.previous_state.exists():
-        raise UserError(folder.unsaved())
+def resume(request: ResumeRequest) -> dict[str, Any] | None:
+    """Go on where the state in a run folder stands; returns what `start` does. Raises UserError."""
+    folder = RunFolder(request.path)
     with _says_where_it_stands(folder, begun=True):
-        state, config = open_state(folder, previous)
+        state, config = open_state(folder, request.previous)
         tree = config.model_dump()
-        for key, value in changes.items():
+        for key, value in request.changes.items():
             section, name = key.split(".")
             tree[section][name] = value
-        setup = _ready(validate(tree), gpus, backend, begun=True)
+        setup = _ready(validate(tree), request.gpus, request.backend, begun=True)
         if setup is None:
             return None
-        with joined(setup.config.runtime.device, backend) as world:
-            return _go_on(folder, setup, world, state, previous)
+        with joined(setup.config.runtime.device, request.backend) as world:
+            return _go_on(folder, setup, world, state, request.previous)
 
 
 def _go_on(

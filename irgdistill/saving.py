@@ -13,13 +13,14 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 
 from irgdistill import __version__
-from irgdistill.checkpoint import RunFolder, describe, timm_config
+from irgdistill.checkpoint import describe, timm_config
 from irgdistill.config import dump
 from irgdistill.distributed import World, statistics_of
 from irgdistill.errors import UserError
 from irgdistill.files import write_text
 from irgdistill.parts import Parts
 from irgdistill.report import Report
+from irgdistill.run_folder import RunFolder
 from irgdistill.setup import Setup
 from irgdistill.state import Saver, best_on_disk, mean_of, other_state, random_states, restore_random_states
 

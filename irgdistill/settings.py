@@ -5,6 +5,7 @@ A loss weight left unset takes the value that the method gives it (`METHODS`); `
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -53,7 +54,9 @@ else:
 def _size(value: Any) -> Any:
     """224, "224", "256x192" or [256, 192] -> (height, width)."""
     if isinstance(value, str):
-        value = [int(part) for part in value.lower().split("x")] if value.lower().replace("x", "").isdigit() else value
+        if not re.fullmatch(r"\d+(x\d+)?", value.lower()):
+            raise ValueError("expected pixels, such as 224 or 256x192")
+        value = [int(part) for part in value.lower().split("x")]
     if isinstance(value, int):
         value = [value]
     if isinstance(value, list) and len(value) == 1:

@@ -11,25 +11,19 @@ from timm.utils import random_seed
 
 from irgdistill.balance import balanced_weights
 from irgdistill.cache import Cache, describe_data, describe_teacher, describe_views
-from irgdistill.checkpoint import find_checkpoint, restore
-from irgdistill.checks import (
-    LOGIT_TERMS,
-    STAGE_TERMS,
-    check_classes,
-    check_input_sizes,
-    check_logging,
-    check_without_labels,
-)
-from irgdistill.config import check_student
+from irgdistill.checkpoint import restore
+from irgdistill.checks import STAGE_TERMS, check_classes, check_input_sizes, check_logging
 from irgdistill.data import train_images
 from irgdistill.errors import UserError
 from irgdistill.images import BadImages
 from irgdistill.matching import Plan, match
-from irgdistill.models import Network, build_network
+from irgdistill.models import LOCAL, Network, build_network
+from irgdistill.run_folder import find_checkpoint
 from irgdistill.settings import Config
 from irgdistill.sources import open_splits
 from irgdistill.splits import Splits
 from irgdistill.student import build_student, resolve_student
+from irgdistill.usage import LOGIT_TERMS, check_run
 
 
 @dataclass
@@ -72,9 +66,7 @@ def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
     `fetch`, pretrained weights are not downloaded: random ones stand for them.
     """
     config = resolved(config, begun)
-    check_student(config)
-    if config.data.labels and not any(weight > 0 for weight in config.losses.weights().values()):
-        raise UserError("no loss term has a weight: nothing would be learnt")
+    check_run(config, begun)
     cache = None if config.teacher.cache is None else Cache(config.teacher.cache)
     if cache is not None:
         config = cache.adopt(config)
@@ -107,7 +99,6 @@ def open_data(config: Config, teacher: Callable[[], Network | None]) -> tuple[Sp
     """The images, and the teacher that is built; without labels their classes are the teacher's. Raises UserError."""
     if config.data.labels:
         return open_splits(config.data), teacher()
-    check_without_labels(config)
     network = teacher()
     assert network is not None
     return open_splits(config.data, classes=network.classes or network.num_classes), network
@@ -187,6 +178,9 @@ def resolved(config: Config, begun: bool = False) -> Config:
     if not begun:
         resolve_student(config.student)
     data, teacher = config.data, config.teacher
+    for spec in (config.student, config.teacher):
+        if spec.name is not None and spec.name.startswith(LOCAL):
+            spec.name = LOCAL + str(Path(spec.name.removeprefix(LOCAL)).resolve())
     if data.source and Path(data.source).exists():
         data.source = str(Path(data.source).resolve())
     prefix, _, name = (data.source or "").partition("/")
@@ -201,19 +195,12 @@ def resolved(config: Config, begun: bool = False) -> Config:
 
 
 def build_teacher(config: Config, fetch: bool = True) -> Network:
-    """The teacher by name and checkpoint. Raises UserError when neither is given."""
+    """The teacher by name and checkpoint, of which one is given. Raises UserError as `restore` does."""
     spec = config.teacher
     if spec.checkpoint is not None:
         path = find_checkpoint(str(spec.checkpoint)) or spec.checkpoint
         return restore(path, spec.name, spec.input_size)[0]
-    if spec.name is None:
-        hints = [f"losses.{name}" for name, weight in config.losses.weights().items() if weight > 0 and name != "ce"]
-        raise UserError(
-            f"method {config.method!r} needs a teacher: give --teacher NAME or --teacher-checkpoint FILE "
-            "(or --method none to train the student alone)"
-            if config.method != "none"
-            else f"{', '.join(hints) or 'a cache'} needs a teacher: give --teacher NAME or --teacher-checkpoint FILE"
-        )
+    assert spec.name is not None
     return build_network(spec.name, pretrained=fetch, input_size=spec.input_size)
 
 

@@ -12,14 +12,13 @@ import numpy as np
 from PIL import Image
 from torchvision import datasets
 
-from irgdistill.errors import UserError, nearest
+from irgdistill.errors import UserError
 from irgdistill.folders import open_folder, open_unlabelled_folder
-from irgdistill.named import PREFIXES, STREAMS, open_named
+from irgdistill.named import open_named
 from irgdistill.settings import DataConfig
 from irgdistill.splits import Splits, TimmSource, balanced_part, hold_out
 from irgdistill.unlabelled import Unlabelled
-
-BUILTIN = ("digits",)
+from irgdistill.usage import BUILTIN, PREFIXES, STREAMS, check_source
 
 
 class DigitsSource:
@@ -52,24 +51,22 @@ def open_splits(config: DataConfig, val_only: bool = False, classes: Sequence[st
 
     Without labels `classes` are the teacher's: their names, or how many.
     """
+    check_source(config)
     splits = _open(config, val_only) if config.labels else _open_unlabelled(config, val_only, classes)
+    if config.labels and len(splits.classes) < 2:
+        raise UserError(f"{config.source} has one class, {splits.classes[0]!r}: there is nothing to tell apart")
     if config.train_images is not None and not val_only:
         splits.train_indices = balanced_part(splits, config.train_images)
     return splits
 
 
 def _open(config: DataConfig, val_only: bool) -> Splits:
-    source = config.source
-    if not source:
-        raise UserError("no data: give --data FOLDER, --data digits or a timm dataset string such as torch/cifar10")
+    source = config.source or ""
     if source in BUILTIN:
         digits = DigitsSource()
         return hold_out(digits, digits.labels(), [str(i) for i in range(10)], config.val_fraction or 0.3)
     if source.startswith(PREFIXES):
         return _open_named(source, config)
-    if not Path(source).exists():
-        known = [*BUILTIN, *(prefix + "NAME" for prefix in PREFIXES)]
-        raise UserError(f"no data folder {source!r}{nearest(source, BUILTIN)} (a folder, or {', '.join(known)})")
     return open_folder(Path(source), config, val_only)
 
 

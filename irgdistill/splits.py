@@ -40,6 +40,12 @@ class Splits:
     labelled: bool = True
     """Whether the validation images have labels."""
 
+    def __str__(self) -> str:
+        classes = f"{len(self.classes):,} classes"
+        if self.streaming:
+            return f"a stream of images of {classes}"
+        return f"{len(self.train_indices):,} images of {classes} to train on, {len(self.val_indices):,} for validation"
+
     def train_labels(self) -> list[int]:
         """Class of every training image, in the order of `train_indices`."""
         labels = self.train.labels()

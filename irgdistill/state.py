@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from irgdistill.checkpoint import RunFolder
 from irgdistill.config import keys, read_yaml, validate
 from irgdistill.errors import UserError
 from irgdistill.files import FORMAT, own_copies, read_tensors, save_tensors
+from irgdistill.run_folder import RunFolder
 from irgdistill.settings import MOVABLE, Config, RuntimeConfig
 
 

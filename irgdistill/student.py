@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from irgdistill.checkpoint import find_checkpoint
 from irgdistill.errors import UserError
 from irgdistill.files import read_metadata, read_tensors
 from irgdistill.models import Network, build_network
 from irgdistill.models.build import load_weights, read_weights
+from irgdistill.run_folder import find_checkpoint
 from irgdistill.settings import Preprocessing, StudentConfig
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from irgdistill.checkpoint import RunFolder, find_checkpoint, restore
+from irgdistill.checkpoint import restore
 from irgdistill.errors import UserError
 from irgdistill.models import Network, build_network
 from irgdistill.report import Report
+from irgdistill.run_folder import RunFolder, find_checkpoint
 from irgdistill.settings import DataConfig
 
 
@@ -27,13 +28,18 @@ def open_network(target: str, checkpoint: Path | None, size: tuple[int, int] | N
     return build_network(target, pretrained=True, input_size=size), {}
 
 
-def data_of(target: str, metadata: Mapping[str, Any], asked: DataConfig, given: set[str]) -> DataConfig:
-    """The remembered data set, with what was asked for now on top."""
+def data_of(target: str, metadata: Mapping[str, Any], asked: DataConfig, given: Collection[str]) -> DataConfig:
+    """The remembered data set, with what was asked for now on top.
+
+    Raises UserError: none is remembered or it is gone, or a part to hold out of images that were trained on.
+    """
     if "data" not in metadata:
         if asked.source is None:
             raise UserError(f"{target} does not remember a data set; give --data")
         return asked
     remembered = DataConfig.model_validate(metadata["data"])
+    if "data.val_fraction" in given and "data.source" not in given and asked.val_fraction != remembered.val_fraction:
+        raise UserError(f"{target} is judged on what its run held out; --val-fraction goes with other --data")
     names = {key.removeprefix("data.") for key in given if key.startswith("data.")}
     names |= {"eval_batch_size", "workers"}
     data = remembered.model_copy(update={name: getattr(asked, name) for name in names})

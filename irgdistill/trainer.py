@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irgdistill.checkpoint import RunFolder
 from irgdistill.distributed import World
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.files import write_text
 from irgdistill.losses import Batch, gradient_shares
 from irgdistill.report import Report
+from irgdistill.run_folder import RunFolder
 from irgdistill.saving import Saved
 from irgdistill.setup import Setup
 from irgdistill.signals import Signals, Stopped

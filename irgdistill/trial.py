@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from irgdistill.checkpoint import RunFolder
 from irgdistill.report import Report
+from irgdistill.run_folder import RunFolder
 from irgdistill.setup import Setup
 from irgdistill.trainer import Trainer
 

@@ -85,8 +85,8 @@ def test_the_loop_trains(digits: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.parametrize("method", OURS)
 def test_the_loss_is_the_trainers(method: str, tmp_path: Path) -> None:
     """On the same images and weights, adapters included: for every method that has a teacher."""
-    from irgdistill.checkpoint import RunFolder
     from irgdistill.report import Report
+    from irgdistill.run_folder import RunFolder
     from irgdistill.setup import prepare
     from irgdistill.trainer import Trainer
 

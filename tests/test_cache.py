@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from irgdistill import cache
 from irgdistill.cache import Cache, pack_logits, unpack_logits
-from irgdistill.checkpoint import RunFolder
 from irgdistill.config import load_config
 from irgdistill.errors import UserError
 from irgdistill.losses.logits import soft_targets
 from irgdistill.report import Report
+from irgdistill.run_folder import RunFolder
 from irgdistill.setup import prepare
 from irgdistill.trainer import Trainer
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from irgdistill import checkpoint, files, state
-from irgdistill.checkpoint import RunFolder, restore
+from irgdistill.checkpoint import restore
 from irgdistill.errors import UserError
 from irgdistill.files import read_metadata, read_tensors, save_tensors
 from irgdistill.models import build_network
+from irgdistill.run_folder import RunFolder
 from irgdistill.state import load_state, save_state
 
 CLASSES = ["a", "b", "c"]

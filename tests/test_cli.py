@@ -18,8 +18,8 @@ from conftest import SMALL, Result, Run, records, write_images
 from safetensors.torch import load_file, save_file
 
 import irgdistill.models  # noqa: F401  registers the CIFAR networks
-from irgdistill.checkpoint import RunFolder
 from irgdistill.files import read_metadata, save_tensors
+from irgdistill.run_folder import RunFolder
 from irgdistill.signals import Stopped
 from irgdistill.state import load_state
 
@@ -210,7 +210,25 @@ def test_dry_run_shows_configuration_and_plan_and_leaves_nothing(
     result = distill(run, teacher, folder, tmp_path / "run", "--dry-run")
     assert result.code == 0, result.err
     assert "temperature: 4.0" in result.out and "layer3.1" in result.err
+    images = [sum(1 for _ in (folder / part).rglob("*.png")) for part in ("train", "val")]
+    assert f"{images[0]:,} images of 3 classes to train on, {images[1]:,} for validation" in result.err
     assert not (tmp_path / "run").exists()
+    for option, value, message in (
+        ("--opt", "sdg", "unknown optimizer 'sdg'; did you mean sgd"),
+        ("--device", "tpu", "--device tpu"),
+        ("--batch-size", 1000, "--batch-size 1000 is larger than the"),
+        ("--output", teacher, "holds a finished run"),
+    ):
+        refused = distill(run, teacher, folder, tmp_path / "run", "--dry-run", option, value)
+        assert refused.code == 2 and message in refused.err
+
+
+def test_images_that_were_trained_on_are_not_held_out_again(run: Run, folder: Path, tmp_path: Path) -> None:
+    options = ("--data", folder / "train", "--val-fraction", 0.25, *SMALL, "--epochs", 1, "--method", "none")
+    assert run("distill", *options, "--student", "cifar_resnet14_x0_5", "--output", tmp_path / "run").code == 0
+    refused = run("eval", tmp_path / "run", "--val-fraction", 0.5)
+    assert refused.code == 2 and "what its run held out; --val-fraction goes with other --data" in refused.err
+    assert run("eval", tmp_path / "run", "--val-fraction", 0.25).code == 0
 
 
 def test_a_finished_run_is_not_overwritten(run: Run, teacher: Path, folder: Path) -> None:
@@ -341,10 +359,42 @@ def test_foreign_and_truncated_checkpoints(run: Run, teacher: Path, tmp_path: Pa
     assert cut.code == 2 and "truncated" in cut.err and cut.err.count("\n") == 1
 
 
+USAGE_ERRORS = {
+    "no option --nonsense": ["distill", "--nonsense"],
+    "no command": ["nope"],
+    "no student": ["distill", "--data", "digits"],
+    "no data: give": ["distill", "--student", "resnet18", "--method", "none"],
+    "no data folder": ["distill", "--student", "resnet18", "--method", "none", "--data", "nowhere"],
+    "needs a teacher": ["distill", "--student", "resnet18", "--data", "digits"],
+    "no file nowhere.pth": [
+        "distill",
+        "--student",
+        "resnet18",
+        "--data",
+        "digits",
+        "--teacher-checkpoint",
+        "nowhere.pth",
+    ],
+    "--gpus many": ["distill", "--student", "resnet18", "--data", "digits", "--method", "none", "--gpus", "many"],
+    "holds no run": ["distill", "--resume", "nowhere"],
+    "cannot change": ["distill", "--resume", "nowhere", "--lr", "1"],
+    "unknown method": ["compare", "--methods", "kid", "--student", "resnet18"],
+    "both must be at least 1": ["compare", "--seeds", "0"],
+    "a cache needs a teacher": ["cache-teacher", "--data", "digits"],
+    "--store fp8": ["cache-teacher", "--data", "digits", "--teacher", "resnet50", "--store", "fp8"],
+    "no file nowhere.safetensors": ["eval", "nowhere.safetensors"],
+    "is no run folder": ["export", "nowhere"],
+    "--images 1:": ["inspect-graph", "--student", "resnet18", "--teacher", "resnet50", "--images", "1"],
+    "--backend tcp": ["doctor", "--backend", "tcp"],
+}
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["distill", "--help"], ["distill", "--nonsense"], ["nope"]]
+    ("message", "arguments"),
+    [("", ["--help"]), ("", ["--version"]), ("", ["distill", "--help"]), *USAGE_ERRORS.items()],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
 )
-def test_help_version_and_usage_errors_start_without_torch(arguments: list[str]) -> None:
+def test_help_version_and_usage_errors_start_without_torch(message: str, arguments: list[str]) -> None:
     code = "\n".join(
         [
             f"import sys; sys.argv[1:] = {arguments!r}",
@@ -356,7 +406,8 @@ def test_help_version_and_usage_errors_start_without_torch(arguments: list[str])
         ]
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == (2 if arguments[-1] in ("--nonsense", "nope") else 0), result.stderr
+    assert result.returncode == (2 if message else 0), result.stderr
+    assert message in result.stderr and result.stderr.count("\n") == bool(message)
     assert "Traceback" not in result.stderr
 
 

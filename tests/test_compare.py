@@ -117,9 +117,10 @@ def test_a_comparison_is_run_told_and_not_run_again(
 
 
 def test_a_weight_that_is_set_holds_for_the_methods_with_its_term() -> None:
-    from irgdistill.compare import Request
+    from irgdistill.requests import CompareRequest
 
-    request = Request(["none"], 1, Path("x"), settings=["losses.edges.weight=2"], flags={"losses.kd.weight": 0.5})
+    flags = {"losses.kd.weight": 0.5, "data.source": "digits", "student.name": "cifar_resnet20"}
+    request = CompareRequest(["none"], 1, Path("x"), settings=["losses.edges.weight=2"], flags=flags)
     assert request.config("none").losses.weights()["edges"] == 0 and not request.config("none").uses_teacher
     assert request.config("irg").losses.weights()["edges"] == 2 and request.config("irg").losses.weights()["kd"] == 0
     assert request.config("irg+kd", 7).losses.weights()["kd"] == 0.5 and request.config("irg+kd", 7).seed == 7

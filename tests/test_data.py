@@ -80,6 +80,11 @@ def test_digits() -> None:
         ),
         (lambda root: write_images(root / "train", {"a": 1}), {}, "has no val, validation, test folder"),
         (lambda root: write_images(root, {"a": 1}), {}, "--val-fraction 0.1"),
+        (
+            lambda root: write_images(root, {"a": 9}),
+            {"val_fraction": 0.3},
+            "has one class, 'a': there is nothing to tell",
+        ),
         (lambda root: write_images(root / "train", {"a": 1}), {"train_split": "trian"}, "no split 'trian'"),
     ],
 )

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from irgdistill.checkpoint import RunFolder
 from irgdistill.config import load_config
 from irgdistill.data import Order
 from irgdistill.distributed import World, joined, synchronised
@@ -23,6 +22,7 @@ from irgdistill.evaluate import evaluate
 from irgdistill.graph import edge_loss, transformation_loss
 from irgdistill.models import build_network
 from irgdistill.report import Report
+from irgdistill.run_folder import RunFolder
 from irgdistill.setup import prepare
 from irgdistill.state import open_state
 from irgdistill.trainer import Trainer

@@ -297,7 +297,7 @@ def test_nothing_is_overwritten_unasked(run: Run, runs: Path, tmp_path: Path) ->
         (("nowhere",), "nowhere is no run folder and no checkpoint file"),
         (("nowhere.safetensors",), "no file nowhere.safetensors"),
         (("foreign.pth",), "foreign.pth was not written by irgdistill"),
-        (("RUN", "--format", "onxx"), "expected hub, onnx, program, timm; did you mean onnx"),
+        (("RUN", "--format", "onxx"), "expected hub, onnx, program or timm; did you mean onnx"),
         (("RUN", "--opset", 18), "--opset goes with --format onnx, not with hub"),
         (("RUN", "--format", "timm", "--raw-input"), "--raw-input goes with --format onnx or program, not with timm"),
         (("RUN", "--format", "onnx", "--push", "me/x"), "--push goes with --format hub, not with onnx"),

@@ -140,13 +140,15 @@ def test_two_networks_that_have_not_met(run: Run, made: Path, tmp_path: Path, mo
 
 def test_the_untrained_student_is_the_one_a_run_begins_with(run: Run, made: Path, tmp_path: Path) -> None:
     from irgdistill.config import load_config
-    from irgdistill.inspect_setup import Request, known_networks, meet
+    from irgdistill.inspect_setup import known_networks, meet
+    from irgdistill.requests import InspectRequest
     from irgdistill.setup import prepare
 
     flags = {"student.name": "cifar_resnet14_x0_5", "student.input_size": 16, "data.source": str(made / "data")}
     flags |= {"teacher.checkpoint": made / "teacher", "seed": 7}
     config = load_config(flags=flags)
-    own = meet(known_networks(Request(images=4), config), set(flags), Request(images=4)).students[0].network.model
+    request = InspectRequest(config, frozenset(flags), images=4, neighbours=3)
+    own = meet(request, known_networks(request)).students[0].network.model
     other = prepare(config).student.model
     assert all(torch.equal(a, b) for a, b in zip(own.state_dict().values(), other.state_dict().values(), strict=True))
 
@@ -220,7 +222,7 @@ def test_files_of_others_are_left_alone(run: Run, made: Path, tmp_path: Path) ->
         (("{made}/taught", "--images", 6, "--neighbours", 6), "--neighbours 6: expected 1 to 5"),
         (("{made}/taught", "--images", 500, "--neighbours", 30), "only 21 images could be read"),
         (("{made}/taught", "--neighbours", 0), "--neighbours 0"),
-        (("{made}/taught", "--format", "jpg"), "--format jpg: expected png, svg, pdf"),
+        (("{made}/taught", "--format", "jpg"), "--format jpg: expected png, svg or pdf"),
         (("{made}/taught", "--split", "vall"), "did you mean val"),
         (("{made}/taught", "--data", "nowhere"), "no data folder 'nowhere'"),
         (("{made}/taught", "--data", "digits"), "the class names of digits are not those"),

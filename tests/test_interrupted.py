@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 import irgdistill.evaluate
 from irgdistill import files, journal
 from irgdistill import run as run_module
-from irgdistill.checkpoint import RunFolder
 from irgdistill.journal import records
+from irgdistill.run_folder import RunFolder
 from irgdistill.state import Saver, load_state, position, save_state
 from irgdistill.trainer import Trainer
 

@@ -70,6 +70,15 @@ def test_unknown_names_get_the_nearest() -> None:
         build_network("local-dir:/nowhere")
 
 
+def test_a_local_network_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from irgdistill.config import load_config
+    from irgdistill.setup import resolved
+
+    monkeypatch.chdir(tmp_path)
+    config = resolved(load_config(flags={"student.name": "local-dir:mine", "teacher.name": "local-dir:/theirs"}))
+    assert config.student.name == f"local-dir:{tmp_path / 'mine'}" and config.teacher.name == "local-dir:/theirs"
+
+
 def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"no pretrained weights of cifar_resnet20 .*--teacher-checkpoint"):

@@ -1,7 +1,16 @@
 """Teacher and student through timm. Importing this package registers the CIFAR networks."""
 
 from irgdistill.models import cifar
-from irgdistill.models.build import Network, build_network, known_models, multiply_adds, parameters
+from irgdistill.models.build import LOCAL, Network, build_network, known_models, multiply_adds, parameters
 from irgdistill.models.fold import fold_batch_norm
 
-__all__ = ["Network", "build_network", "cifar", "fold_batch_norm", "known_models", "multiply_adds", "parameters"]
+__all__ = [
+    "LOCAL",
+    "Network",
+    "build_network",
+    "cifar",
+    "fold_batch_norm",
+    "known_models",
+    "multiply_adds",
+    "parameters",
+]

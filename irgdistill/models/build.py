@@ -20,7 +20,8 @@ from irgdistill.errors import UserError, nearest
 from irgdistill.levels import Level, LevelsError, Tap, find_levels
 from irgdistill.taps import View
 
-_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+LOCAL = "local-dir:"
+_SOURCES = ("hf-hub:", "hf_hub:", LOCAL)
 
 
 @dataclass
@@ -183,7 +184,7 @@ def multiply_adds(network: Network) -> int:
 
 def _check_name(name: str) -> None:
     if name.startswith(_SOURCES):
-        if name.startswith("local-dir:") and not (Path(name[len("local-dir:") :]) / "config.json").is_file():
+        if name.startswith(LOCAL) and not (Path(name.removeprefix(LOCAL)) / "config.json").is_file():
             raise UserError(f"{name}: no config.json in that folder")
         return
     if not timm.is_model(name):
