@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from irgdistill.checks import STAGE_TERMS, check_classes
@@ -164,14 +163,4 @@ def _network(model: nn.Module, role: str) -> Network:
     """A timm model as matching sees it. Raises UserError for one that is none."""
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
         raise UserError(f"the {role}, {type(model).__name__}, is no timm model: make it with timm.create_model")
-    data = resolve_model_data_config(model)
-    return Network(
-        name=str(model.pretrained_cfg["architecture"]),  # type: ignore[index]
-        model=model,
-        args={},
-        size=tuple(data["input_size"][-2:]),
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
-        interpolation=str(data["interpolation"]),
-        crop_pct=float(data["crop_pct"]),
-    )
+    return Network.of(model)

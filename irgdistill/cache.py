@@ -25,7 +25,7 @@ from irgdistill.files import checksum, read_tensors
 from irgdistill.images import Images
 from irgdistill.levels import Tap
 from irgdistill.matching import Plan
-from irgdistill.models import Network, build_network
+from irgdistill.models import Network, rebuild_network
 from irgdistill.requests import STORES
 from irgdistill.settings import AugmentConfig, Config
 from irgdistill.splits import Splits
@@ -48,17 +48,8 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def describe_teacher(teacher: Network) -> dict[str, Any]:
     """What decides the teacher's answers."""
-    return {
-        "architecture": teacher.architecture,
-        "args": teacher.args,
-        "weights": checksum("", {name: value.cpu() for name, value in teacher.model.state_dict().items()}),
-        "num_classes": teacher.num_classes,
-        "input_size": list(teacher.size),
-        "mean": list(teacher.mean),
-        "std": list(teacher.std),
-        "interpolation": teacher.interpolation,
-        "crop_pct": teacher.crop_pct,
-    }
+    weights = {name: value.cpu() for name, value in teacher.model.state_dict().items()}
+    return {**teacher.describe(), "weights": checksum("", weights)}
 
 
 def describe_views(
@@ -126,15 +117,7 @@ class Cache:
 
     def teacher(self) -> Network:
         """The teacher without its weights, to match stages with."""
-        known = self.about["teacher"]
-        network = build_network(
-            known["architecture"],
-            num_classes=known["num_classes"],
-            input_size=tuple(known["input_size"]),
-            args={key: value for key, value in known["args"].items() if key != "img_size"},
-            preprocessing={key: known[key] for key in ("mean", "std", "interpolation", "crop_pct")},
-            meta=True,
-        )
+        network = rebuild_network(self.about["teacher"], meta=True)
         network.name, network.classes = self.about["name"], self.about["classes"]
         return network
 

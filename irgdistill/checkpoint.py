@@ -7,24 +7,13 @@ from typing import Any
 
 from irgdistill.errors import UserError
 from irgdistill.files import FORMAT, read_tensors
-from irgdistill.models import Network, build_network
+from irgdistill.models import Network, build_network, rebuild_network
 from irgdistill.models.build import read_weights
 
 
 def describe(network: Network, classes: list[str]) -> dict[str, Any]:
     """The part of a checkpoint's metadata that rebuilds and feeds its network."""
-    return {
-        "format": FORMAT,
-        "architecture": network.architecture,
-        "args": network.args,
-        "num_classes": network.num_classes,
-        "classes": classes,
-        "input_size": list(network.size),
-        "mean": list(network.mean),
-        "std": list(network.std),
-        "interpolation": network.interpolation,
-        "crop_pct": network.crop_pct,
-    }
+    return {"format": FORMAT, **network.describe(), "classes": classes}
 
 
 def timm_config(network: Network, classes: list[str]) -> dict[str, Any]:
@@ -37,14 +26,7 @@ def timm_config(network: Network, classes: list[str]) -> dict[str, Any]:
         "num_features": network.model.num_features,
         "label_names": classes,
         "model_args": network.args,
-        "pretrained_cfg": {
-            **keep,
-            "input_size": [len(network.mean), *network.size],
-            "mean": list(network.mean),
-            "std": list(network.std),
-            "interpolation": network.interpolation,
-            "crop_pct": network.crop_pct,
-        },
+        "pretrained_cfg": {**keep, "input_size": [len(network.mean), *network.size], **network.preprocessing},
     }
 
 
@@ -68,14 +50,6 @@ def restore(
         raise UserError(f"{path} is the state of a run; its weights are in best.safetensors and last.safetensors")
     if name is not None and name.split(".")[0] != metadata["architecture"]:
         raise UserError(f"{path} holds a {metadata['architecture']}, not a {name}; leave the name out")
-    network = build_network(
-        metadata["architecture"],
-        weights=weights,
-        num_classes=metadata["num_classes"],
-        input_size=input_size or tuple(metadata["input_size"]),
-        args={key: value for key, value in metadata["args"].items() if key != "img_size"},
-        preprocessing={key: metadata[key] for key in ("mean", "std", "interpolation", "crop_pct")},
-        origin=str(path),
-    )
+    network = rebuild_network(metadata, weights=weights, input_size=input_size, origin=str(path))
     network.classes = metadata["classes"]
     return network, metadata

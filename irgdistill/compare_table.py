@@ -74,8 +74,8 @@ def tell(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) ->
     students = {run: restore(run.folder.last)[0] for run in runs}
     student, device = students[runs[0]], choose_device(config.runtime.device)
     size = student.size if teacher is None else max(student.size, teacher.size)
-    how, bad = (size, student.interpolation, student.crop_pct), BadImages(config.data.max_bad_images, Report().warn)
-    loader = eval_loader(open_splits(config.data, val_only=True), config.data, *how, device, bad)
+    bad = BadImages(config.data.max_bad_images, Report().warn)
+    loader = eval_loader(open_splits(config.data, val_only=True), config.data, student, device, bad, size)
     labels = torch.cat([labels.cpu() for _, labels in loader.epoch()])
     predicted = {run: _predict(network, loader, config.runtime.amp) for run, network in students.items()}
     taught = None

@@ -22,6 +22,7 @@ from irgdistill.distributed import World, cores
 from irgdistill.errors import UserError
 from irgdistill.held import fits
 from irgdistill.images import BadImages, Images, collate
+from irgdistill.models import Network
 from irgdistill.settings import AugmentConfig, DataConfig
 from irgdistill.signals import leave_to_parent
 from irgdistill.splits import Splits
@@ -245,16 +246,19 @@ def train_loader(
 def eval_loader(
     splits: Splits,
     config: DataConfig,
-    size: tuple[int, int],
-    interpolation: str,
-    crop_pct: float,
+    network: Network,
     device: torch.device,
     bad: BadImages,
+    size: tuple[int, int] | None = None,
     limit: int | None = None,
     world: World | None = None,
 ) -> Loader:
-    """Validation images in order, every one once; `limit` takes an even selection of them. Processes share them."""
-    transform = eval_transform(size, interpolation, crop_pct)
+    """Validation images in order, every one once, as `network` takes them, or at another `size` (H, W) in pixels.
+
+    `limit` takes an even selection of them. Processes share them.
+    """
+    size = size or network.size
+    transform = eval_transform(size, network.interpolation, network.crop_pct)
     if splits.streaming:
         splits.val.transform = transform  # type: ignore[attr-defined]
         return Loader(splits.val, config.eval_batch_size, config.workers, device, 0, False, bad)

@@ -58,7 +58,7 @@ def _evaluate(network: Network, teacher: Network | None, data: DataConfig, confi
         raise UserError(f"the class names of {data.source} are not those that {network.name} was trained on")
     bad = BadImages(data.max_bad_images, Report().warn)
     size = network.size if teacher is None else max(network.size, teacher.size)
-    loader = eval_loader(splits, data, size, network.interpolation, network.crop_pct, device, bad)
+    loader = eval_loader(splits, data, network, device, bad, size)
     plain = [None if n is None else Tapped(n.model.to(device), n.view().to(device)).eval() for n in (network, teacher)]
     assert plain[0] is not None
     return evaluate(plain[0], loader, autocast(config.runtime.amp, device), plain[1], labelled=splits.labelled)

@@ -109,10 +109,9 @@ def _check_images(request: ExportRequest, network: Network, metadata: dict[str, 
     try:
         data = data_of(request.target, metadata, request.data, set(request.given))
         data = data.model_copy(update={"download": False})
-        how = (network.size, network.interpolation, network.crop_pct, torch.device("cpu"))
         bad = BadImages(data.max_bad_images, Report().warn)
         splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
-        loader = eval_loader(splits, data, *how, bad, limit=request.check_images)
+        loader = eval_loader(splits, data, network, torch.device("cpu"), bad, limit=request.check_images)
         batches, count = [], 0
         for images, _ in loader.epoch():
             batches.append(images[: request.check_images - count])

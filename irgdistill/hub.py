@@ -37,13 +37,7 @@ def save_for_timm(network: Network, metadata: Mapping[str, Any], weights: Path, 
         network.model,
         weights.with_name(CONFIG),
         model_config={"label_names": metadata["classes"], "pretrained_cfg": own},
-        data_config={
-            "input_size": (len(network.mean), *network.size),
-            "mean": network.mean,
-            "std": network.std,
-            "interpolation": network.interpolation,
-            "crop_pct": network.crop_pct,
-        },
+        data_config={"input_size": (len(network.mean), *network.size), **network.preprocessing},
     )
 
 

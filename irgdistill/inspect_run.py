@@ -96,9 +96,7 @@ class Inspection:
             self.report.warn(f"only {wanted} images in the {self.request.split} split of {meeting.data.source}")
         self.bad = BadImages(meeting.data.max_bad_images, self.report.warn)
         size = max(student.size, teacher.size)
-        loader = eval_loader(
-            meeting.splits, meeting.data, size, student.interpolation, student.crop_pct, device, self.bad
-        )
+        loader = eval_loader(meeting.splits, meeting.data, student, device, self.bad, size)
         plan = meeting.plan
         networks = []
         for number, member in enumerate(self.members):

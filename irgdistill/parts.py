@@ -128,11 +128,10 @@ class Parts:
         self.val = eval_loader(
             setup.splits,
             config.data,
-            student.size if setup.splits.labelled else setup.size,
-            student.interpolation,
-            student.crop_pct,
+            student,
             self.device,
             self.bad,
+            None if setup.splits.labelled else setup.size,
             world=self.world,
         )
         self.data = {
@@ -168,15 +167,7 @@ class Parts:
             )
             return None
         loader = eval_loader(
-            setup.splits,
-            self.config.data,
-            teacher.size,
-            teacher.interpolation,
-            teacher.crop_pct,
-            self.device,
-            self.bad,
-            limit=CHECK_IMAGES,
-            world=self.world,
+            setup.splits, self.config.data, teacher, self.device, self.bad, limit=CHECK_IMAGES, world=self.world
         )
         tried = evaluate(self.teacher, loader, self.autocast, world=self.world)
         top1, chance = tried.top1 or 0.0, 100 / len(setup.classes)

@@ -66,10 +66,7 @@ def facts(network: Network, classes: list[str], raw_input: bool) -> dict[str, An
         "output": f"logits, float32 (N, {network.num_classes}), in the order of classes",
         "classes": classes,
         "input_size": [channels, height, width],
-        "mean": list(network.mean),
-        "std": list(network.std),
-        "interpolation": network.interpolation,
-        "crop_pct": network.crop_pct,
+        **network.preprocessing,
         "normalised_inside": raw_input,
         "irgdistill": __version__,
     }

@@ -210,7 +210,6 @@ def build_booster(config: Config, num_classes: int) -> Network:
     if spec.checkpoint is None and spec.name is not None:
         return build_network(spec.name, num_classes=num_classes, input_size=spec.input_size)
     known = build_teacher(config)
-    preprocessing = {name: getattr(known, name) for name in ("mean", "std", "interpolation", "crop_pct")}
     return build_network(
-        known.name, num_classes=num_classes, input_size=known.size, args=known.args, preprocessing=preprocessing
+        known.name, num_classes=num_classes, input_size=known.size, args=known.args, preprocessing=known.preprocessing
     )

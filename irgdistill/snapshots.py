@@ -81,7 +81,7 @@ class Snapshots:
         setup, plan, network = self.setup, self.setup.plan, self.setup.student
         data = setup.config.data.model_copy(update={"workers": 0, "eval_batch_size": IMAGES})
         device, bad = next(student.parameters()).device, BadImages(data.max_bad_images)
-        loader = eval_loader(self.splits, data, setup.size, network.interpolation, network.crop_pct, device, bad)
+        loader = eval_loader(self.splits, data, network, device, bad, setup.size)
         training = student.model.training
         tapped = [
             Tapped(teacher.model, teacher.view, plan.teacher_taps() if plan else ()),

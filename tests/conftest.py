@@ -28,6 +28,14 @@ def shared(name: str) -> Path:
     return path
 
 
+def network(size: int, interpolation: str = "bilinear", crop_pct: float = 1.0) -> Any:
+    """A network that takes images so; it has no weights."""
+    from irgdistill.models import build_network
+
+    how = {"interpolation": interpolation, "crop_pct": crop_pct}
+    return build_network("cifar_resnet14_x0_5", input_size=(size, size), preprocessing=how, meta=True)
+
+
 @dataclass
 class Result:
     code: int

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import network, write_images
 from torchvision import datasets
 
 from irgdistill.data import Loader, Order, eval_loader, train_loader
@@ -191,7 +191,7 @@ def test_evaluation_from_memory_is_evaluation_from_files(folder: Path) -> None:
     batches = []
     for gib in (0, 1):
         config = DataConfig(source=str(folder), eval_batch_size=5, workers=0, hold_gib=gib)
-        source = eval_loader(open_splits(config), config, (12, 12), "bicubic", 0.8, CPU, BadImages(1))
+        source = eval_loader(open_splits(config), config, network(12, "bicubic", 0.8), CPU, BadImages(1))
         batches.append([batch for _ in range(2) for batch in source.epoch()])
     assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(*batches, strict=True))
 
@@ -281,7 +281,7 @@ def test_evaluation_leaves_unreadable_images_out(folder: Path) -> None:
     (folder / "val" / "blue" / "001.png").write_bytes(b"x")
     config = DataConfig(source=str(folder), eval_batch_size=5)
     bad = BadImages(1)
-    source = eval_loader(open_splits(config), config, (16, 16), "bilinear", 1.0, CPU, bad)
+    source = eval_loader(open_splits(config), config, network(16), CPU, bad)
     assert sum(len(labels) for _, labels in source.epoch()) == 23
     bad.collect()
     assert len(bad.names) == 1
@@ -289,7 +289,7 @@ def test_evaluation_leaves_unreadable_images_out(folder: Path) -> None:
 
 def test_a_limited_evaluation_is_spread_over_the_classes(folder: Path) -> None:
     config = DataConfig(source=str(folder))
-    source = eval_loader(open_splits(config), config, (16, 16), "bilinear", 1.0, CPU, BadImages(0), limit=6)
+    source = eval_loader(open_splits(config), config, network(16), CPU, BadImages(0), limit=6)
     labels = torch.cat([labels for _, labels in source.epoch()])
     assert torch.bincount(labels).tolist() == [2, 2, 2]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, write_images
+from conftest import Run, network, write_images
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
@@ -250,7 +250,7 @@ def test_a_stream_can_be_entered_anywhere(shards: Path, workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_a_stream_is_validated_once(shards: Path, workers: int) -> None:
     config = DataConfig(source=f"wds/{shards}", batch_size=24, workers=workers)
-    loader = eval_loader(open_splits(config), config, (16, 16), "bilinear", 1.0, torch.device("cpu"), BadImages(0))
+    loader = eval_loader(open_splits(config), config, network(16), torch.device("cpu"), BadImages(0))
     for _ in range(2):
         labels = torch.cat([labels for _, labels in loader.epoch()])
         assert torch.bincount(labels).tolist() == [8, 8, 8]
@@ -372,5 +372,5 @@ def test_images_are_those_of_the_shards(shards: Path) -> None:
         member = next(m for m in file if m.name.endswith("png"))
         expected = np.asarray(Image.open(file.extractfile(member)))  # type: ignore[arg-type]
     config = DataConfig(source=f"wds/{shards}", batch_size=24, workers=0)
-    loader = eval_loader(open_splits(config), config, (16, 16), "bilinear", 1.0, torch.device("cpu"), BadImages(0))
+    loader = eval_loader(open_splits(config), config, network(16), torch.device("cpu"), BadImages(0))
     assert np.array_equal(next(loader.epoch())[0][0].permute(1, 2, 0).numpy(), expected)

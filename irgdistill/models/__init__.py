@@ -1,7 +1,15 @@
 """Teacher and student through timm. Importing this package registers the CIFAR networks."""
 
 from irgdistill.models import cifar
-from irgdistill.models.build import LOCAL, Network, build_network, known_models, multiply_adds, parameters
+from irgdistill.models.build import (
+    LOCAL,
+    Network,
+    build_network,
+    known_models,
+    multiply_adds,
+    parameters,
+    rebuild_network,
+)
 from irgdistill.models.fold import fold_batch_norm
 
 __all__ = [
@@ -13,4 +21,5 @@ __all__ = [
     "known_models",
     "multiply_adds",
     "parameters",
+    "rebuild_network",
 ]

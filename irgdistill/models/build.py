@@ -40,6 +40,28 @@ class Network:
     classes: list[str] | None = None
     """Class names in label order, where a checkpoint tells them."""
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        name: str | None = None,
+        args: Mapping[str, Any] | None = None,
+        size: tuple[int, int] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> Network:
+        """A timm model with its own way to see images, but for what is given."""
+        data = {**resolve_model_data_config(model), **(preprocessing or {})}
+        return cls(
+            name=name or str(model.pretrained_cfg["architecture"]),  # type: ignore[index]
+            model=model,
+            args=dict(args or {}),
+            size=tuple(size or data["input_size"][-2:]),
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            interpolation=str(data["interpolation"]),
+            crop_pct=float(data["crop_pct"]),
+        )
+
     @property
     def num_classes(self) -> int:
         return int(self.model.num_classes)  # type: ignore[arg-type]
@@ -48,6 +70,26 @@ class Network:
     def architecture(self) -> str:
         """The registered name, without a source or a weight tag."""
         return str(self.model.pretrained_cfg["architecture"])  # type: ignore[index]
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How an image becomes the network's input, in plain values."""
+        return {
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """All but the weights, in plain values: what `rebuild_network` takes."""
+        return {
+            "architecture": self.architecture,
+            "args": self.args,
+            "num_classes": self.num_classes,
+            "input_size": list(self.size),
+            **self.preprocessing,
+        }
 
     def view(self) -> View:
         return View(self.size, self.mean, self.std)
@@ -126,16 +168,18 @@ def build_network(
         raise UserError(f"{name} does not accept {wanted}: {_one_line(error)}") from None
     if weights is not None:
         load_weights(model, weights, name, origin)
-    data = {**resolve_model_data_config(model), **(preprocessing or {})}
-    return Network(
-        name=name,
-        model=model,
-        args=args,
-        size=tuple(input_size or data["input_size"][-2:]),
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
-        interpolation=str(data["interpolation"]),
-        crop_pct=float(data["crop_pct"]),
+    return Network.of(model, name, args, input_size, preprocessing)
+
+
+def rebuild_network(about: Mapping[str, Any], *, input_size: tuple[int, int] | None = None, **how: Any) -> Network:
+    """The network of `Network.describe`, at its own size or another; `how` as in `build_network`, which raises."""
+    return build_network(
+        about["architecture"],
+        num_classes=about["num_classes"],
+        input_size=input_size or tuple(about["input_size"]),
+        args={key: value for key, value in about["args"].items() if key != "img_size"},
+        preprocessing={key: about[key] for key in ("mean", "std", "interpolation", "crop_pct")},
+        **how,
     )
 
 
