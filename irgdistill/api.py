@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from irgdistill.checks import STAGE_TERMS, check_classes
-from irgdistill.cli_options import FLAGS
+from irgdistill.checks import check_classes
 from irgdistill.config import load_config
 from irgdistill.errors import UserError, nearest
+from irgdistill.flags import FLAGS
 from irgdistill.levels import Tap
 from irgdistill.losses import Batch, Learner, build_loss
 from irgdistill.matching import Plan
@@ -33,6 +33,7 @@ from irgdistill.requests import DistillRequest
 from irgdistill.run import start
 from irgdistill.settings import Config
 from irgdistill.taps import Output, Tapped
+from irgdistill.usage import STAGE_TERMS
 
 
 def distill(

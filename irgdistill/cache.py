@@ -30,6 +30,7 @@ from irgdistill.requests import STORES
 from irgdistill.settings import AugmentConfig, Config
 from irgdistill.splits import Splits
 from irgdistill.taps import MAP_LAYOUTS, Output, tap_name
+from irgdistill.usage import WHOLE_MAPS
 
 FORMAT = 1
 SHARD = 4096
@@ -37,8 +38,6 @@ SHARD = 4096
 TRIED = 64
 """Views whose pixels are compared when a cache is used."""
 TYPES = dict(zip(STORES, (torch.float16, torch.float32), strict=True))
-WHOLE_MAPS = ("fitnet", "fsp", "sp")
-"""Terms that compare more than pooled features and attention maps."""
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -11,10 +11,6 @@ from irgdistill.settings import Config
 from irgdistill.splits import Splits
 from irgdistill.usage import LOGIT_TERMS
 
-RELATION_TERMS = ("edges", "transform")
-STAGE_TERMS = (*RELATION_TERMS, "attention", "fitnet", "at", "fsp", "rkd", "sp", "pkt")
-"""Terms that compare matched stages."""
-
 
 def check_logging(config: Config, splits: Splits) -> None:
     """Raises UserError for a logger that is not installed, and for pictures that could not be made or shown."""

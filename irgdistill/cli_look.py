@@ -1,4 +1,4 @@
-"""Commands that train nothing: networks, students handed on or measured, the machine, presets."""
+"""Commands that train nothing: networks and their graphs, students handed on or measured, the machine, presets."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import typer
 
 from irgdistill.cli_options import (
     DATA,
+    MATCHING,
     NETWORKS,
     RESULT,
     RUNTIME,
+    complete_network,
     complete_preset,
     option,
     options_of_distill,
     remember_names,
     settings_of,
 )
+from irgdistill.flags import FLAGS
 
 
 def export(
@@ -120,6 +123,72 @@ def evaluate(
     from irgdistill.eval_run import evaluate_targets
 
     evaluate_targets(request)
+
+
+def inspect_graph(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|CKPT]", help="A student's run or checkpoint.", show_default=False),
+    ] = None,
+    teacher: Annotated[str | None, option(NETWORKS, help="timm name.", complete=complete_network)] = None,
+    teacher_checkpoint: Annotated[Path | None, option(NETWORKS, help="Its weights; default: pretrained.")] = None,
+    teacher_input_size: Annotated[str | None, option(NETWORKS, help="224 or 256x192.")] = None,
+    student: Annotated[
+        str | None, option(NETWORKS, help="timm name; untrained without weights.", complete=complete_network)
+    ] = None,
+    student_checkpoint: Annotated[Path | None, option(NETWORKS, help="Its weights.")] = None,
+    student_pretrained: Annotated[
+        bool, option(NETWORKS, "--student-pretrained", help="Take its pretrained weights.")
+    ] = False,
+    input_size: Annotated[str | None, option(NETWORKS, help="The student's.")] = None,
+    compare: Annotated[str | None, option(NETWORKS, help="Another run or checkpoint of the same student.")] = None,
+    data: Annotated[str | None, option(DATA, help="Default: what the checkpoint remembers.")] = None,
+    data_root: Annotated[Path | None, option(DATA, help="Where a named data set keeps its files.")] = None,
+    val_fraction: Annotated[float | None, option(DATA, help="Hold out this share.")] = None,
+    max_bad_images: Annotated[int | None, option(DATA, help="Unreadable images to skip (10).")] = None,
+    split: Annotated[str, option(DATA, help="val (default) or train.")] = "val",
+    images: Annotated[int, option(DATA, help="Drawn evenly over the classes (64).")] = 64,
+    seed: Annotated[int | None, option(DATA, help="Of the draw and of untrained weights (0).")] = None,
+    levels: Annotated[int | None, option(MATCHING, help="Match by depth, in at most so many stages.")] = None,
+    skip_level: Annotated[list[int] | None, option(MATCHING, help="Leave out /N; may be repeated.")] = None,
+    taps_teacher: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    taps_student: Annotated[str | None, option(MATCHING, help="Blocks that end the stages: NAME,NAME.")] = None,
+    neighbours: Annotated[int, option(RESULT, help="Of each image that are compared (5).")] = 5,
+    form: Annotated[str, option(RESULT, "--format", help="Of the figures: png (default), svg or pdf.")] = "png",
+    terminal: Annotated[bool, option(RESULT, "--terminal", help="Draw the heatmaps here, too.")] = False,
+    output: Annotated[Path | None, option(RESULT, help="Default: RUN/graphs or graphs/TEACHER-STUDENT.")] = None,
+    plan_only: Annotated[
+        bool, option(RESULT, "--plan-only", help="Show which stages meet; no data, no weights.")
+    ] = False,
+    as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")] = False,
+    step: Annotated[int | None, option(RUNTIME, "--batch-size", help="Images per step (64).")] = None,
+    workers: Annotated[int | None, option(RUNTIME, help="Loader processes (1).")] = None,
+    device: Annotated[str | None, option(RUNTIME, help="auto, cpu, cuda, cuda:1, ….")] = None,
+) -> None:
+    """Show which stages of two networks meet, and how each relates the same images to one another."""
+    from irgdistill.config import load_config
+    from irgdistill.requests import InspectRequest
+
+    given = {FLAGS[name]: value for name, value in locals().items() if name in FLAGS and value is not None}
+    request = InspectRequest(
+        load_config(flags={**given, "data.eval_batch_size": 64 if step is None else step}),
+        frozenset(given),
+        target=target,
+        student_checkpoint=student_checkpoint,
+        student_pretrained=student_pretrained,
+        compare=compare,
+        images=images,
+        split=split,
+        neighbours=neighbours,
+        format=form,
+        terminal=terminal,
+        output=output,
+        plan_only=plan_only,
+        as_json=as_json,
+    )
+    from irgdistill.inspect_run import inspect
+
+    inspect(request)
 
 
 def doctor(

@@ -15,59 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from irgdistill.errors import UserError, nearest
-
-FLAGS = {
-    "teacher": "teacher.name",
-    "teacher_checkpoint": "teacher.checkpoint",
-    "teacher_input_size": "teacher.input_size",
-    "teacher_cache": "teacher.cache",
-    "student": "student.name",
-    "student_pretrained": "student.pretrained",
-    "student_checkpoint": "student.checkpoint",
-    "input_size": "student.input_size",
-    "data": "data.source",
-    "data_root": "data.root",
-    "download": "data.download",
-    "val_fraction": "data.val_fraction",
-    "balanced": "data.balanced",
-    "max_bad_images": "data.max_bad_images",
-    "batch_size": "data.batch_size",
-    "workers": "data.workers",
-    "levels": "matching.levels",
-    "skip_level": "matching.skip",
-    "taps_teacher": "matching.taps_teacher",
-    "taps_student": "matching.taps_student",
-    "method": "method",
-    "kd_weight": "losses.kd.weight",
-    "logits_weight": "losses.logits.weight",
-    "edges_weight": "losses.edges.weight",
-    "transform_weight": "losses.transform.weight",
-    "temperature": "losses.kd.temperature",
-    "edge_blocks": "losses.edges.blocks",
-    "label_smoothing": "losses.ce.label_smoothing",
-    "epochs": "schedule.epochs",
-    "warmup_epochs": "schedule.warmup_epochs",
-    "opt": "optim.name",
-    "lr": "optim.lr",
-    "weight_decay": "optim.weight_decay",
-    "clip_grad": "optim.clip_grad",
-    "accumulate": "optim.accumulate",
-    "ema": "optim.ema",
-    "mixup": "augment.mixup",
-    "cutmix": "augment.cutmix",
-    "auto_augment": "augment.auto_augment",
-    "seed": "seed",
-    "device": "runtime.device",
-    "amp": "runtime.amp",
-    "channels_last": "runtime.channels_last",
-    "compile_": "runtime.compile",
-    "sync_bn": "runtime.sync_bn",
-    "graph_scope": "runtime.graph_scope",
-    "log": "runtime.loggers",
-    "save_every_steps": "runtime.save_every_steps",
-    "save_every_minutes": "runtime.save_every_minutes",
-}
-"""Parameter of `distill` -> configuration key. Everything else is set with --set."""
+from irgdistill.flags import FLAGS
 
 NETWORKS, DATA, MATCHING, METHOD, TRAINING, RUNTIME = "Networks", "Data", "Matching", "Method", "Training", "Run"
 RESULT = "Result"

@@ -15,11 +15,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from irgdistill.checkpoint import described
 from irgdistill.compare_table import Run, summary_of, tell
 from irgdistill.config import dump, read_yaml, validate
 from irgdistill.distributed import cores
 from irgdistill.errors import Interrupted, UserError
-from irgdistill.files import read_metadata, write_text
+from irgdistill.files import write_text
 from irgdistill.losses import build_loss
 from irgdistill.report import Report
 from irgdistill.requests import CompareRequest, DistillRequest, ResumeRequest
@@ -96,7 +97,7 @@ def _check(request: CompareRequest, left: Sequence[Run]) -> None:
 
 def _teachers(output: Path) -> dict[Path, str]:
     """Run folder -> checksum of the weights of its teacher, of those that had one."""
-    found = {path.parent: read_metadata(path) for path in sorted(output.glob("*/*/last.safetensors"))}
+    found = {path.parent: described(path) for path in sorted(output.glob("*/*/last.safetensors"))}
     return {path: about["teacher"]["weights"] for path, about in found.items() if about and about["teacher"]}
 
 

@@ -14,9 +14,10 @@ import timm
 import torch
 from torch import Tensor
 
+from irgdistill.checkpoint import described
 from irgdistill.data import eval_loader
 from irgdistill.errors import UserError
-from irgdistill.files import read_metadata, write_atomically, write_folder
+from irgdistill.files import write_atomically, write_folder
 from irgdistill.hub import OWN_FILES, WEIGHTS, check_login, save_for_timm, upload
 from irgdistill.images import BadImages
 from irgdistill.model_card import write_card
@@ -75,7 +76,7 @@ def _check_equipment(request: ExportRequest) -> None:
 def _own_checkpoint(target: str) -> Path:
     """Raises UserError where `target` is neither a run folder nor a checkpoint of ours."""
     path = find_checkpoint(target) or Path(target)
-    if path.suffix != ".safetensors" or read_metadata(path) is None:
+    if described(path) is None:
         raise UserError(f"{path} was not written by irgdistill; export takes its run folders and checkpoints")
     return path
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from timm.utils import random_seed
 
-from irgdistill.checkpoint import restore
+from irgdistill.checkpoint import described, restore
 from irgdistill.checks import check_input_sizes
 from irgdistill.config import validate
 from irgdistill.errors import UserError
-from irgdistill.files import read_metadata
 from irgdistill.inspection import draw_evenly
 from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_network
@@ -90,8 +89,8 @@ def _remember(target: str, request: InspectRequest, config: Config) -> None:
         config.matching = remembered.matching
     own, name = remembered.teacher, (metadata["teacher"] or {}).get("architecture")
     asked = config.teacher
-    if asked.checkpoint is not None and asked.checkpoint.suffix in ("", ".safetensors") and asked.checkpoint.exists():
-        theirs = read_metadata(_checkpoint(str(asked.checkpoint)))
+    if asked.checkpoint is not None and asked.checkpoint.exists():
+        theirs = described(_checkpoint(str(asked.checkpoint)))
         if theirs is not None:
             _check_taught(target, metadata, theirs["architecture"])
     if asked.name is not None and ":" not in asked.name:  # what hf-hub:… holds is known once it is there
@@ -264,8 +263,8 @@ def _checkpoint(target: str) -> Path:
 
 
 def _own_metadata(path: Path, flag: str = "") -> dict[str, Any]:
-    metadata = read_metadata(path) if path.suffix == ".safetensors" else None
-    if metadata is None or "architecture" not in metadata:
+    metadata = described(path)
+    if metadata is None:
         if not path.is_file():
             raise UserError(f"no file {path}")
         remedy = f"name the architecture too, with {flag} NAME" if flag else "give --student NAME --student-checkpoint"

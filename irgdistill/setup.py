@@ -12,7 +12,7 @@ from timm.utils import random_seed
 from irgdistill.balance import balanced_weights
 from irgdistill.cache import Cache, describe_data, describe_teacher, describe_views
 from irgdistill.checkpoint import restore
-from irgdistill.checks import STAGE_TERMS, check_classes, check_input_sizes, check_logging
+from irgdistill.checks import check_classes, check_input_sizes, check_logging
 from irgdistill.data import train_images
 from irgdistill.errors import UserError
 from irgdistill.images import BadImages
@@ -23,7 +23,7 @@ from irgdistill.settings import Config
 from irgdistill.sources import open_splits
 from irgdistill.splits import Splits
 from irgdistill.student import build_student, resolve_student
-from irgdistill.usage import LOGIT_TERMS, check_run
+from irgdistill.usage import LOGIT_TERMS, STAGE_TERMS, check_run
 
 
 @dataclass

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from irgdistill.checkpoint import described, read_checkpoint
 from irgdistill.errors import UserError
-from irgdistill.files import read_metadata, read_tensors
 from irgdistill.models import Network, build_network
-from irgdistill.models.build import load_weights, read_weights
+from irgdistill.models.build import load_weights
 from irgdistill.run_folder import find_checkpoint
 from irgdistill.settings import Preprocessing, StudentConfig
 
@@ -26,13 +26,11 @@ def resolve_student(spec: StudentConfig) -> None:
     spec.pretrained = False
     spec.checkpoint = spec.checkpoint.resolve()
     path = _file(spec.checkpoint)
-    metadata = read_metadata(path) if path.suffix == ".safetensors" else None
+    metadata = described(path)
     if metadata is None:
         if spec.name is None:
             raise UserError(f"{path} was not written by irgdistill and does not name its network; give --student too")
         return
-    if "architecture" not in metadata:
-        raise UserError(f"{path} is the state of a run; its weights are in best.safetensors and last.safetensors")
     if spec.name is not None and spec.name.split(".")[0] != metadata["architecture"]:
         raise UserError(f"{path} holds a {metadata['architecture']}, not a {spec.name}; leave --student out")
     spec.name = metadata["architecture"]
@@ -77,9 +75,7 @@ def _file(path: Path) -> Path:
 
 
 def _load(student: Network, path: Path, classes: list[str]) -> str:
-    weights, metadata = read_tensors(path) if path.suffix == ".safetensors" else ({}, None)
-    if metadata is None:
-        weights = read_weights(path)
+    weights, metadata = read_checkpoint(path)
     own, head = student.model.state_dict(), _classifier_keys(student.model)
     theirs = metadata["classes"] if metadata is not None else classes
     count = next((len(weights[key]) for key in head if key in weights), 0)

@@ -15,6 +15,10 @@ PREFIXES = ("torch/", "hfds/", *STREAMS)
 """How a data set string of timm begins."""
 LOGIT_TERMS = ("kd", "logits", "dkd")
 LABEL_TERMS = ("ce", "dkd", "rocket")
+STAGE_TERMS = ("edges", "transform", "attention", "fitnet", "at", "fsp", "rkd", "sp", "pkt")
+"""Terms that compare matched stages."""
+WHOLE_MAPS = ("fitnet", "fsp", "sp")
+"""Of these the terms that compare more than pooled features and attention maps."""
 
 
 def check_run(config: Config, begun: bool = False) -> None:
