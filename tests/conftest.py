@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,22 @@ def command(*words: object) -> int:
         except SystemExit as error:
             return int(error.code or 0)
     return 0
+
+
+@contextmanager
+def interrupted(when: Callable[[Any], bool]) -> Iterator[None]:
+    """Within, a run gets SIGINT in its first training step before which `when(trainer)` holds."""
+    from irgdistill.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def watched(self: Trainer, *batch: Any) -> Any:
+        if when(self):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *batch)
+
+    with mock.patch.object(Trainer, "train_step", watched):
+        yield
 
 
 @pytest.fixture

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run, write_images
+from conftest import Run, interrupted, write_images
 from safetensors.torch import load_file
 
 from irgdistill.balance import balanced_weights, draw_balanced
@@ -109,21 +106,10 @@ def test_workers_change_nothing_and_an_image_that_comes_again_is_augmented_anew(
 
 
 def test_a_stopped_run_goes_on_to_the_same_student(run: Run, uneven: Path, tmp_path: Path) -> None:
-    from irgdistill.trainer import Trainer
-
     options = ("--data", uneven, "--student", "cifar_resnet14_x0_5", "--epochs", 2, "--balanced", *SMALL)
     options += ("--set", "losses.ce.class_weights=balanced", "--mixup", 0.2)
     assert run("distill", *options, "--output", tmp_path / "whole").code == 0
-    step, calls = Trainer.train_step, []
-
-    def interrupted(self: Trainer, *batch: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
+    with interrupted(lambda trainer: trainer.epoch * trainer.batches + trainer.batch == 6):
         assert run("distill", *options, "--output", tmp_path / "parts").code == 130
     resumed = run("distill", "--resume", tmp_path / "parts")
     assert resumed.code == 0, resumed.err

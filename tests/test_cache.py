@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, command
 from safetensors.torch import load_file
 
 from irgdistill import cache
@@ -31,7 +31,7 @@ SHORT = ("--epochs", 2, "--set", "runtime.log_every=1", "--set", "runtime.share_
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "run"
     network = ("--student", "cifar_resnet20_x0_5")
-    call("distill", *RECIPE, *network, "--epochs", 2, "--method", "none", "--output", folder)
+    assert command("distill", *RECIPE, *network, "--epochs", 2, "--method", "none", "--output", folder) == 0
     return folder / "last.safetensors"
 
 
@@ -44,7 +44,7 @@ def cached(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         for store, logits in (("fp32", "all"), ("fp16", "all"), ("fp32", "8")):
             options = ("--set", "data.views=2") if logits == "8" else ("--views", 2)
             options += ("--store", store, "--logits", logits, "--output", root / f"{store}-{logits}")
-            call("cache-teacher", *RECIPE, "--teacher-checkpoint", teacher, *options)
+            assert command("cache-teacher", *RECIPE, "--teacher-checkpoint", teacher, *options) == 0
     return {path.name: path for path in root.iterdir()}
 
 
@@ -56,14 +56,6 @@ def _shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("irgdistill.cache.SHARD", "irgdistill.caching.SHARD"):
         monkeypatch.setattr(module, 700)
-
-
-def call(*args: object) -> None:
-    from irgdistill.cli import main
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="0"):
-        patch.setattr("sys.argv", ["irgdistill", *map(str, args)])
-        main()
 
 
 def losses(folder: Path) -> torch.Tensor:

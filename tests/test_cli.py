@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Result, Run, records, write_images
+from conftest import SMALL, Result, Run, interrupted, records, write_images
 from safetensors.torch import load_file, save_file
 
 import irgdistill.models  # noqa: F401  registers the CIFAR networks
@@ -126,22 +125,12 @@ def test_a_stopped_run_goes_on_to_the_same_student(
     run: Run, teacher: Path, folder: Path, tmp_path: Path, options: tuple[object, ...]
 ) -> None:
     """Stopped by a signal in the middle of an epoch: bit for bit the same weights, the scale of fp16 too."""
-    from irgdistill.trainer import Trainer
 
     options = ("--epochs", 2, *options)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert distill(run, teacher, folder, whole, *options).code == 0
 
-    step, calls = Trainer.train_step, []
-
-    def interrupted(self: Trainer, *batch: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
+    with interrupted(lambda trainer: trainer.epoch * trainer.batches + trainer.batch == 4):
         result = distill(run, teacher, folder, parts, *options)
     assert result.code == 130
     assert f"go on with: irgdistill distill --resume {parts}" in result.err

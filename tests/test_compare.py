@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -13,11 +12,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, command, interrupted
 from safetensors.torch import load_file
 
 from irgdistill.files import read_metadata, save_tensors
@@ -30,13 +28,9 @@ RECIPE += ("--warmup-epochs", 0, "--device", "cpu")
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     """Trained for two epochs through the command line, as options."""
-    from irgdistill.cli import main
 
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    command = ("irgdistill", "distill", *RECIPE, "--epochs", 2, "--method", "none", "--output", folder)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="0"):
-        patch.setattr("sys.argv", list(map(str, command)))
-        main()
+    assert command("distill", *RECIPE, "--epochs", 2, "--method", "none", "--output", folder) == 0
     return ("--teacher-checkpoint", folder / "last.safetensors", "--skip-teacher-check")
 
 
@@ -44,19 +38,9 @@ def test_a_comparison_is_run_told_and_not_run_again(
     run: Run, teacher: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two methods by two seeds; a signal in the third run, after which the same command goes on."""
-    from irgdistill.trainer import Trainer
-
     output = tmp_path / "out"
     command = ("compare", "--methods", "none,kd", "--seeds", 2, *RECIPE, *teacher, "--seed", 3, "--output", output)
-    step = Trainer.train_step
-
-    def interrupted(self: Trainer, *batch: Any) -> Any:
-        if self.config.seed == 4 and self.update == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
+    with interrupted(lambda trainer: trainer.config.seed == 4 and trainer.update == 3):
         stopped = run(*command)
     assert stopped.code == 130 and "goes on with all" in stopped.err
     done = {path.parent: path.stat().st_mtime_ns for path in output.glob("*/*/summary.json")}

@@ -18,7 +18,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import Run
+from conftest import Run, command
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,7 +36,6 @@ KNOWN = "test_resnet"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained through the command line on digits: teacher, a student timm knows, a comparison of CIFAR students."""
-    from irgdistill.cli import main
 
     root = tmp_path_factory.mktemp("runs")
     taught = ("--teacher-checkpoint", root / "teacher" / "last.safetensors", "--skip-teacher-check")
@@ -44,14 +43,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fading = ("--set", "losses.edges.fade=0.3,0.6")
     known = ("--student", KNOWN, "--input-size", 48, "--epochs", 6, *fading, *taught[:2])
     teacher = ("--student", "cifar_resnet20", "--method", "none", "--epochs", 6)
-    for command in (
+    for words in (
         ("distill", *RECIPE, *teacher, "--output", root / "teacher"),
         ("distill", *RECIPE, *known, "--output", root / "known"),
         ("compare", *RECIPE, *cifar, "--output", root / "compare"),
     ):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="0"):
-            patch.setattr("sys.argv", ["irgdistill", *map(str, command)])
-            main()
+        assert command(*words) == 0
     return root
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Result
+from conftest import Result, command, interrupted
 from safetensors.torch import load_file
 from test_distributed import _trainer, in_ranks
 from torch import Tensor
@@ -412,14 +412,11 @@ RIVALS = [name for name in METHODS if name not in ("none", "irg", "mtk", "irg+kd
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object, ...]]:
     """Trained for two epochs through the command line, as options."""
-    from irgdistill.cli import main
 
     folder, options = tmp_path_factory.mktemp("teachers"), {}
     for name, size in (("cifar_resnet20", 16), ("test_vit", 64)):
-        command = ("irgdistill", "distill", *QUICK, "--epochs", 2, "--student", name, "--method", "none")
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="0"):
-            patch.setattr("sys.argv", [*map(str, command), "--input-size", str(size), "--output", str(folder / name)])
-            main()
+        taught = ("--epochs", 2, "--student", name, "--method", "none", "--input-size", size)
+        assert command("distill", *QUICK, *taught, "--output", folder / name) == 0
         weights = folder / name / "last.safetensors"
         options[name] = ("--teacher-checkpoint", weights, "--teacher-input-size", size, "--skip-teacher-check")
     return options
@@ -471,23 +468,11 @@ def test_what_is_trained_beside_the_student_is_resumed(
     method: str,
 ) -> None:
     """Stopped in the middle of the second epoch: bit for bit the same student as an undisturbed run."""
-    import os
-    import signal
-
-    from irgdistill.trainer import Trainer
 
     options = (*teachers["cifar_resnet20"], *QUICK, "--epochs", 2, "--student", "cifar_resnet14_x0_5")
     options += ("--method", method, "--lr", 0.01, "--ema", 0.9)
     assert run("distill", *options, "--output", tmp_path / "whole").code == 0
-    step = Trainer.train_step
-
-    def interrupted(self: Trainer, *batch: Any) -> Any:
-        if self.update == 9:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
+    with interrupted(lambda trainer: trainer.update == 9):
         assert run("distill", *options, "--output", tmp_path / "parts").code == 130
     resumed = run("distill", "--resume", tmp_path / "parts")
     assert resumed.code == 0, resumed.err

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import Run
+from conftest import Run, interrupted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +18,6 @@ from irgdistill.config import load_config
 from irgdistill.files import save_tensors
 from irgdistill.models import build_network
 from irgdistill.setup import prepare
-from irgdistill.trainer import Trainer
 
 NAME = "cifar_resnet14_x0_5"
 CLASSES = ["blue", "green", "red"]
@@ -128,15 +125,7 @@ def test_a_run_that_began_needs_its_first_weights_no_more(
     ours(first, list("abcd"), input_size=(24, 24), args={"drop_rate": 0.1}, preprocessing={"mean": (0.5, 0.5, 0.5)})
     options = ("--student-checkpoint", first, "--data", folder, *ALONE, "--epochs", 2)
     assert run("distill", *options, "--output", tmp_path / "whole").code == 0
-    step = Trainer.train_step
-
-    def interrupted(self: Trainer, *batch: Any) -> Any:
-        if self.update == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
+    with interrupted(lambda trainer: trainer.update == 4):
         assert run("distill", *options, "--output", tmp_path / "parts").code == 130
     first.unlink()
     again = run("distill", "--resume", tmp_path / "parts", "--json")
