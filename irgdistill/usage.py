@@ -22,7 +22,7 @@ WHOLE_MAPS = ("fitnet", "fsp", "sp")
 
 
 def check_run(config: Config, begun: bool = False) -> None:
-    """Raises UserError for what a run cannot do without; one that has `begun` has its student."""
+    """Raises UserError for what a run cannot do without; one that has `begun` needs fewer files."""
     if config.student.name is None and config.student.checkpoint is None:
         raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
     if not config.data.labels:
@@ -33,7 +33,8 @@ def check_run(config: Config, begun: bool = False) -> None:
     hints = [f"losses.{name}" for name, weight in config.losses.weights().items() if weight > 0 and name != "ce"]
     if (config.uses_teacher and config.teacher.cache is None) or "losses.rocket" in hints:
         check_teacher(config, f"method {config.method!r}" if config.method != "none" else ", ".join(hints))
-    check_files(config.teacher.checkpoint, config.teacher.cache, None if begun else config.student.checkpoint)
+    if not begun:
+        check_files(config.student.checkpoint, config.teacher.checkpoint, config.teacher.cache)
 
 
 def check_source(data: DataConfig) -> None:
