@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import tarfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from torchvision.datasets import CIFAR100
 
 from irgdistill.errors import UserError, nearest
 from irgdistill.settings import DataConfig
@@ -20,6 +22,7 @@ from irgdistill.usage import STREAMS
 
 TORCH = ("cifar10", "cifar100", "cifar100-coarse", "mnist", "kmnist", "fashion_mnist", "qmnist")
 """Data sets of torchvision that have a training and a test half; timm takes any name but `train` for the latter."""
+COARSE = "torch/cifar100-coarse"
 OTHER_TORCH = ("imagenet", "places365", "inaturalist", "image_folder")
 TRAIN, VAL = ("train", "training"), ("val", "validation", "test", "valid", "dev", "eval")
 PACKAGES = {
@@ -92,11 +95,11 @@ def _splits(source: str, config: DataConfig) -> list[str]:
             )
         return [*TRAIN, *VAL] if name in TORCH else []
     if prefix in ("hfds", "hfids"):
-        import datasets
+        import datasets as hugging_face
 
-        datasets.disable_progress_bars()
+        hugging_face.disable_progress_bars()
         try:
-            return [str(split) for split in datasets.get_dataset_split_names(name)]
+            return [str(split) for split in hugging_face.get_dataset_split_names(name)]
         except Exception as error:
             raise _cannot_open(source, config, error) from None
     if prefix == "wds":
@@ -144,6 +147,8 @@ def _open(source: str, config: DataConfig, split: str, training: bool) -> Any:
     level = noise.level
     noise.setLevel(logging.ERROR)  # that there is no _info.json
     try:
+        if source == COARSE:
+            return CoarseCifar100(str(root), split in TRAIN, config.download)
         dataset = create_dataset(
             source,
             root=str(root),
@@ -193,6 +198,18 @@ def _check_columns(source: str, reader: Any) -> None:
             f"column {reader.label_key!r} of {source} holds {kind or 'lists'}, not classes: save it once with "
             f"dataset.class_encode_column({reader.label_key!r}), or name another with --set data.label_key=NAME"
         )
+
+
+class CoarseCifar100(CIFAR100):  # type: ignore[misc]
+    """CIFAR-100 under its 20 coarse classes (`torch/cifar100-coarse`)."""
+
+    meta: ClassVar[dict[str, str]] = {**CIFAR100.meta, "key": "coarse_label_names"}
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        super().__init__(root, train=train, download=download)
+        name = self.train_list[0][0] if train else self.test_list[0][0]
+        with open(Path(root) / self.base_folder / name, "rb") as file:  # its checksum was verified just now
+            self.targets = pickle.load(file, encoding="latin1")["coarse_labels"]
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from torchvision import datasets
 
 from irgdistill.errors import UserError
 from irgdistill.folders import open_folder, open_unlabelled_folder
@@ -81,16 +79,7 @@ def _open_unlabelled(config: DataConfig, val_only: bool, classes: Sequence[str] 
 
 
 def _open_named(source: str, config: DataConfig) -> Splits:
-    if source == "torch/cifar100-coarse":
-        try:
-            opened: Any = [CoarseCifar100(str(config.root), half, config.download) for half in (True, False)]
-        except (RuntimeError, OSError) as error:
-            hint = "" if config.download else "; --download lets it fetch its files"
-            raise UserError(
-                f"cannot open {source} in {config.root}: {' '.join(str(error).split())[:200]}{hint}"
-            ) from None
-    else:
-        opened = open_named(config)
+    opened = open_named(config)
     if source.startswith(STREAMS):
         if opened[1] is None:
             raise UserError(f"{source} is a stream, of which no part can be held out: --set data.val_split=NAME")
@@ -103,18 +92,6 @@ def _open_named(source: str, config: DataConfig) -> Splits:
         return hold_out(train, train.labels(), names, config.val_fraction or 0.0)
     val = TimmSource(opened[1])
     return Splits(train, val, names, range(len(train)), range(len(val)))
-
-
-class CoarseCifar100(datasets.CIFAR100):  # type: ignore[misc]
-    """CIFAR-100 under its 20 coarse classes (`torch/cifar100-coarse`)."""
-
-    meta: ClassVar[dict[str, str]] = {**datasets.CIFAR100.meta, "key": "coarse_label_names"}
-
-    def __init__(self, root: str, train: bool, download: bool) -> None:
-        super().__init__(root, train=train, download=download)
-        name = self.train_list[0][0] if train else self.test_list[0][0]
-        with open(Path(root) / self.base_folder / name, "rb") as file:  # its checksum was verified just now
-            self.targets = pickle.load(file, encoding="latin1")["coarse_labels"]
 
 
 def _class_names(dataset: Any) -> list[str]:

@@ -19,8 +19,9 @@ from irgdistill.distributed import World
 from irgdistill.errors import UserError
 from irgdistill.held import fits
 from irgdistill.images import BadImages, Images
+from irgdistill.named import CoarseCifar100
 from irgdistill.settings import AugmentConfig, DataConfig
-from irgdistill.sources import CoarseCifar100, open_splits
+from irgdistill.sources import open_splits
 
 MEAN = (0.5, 0.5, 0.5)
 CPU = torch.device("cpu")
