@@ -1,0 +1,143 @@
+"""The records of `irgdistill compare`: several sittings as one, and the tables of README and docs.
+
+    python benchmarks/tables.py                                        # write the tables anew, from the records
+    python benchmarks/tables.py --add runs/small/compare.json --to small-cifar_resnet20_x0_5   # runs of one more
+
+A run that a record already holds stays as it is; where the new one differs, that is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from irgdistill.statistics import mean_and_deviation, paired_interval
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BY_RUN = ("top1", "best", "curves", "agreement")
+"""What a row has of each of its seeds."""
+SMALL = {
+    "small-cifar_resnet20_x0_5": "`cifar_resnet20` → `cifar_resnet20_x0_5`",
+    "small-cifar_resnet14_x0_5": "→ `cifar_resnet14_x0_5`",
+    "small-cifar_resnet56": "`cifar_resnet56` → `cifar_resnet20`",
+}
+FULL = "full-cifar_resnet20_x0_5"
+Row = Mapping[str, Any]
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows of one comparison with the runs of another added, method by method and seed by seed."""
+    rows = {row["method"]: dict(row) for row in old}
+    for row in new:
+        method = row["method"]
+        rows[method] = _joined(rows[method], row) if method in rows else dict(row)
+    alone = dict(zip(rows["none"]["seeds"], rows["none"]["top1"], strict=True))
+    for row in rows.values():
+        pairs = [top1 - alone[seed] for seed, top1 in zip(row["seeds"], row["top1"], strict=True) if seed in alone]
+        if row["method"] != "none" and len(pairs) > 1:
+            row["difference"], row["half_width_95"] = paired_interval(pairs)
+            row["paired_over"] = "seeds"
+    return list(rows.values())
+
+
+def _joined(old: Row, new: Row) -> dict[str, Any]:
+    """One method's row with the seeds of another row of it. Raises ValueError where their weights differ."""
+    if old["weights"] != new["weights"]:
+        raise ValueError(f"{old['method']}: weights {new['weights']}, recorded are runs with {old['weights']}")
+    runs = {seed: {key: old[key][i] for key in BY_RUN} for i, seed in enumerate(old["seeds"])}
+    added = {seed: {key: new[key][i] for key in BY_RUN} for i, seed in enumerate(new["seeds"])}
+    for seed in runs.keys() & added.keys():
+        print(f"{old['method']}, seed {seed}: recorded {runs[seed]['top1']:.2f}, again {added[seed]['top1']:.2f}")
+    more = len(added.keys() - runs.keys())
+    runs = dict(sorted({**added, **runs}.items()))
+    row = dict(old) | {"seeds": list(runs)} | {key: [run[key] for run in runs.values()] for key in BY_RUN}
+    for key in ("top1", "best", "agreement"):
+        row[f"{key}_mean"], row[f"{key}_std"] = mean_and_deviation(row[key])
+    for key in ("seconds", "images_per_second"):
+        row[key] = (old[key] * len(old["seeds"]) + new[key] * more) / len(runs)
+    return row
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def record(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def tables() -> dict[Path, dict[str, str]]:
+    """File -> mark -> the table that stands between `<!-- MARK -->` and `<!-- end MARK -->` in it."""
+    pages = {name.removeprefix("small-"): _page_table(record(name)["rows"]) for name in SMALL}
+    pages["full"] = _page_table(record(FULL)["rows"])
+    return {ROOT / "README.md": {"small": _readme_table()}, ROOT / "docs" / "results.md": pages}
+
+
+def with_tables(text: str, found: Mapping[str, str]) -> str:
+    """A page with its tables written anew. Raises ValueError where a mark is missing."""
+    for mark, table in found.items():
+        parts = re.split(rf"(?<=<!-- {mark} -->\n\n).*?(?=\n\n<!-- end {mark} -->)", text, flags=re.DOTALL)
+        if len(parts) != 2:
+            raise ValueError(f"the page has {len(parts) - 1} places marked {mark}")
+        text = table.join(parts)
+    return text
+
+
+def _by_accuracy(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row["method"] != "none", row["top1_mean"]))
+
+
+def _page_table(rows: Sequence[Row]) -> str:
+    cells = [("method", "runs", "top-1", "from the student alone", "agreement with the teacher"), ("---",) * 5]
+    for row in _by_accuracy(rows):
+        less = f"{row['difference']:+.2f}" if "difference" in row else ""
+        less += f" ± {row['half_width_95']:.2f}" if "half_width_95" in row else ""
+        cells.append((_name(row), str(len(row["seeds"])), _top1(row), less, f"{row['agreement_mean']:.1f} %"))
+    return _markdown(cells)
+
+
+def _readme_table() -> str:
+    records = [{row["method"]: row for row in record(name)["rows"]} for name in SMALL]
+    cells = [("method", *SMALL.values()), ("---",) * (1 + len(SMALL))]
+    for row in _by_accuracy(list(records[0].values())):
+        found = [rows.get(row["method"]) for rows in records]
+        cells.append((_name(row), *(f"{_top1(one)} ({len(one['seeds'])})" if one else "" for one in found)))
+    return _markdown(cells)
+
+
+def _name(row: Row) -> str:
+    method, *rest = row["method"].split(", ")
+    return ", ".join([f"`{method}`", *rest])
+
+
+def _top1(row: Row) -> str:
+    return f"{row['top1_mean']:.2f}" + ("" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}")
+
+
+def _markdown(cells: Sequence[tuple[str, ...]]) -> str:
+    lines = ["|" + "|".join(line) + "|" if line[0] == "---" else "| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--add", type=Path, help="compare.json of one more sitting")
+    parser.add_argument("--to", choices=[*SMALL, FULL], help="the record that it belongs to")
+    arguments = parser.parse_args()
+    if (arguments.add is None) != (arguments.to is None):
+        parser.error("--add and --to go together")
+    if arguments.add is not None:
+        content = record(arguments.to)
+        content["rows"] = merged(content["rows"], json.loads(arguments.add.read_text(encoding="utf-8"))["rows"])
+        (RESULTS / f"{arguments.to}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for path, found in tables().items():
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
