@@ -132,8 +132,14 @@ def main() -> None:
     if (arguments.add is None) != (arguments.to is None):
         parser.error("--add and --to go together")
     if arguments.add is not None:
-        content = record(arguments.to)
-        content["rows"] = merged(content["rows"], json.loads(arguments.add.read_text(encoding="utf-8"))["rows"])
+        content, more = record(arguments.to), json.loads(arguments.add.read_text(encoding="utf-8"))
+        had = {(row["method"], seed) for row in content["rows"] for seed in row["seeds"]}
+        new = {
+            row["method"]: [seed for seed in row["seeds"] if (row["method"], seed) not in had] for row in more["rows"]
+        }
+        sitting = {"runs": {method: seeds for method, seeds in new.items() if seeds}, "versions": more["versions"]}
+        content["rows"] = merged(content["rows"], more["rows"])
+        content["later sittings"] = [*content.get("later sittings", []), sitting]
         (RESULTS / f"{arguments.to}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for path, found in tables().items():
         path.write_text(with_tables(path.read_text(encoding="utf-8"), found), encoding="utf-8")
