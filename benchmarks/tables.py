@@ -30,6 +30,17 @@ FULL = "full-cifar_resnet20_x0_5"
 Row = Mapping[str, Any]
 
 
+SAME = ("teacher", "student", "epochs", "validation_images")
+"""What all sittings of a comparison share."""
+
+
+def check_same(content: Row, more: Row) -> None:
+    """Raises ValueError where the runs of `more` are not of the comparison that `content` records."""
+    other = [f"{key} {more[key]}, recorded is {content[key]}" for key in SAME if more[key] != content[key]]
+    if other:
+        raise ValueError("another comparison: " + "; ".join(other))
+
+
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows of one comparison with the runs of another added, method by method and seed by seed."""
     rows = {row["method"]: dict(row) for row in old}
@@ -133,6 +144,7 @@ def main() -> None:
         parser.error("--add and --to go together")
     if arguments.add is not None:
         content, more = record(arguments.to), json.loads(arguments.add.read_text(encoding="utf-8"))
+        check_same(content, more)
         had = {(row["method"], seed) for row in content["rows"] for seed in row["seeds"]}
         new = {
             row["method"]: [seed for seed in row["seeds"] if (row["method"], seed) not in had] for row in more["rows"]

@@ -55,6 +55,13 @@ def test_runs_of_other_weights_are_not_added() -> None:
         tables.merged([row("none", {0: 70.0}), row("kd", {0: 73.0})], [row("kd", {1: 73.0}, weight=2.0)])
 
 
+def test_runs_of_another_pair_are_not_added() -> None:
+    content = tables.record("small-cifar_resnet14_x0_5")
+    tables.check_same(content, dict(content))
+    with pytest.raises(ValueError, match="student cifar_resnet20, recorded is cifar_resnet14_x0_5"):
+        tables.check_same(content, content | {"student": "cifar_resnet20"})
+
+
 def test_a_page_without_the_mark_is_refused() -> None:
     with pytest.raises(ValueError, match="0 places marked small"):
         tables.with_tables("no table here", {"small": "| a |"})
