@@ -57,9 +57,10 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _joined(old: Row, new: Row) -> dict[str, Any]:
-    """One method's row with the seeds of another row of it. Raises ValueError where their weights differ."""
-    if old["weights"] != new["weights"]:
-        raise ValueError(f"{old['method']}: weights {new['weights']}, recorded are runs with {old['weights']}")
+    """One method's row with the seeds of another row of it. Raises ValueError where their losses differ."""
+    for key in ("weights", "fades"):
+        if old[key] != new[key]:
+            raise ValueError(f"{old['method']}: {key} {new[key]}, recorded are runs with {old[key]}")
     runs = {seed: {key: old[key][i] for key in BY_RUN} for i, seed in enumerate(old["seeds"])}
     added = {seed: {key: new[key][i] for key in BY_RUN} for i, seed in enumerate(new["seeds"])}
     for seed in runs.keys() & added.keys():

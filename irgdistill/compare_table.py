@@ -147,7 +147,9 @@ def _rows(runs: Sequence[Run], right: Mapping[Run, Tensor]) -> list[dict[str, An
     rows = []
     for method, members in by_method.items():
         row: dict[str, Any] = {"method": method, "seeds": [run.config.seed for run in members]}
-        row["weights"] = {name: w for name, w in members[0].config.losses.weights().items() if w > 0}
+        losses = members[0].config.losses
+        row["weights"] = {name: w for name, w in losses.weights().items() if w > 0}
+        row["fades"] = {name: list(fade) for name, fade in losses.fades().items() if name in row["weights"]}
         for name, key in (("top1", "last_top1"), ("best", "top1")):
             row[name] = [summaries[run][key] for run in members]
             row[f"{name}_mean"], row[f"{name}_std"] = mean_and_deviation(row[name])

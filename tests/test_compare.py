@@ -39,7 +39,8 @@ def test_a_comparison_is_run_told_and_not_run_again(
 ) -> None:
     """Two methods by two seeds; a signal in the third run, after which the same command goes on."""
     output = tmp_path / "out"
-    command = ("compare", "--methods", "none,kd", "--seeds", 2, *RECIPE, *teacher, "--seed", 3, "--output", output)
+    options = (*RECIPE, *teacher, "--set", "losses.kd.fade=[0.5, 1.0]")
+    command = ("compare", "--methods", "none,kd", "--seeds", 2, *options, "--seed", 3, "--output", output)
     with interrupted(lambda trainer: trainer.config.seed == 4 and trainer.update == 3):
         stopped = run(*command)
     assert stopped.code == 130 and "goes on with all" in stopped.err
@@ -62,6 +63,7 @@ def test_a_comparison_is_run_told_and_not_run_again(
     none, kd = result["rows"]
     assert (none["method"], kd["method"]) == ("none", "kd") and kd["seeds"] == [3, 4]
     assert none["weights"] == {"ce": 1.0} and kd["weights"] == {"ce": 1.0, "kd": 1.0}
+    assert none["fades"] == {} and kd["fades"] == {"kd": [0.5, 1.0]}
     last = {
         method: [json.loads((output / method / seed / "summary.json").read_text())["last_top1"] for seed in "34"]
         for method in ("none", "kd")

@@ -16,10 +16,11 @@ tables = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tables)
 
 
-def row(method: str, top1: dict[int, float], weight: float = 1.0) -> dict[str, Any]:
+def row(method: str, top1: dict[int, float], **losses: Any) -> dict[str, Any]:
     values = list(top1.values())
     return {
-        **{"method": method, "seeds": list(top1), "weights": {"ce": weight}, "seconds": 10.0, "images_per_second": 5.0},
+        **{"method": method, "seeds": list(top1), "weights": {"ce": 1.0}, "fades": {}},
+        **{"seconds": 10.0, "images_per_second": 5.0, **losses},
         **{"top1": values, "best": values, "agreement": values, "curves": [[value] for value in values]},
         **{"top1_mean": statistics.fmean(values), "top1_std": None},
     }
@@ -50,9 +51,10 @@ def test_seeds_of_another_sitting_are_added(capsys: pytest.CaptureFixture[str]) 
     assert "kd, seed 0: recorded 73.00, again 74.00" in capsys.readouterr().out
 
 
-def test_runs_of_other_weights_are_not_added() -> None:
-    with pytest.raises(ValueError, match="kd: weights"):
-        tables.merged([row("none", {0: 70.0}), row("kd", {0: 73.0})], [row("kd", {1: 73.0}, weight=2.0)])
+@pytest.mark.parametrize("losses", [{"weights": {"ce": 2.0}}, {"fades": {"kd": [0.3, 0.6]}}])
+def test_runs_of_other_losses_are_not_added(losses: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"kd: {next(iter(losses))} .*, recorded are runs with"):
+        tables.merged([row("none", {0: 70.0}), row("kd", {0: 73.0})], [row("kd", {1: 73.0}, **losses)])
 
 
 def test_runs_of_another_pair_are_not_added() -> None:
