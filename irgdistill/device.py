@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from irgdistill.errors import UserError
 
@@ -27,3 +29,17 @@ def autocast(amp: str, device: torch.device) -> Any:
         amp = "bf16" if device.type == "cuda" else "none"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def read_later(flag: Tensor) -> Callable[[], bool]:
+    """What asks for `flag`: it waits for what the device was given up to here, and not for what comes after."""
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    copy, there = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record()
+
+    def read() -> bool:
+        there.synchronize()
+        return bool(copy)
+
+    return read

@@ -72,10 +72,6 @@ class World:
         """Largest over the processes, elementwise, without gradient."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
-    def any(self, flag: bool) -> bool:
-        """Whether it holds for any process."""
-        return flag if self.size == 1 else bool(self.maximum(torch.tensor(int(flag))))
-
     def share(self, value: T) -> T:
         """The first process's value."""
         values = [value]

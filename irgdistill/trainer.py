@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irgdistill.device import read_later
 from irgdistill.distributed import World
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.evaluate import Metrics, evaluate
@@ -54,9 +56,10 @@ class Trainer(Saved):
         weights = self.loss.weights(progress=self.update / self.updates)
         raw = self.raw_terms(Batch(student, targets, teacher), tuple(weights))
         total = self.loss.total(raw, weights)
-        self._refuse_non_finite(total, raw)
-        self._sample_shares(raw, weights)
+        broken = read_later(self.world.maximum((~total.detach().isfinite()).int()))
+        self._sample_shares(raw, weights, broken)
         self.scaler.scale(total / self.accumulate).backward()
+        self._refuse_non_finite(raw, broken)
         self.batch += 1
         if boundary:
             self._update_weights()
@@ -81,8 +84,9 @@ class Trainer(Saved):
         if self.ema is not None:
             self.ema.update(self.tapped.model, step=self.update)
 
-    def _refuse_non_finite(self, total: Tensor, raw: dict[str, Tensor]) -> None:
-        if self.world.any(not total.isfinite()):
+    def _refuse_non_finite(self, raw: dict[str, Tensor], broken: Callable[[], bool]) -> None:
+        """Raises UserError where the total was `broken`, not finite, in any process."""
+        if broken():
             values = self.world.sum(torch.stack([value.detach().float() for value in raw.values()])).tolist()
             found = zip(raw, values, strict=True)
             guilty = ", ".join(f"{name} = {value}" for name, value in found if not math.isfinite(value))
@@ -91,9 +95,10 @@ class Trainer(Saved):
                 "the weights were not changed; a lower --lr, --clip-grad 1 or --amp none may help"
             )
 
-    def _sample_shares(self, raw: dict[str, Tensor], weights: dict[str, float]) -> None:
+    def _sample_shares(self, raw: dict[str, Tensor], weights: dict[str, float], broken: Callable[[], bool]) -> None:
         every = self.config.runtime.share_every
         if every and len(raw) > 1 and self.update % every == 0 and self.batch % self.accumulate == 0:
+            self._refuse_non_finite(raw, broken)
             shares = gradient_shares(raw, weights, list(self.tapped.parameters()), self.world)
             self.report.record({"kind": "gradient", "epoch": self.epoch + 1, "update": self.update, "share": shares})
 

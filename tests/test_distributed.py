@@ -18,6 +18,7 @@ from torch import Tensor
 from irgdistill.config import load_config
 from irgdistill.data import Order
 from irgdistill.distributed import World, joined, synchronised
+from irgdistill.errors import UserError
 from irgdistill.evaluate import evaluate
 from irgdistill.graph import edge_loss, transformation_loss
 from irgdistill.models import build_network
@@ -220,6 +221,24 @@ def test_training_is_the_same_on_1_2_and_4_processes(tmp_path: Path, teacher: Pa
     local = {**flags, "runtime.graph_scope": "local"}
     other = in_ranks(2, tmp_path / "local", _train, local, tmp_path / "run_local", 4, "float64")[0]
     assert (alone["losses"][:4] - other["losses"]).abs().max() > 1e-3
+
+
+def _broken(world: World, flags: dict[str, Any], folder: Path) -> str:
+    """What a step says in which the second process's total is not finite."""
+    trainer = _trainer(world, flags, folder)
+    total = trainer.loss.total
+    if world.rank == 1:
+        trainer.loss.total = lambda raw, weights: total(raw, weights) * torch.inf  # type: ignore[method-assign]
+    with pytest.raises(UserError) as refused:
+        trainer.train_step(*next(iter(trainer.train.epoch())))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_loss_that_is_not_finite_stops_all_processes(tmp_path: Path, teacher: Path, every: int) -> None:
+    flags = _flags("cifar_resnet14_x0_5", teacher) | {"runtime.share_every": every}
+    for said in in_ranks(2, tmp_path / "said", _broken, flags, tmp_path / "run"):
+        assert "the loss is not finite at update 1, epoch 1 (total)" in said
 
 
 def _compiler(world: World, *args: Any) -> bool:
