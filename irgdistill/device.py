@@ -36,7 +36,7 @@ def read_later(flag: Tensor) -> Callable[[], bool]:
     if flag.device.type != "cuda":
         return lambda: bool(flag)
     copy, there = flag.to("cpu", non_blocking=True), torch.cuda.Event()
-    there.record()
+    there.record(torch.cuda.current_stream(flag.device))
 
     def read() -> bool:
         there.synchronize()
