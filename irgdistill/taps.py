@@ -47,21 +47,32 @@ def feature_map(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
     """What stands at `tap`, laid out as (B, C, H, W); prefix tokens are left out. `tap.layout` is one of MAP_LAYOUTS.
 
     Tokens at another size than the network was read at keep the map's aspect ratio. Raises UserError where they fill no
-    such map.
+    such map. It is a copy: what follows the tap may change it in place.
     """
+    return _laid_out(output, tap).clone()
+
+
+def _laid_out(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
     if not isinstance(output, Tensor):
         items = output if tap.index is None else [output[tap.index]]
-        return torch.cat([feature_map(item, tap) for item in items if isinstance(item, Tensor)], dim=1)
+        return torch.cat([_laid_out(item, tap) for item in items if isinstance(item, Tensor)], dim=1)
     if tap.layout == "NCHW":
-        return output.clone()
+        return output
     if tap.layout == "NHWC":
-        return output.permute(0, 3, 1, 2).clone()
+        return output.permute(0, 3, 1, 2)
     tokens: Tensor = output[:, tap.prefix :].transpose(1, 2)
     count = tokens.shape[2]
     height = round((count * tap.height / tap.width) ** 0.5)
     if count % height:
         raise UserError(f"{tap.module}: {count} tokens fill no map in the proportion {tap.height}×{tap.width}")
-    return tokens.reshape(*tokens.shape[:2], height, count // height).clone()
+    return tokens.reshape(*tokens.shape[:2], height, count // height)
+
+
+def _energy_or_map(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
+    """The energies (B, H, W); where they need a gradient the map, whose squares are summed outside of blocks that
+    gradient checkpointing runs again.
+    """
+    return feature_map(output, tap) if torch.is_grad_enabled() else energy(_laid_out(output, tap))
 
 
 def energy(feature_map: Tensor) -> Tensor:
@@ -71,6 +82,10 @@ def energy(feature_map: Tensor) -> Tensor:
 
 
 class _Energy(torch.autograd.Function):
+    """Few channels that lie innermost a CPU multiplies pixel by pixel: a fifth of the time with the factor as a map."""
+
+    FEW = 32
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
@@ -81,7 +96,10 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> Tensor:
         x: Tensor = ctx.saved_tensors[0]
-        return x * (2 * outer).to(x.dtype).unsqueeze(1)
+        factor = (2 * outer).to(x.dtype).unsqueeze(1)
+        if x.device.type == "cpu" and x.shape[1] < _Energy.FEW and x.stride(1) == 1:
+            factor = torch.empty_like(x).copy_(factor)
+        return x * factor
 
 
 class View(nn.Module):
@@ -128,7 +146,7 @@ class Tapped(nn.Module):
         self.view = view
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._kept: tuple[dict[str, Tensor], ...] = ({}, {}, {})
-        wanted = ((taps, pool), (maps, feature_map), (energies, feature_map))
+        wanted = ((taps, pool), (maps, feature_map), (energies, _energy_or_map))
         self._hooks = [
             self._install(tap, kept, take)
             for kept, (places, take) in zip(self._kept, wanted, strict=True)
@@ -142,7 +160,8 @@ class Tapped(nn.Module):
         if isinstance(logits, (tuple, list)):
             logits = logits[0]
         features, maps, attended = (dict(kept) for kept in self._kept)
-        output = Output(logits, features, maps, {name: energy(x) for name, x in attended.items()})
+        energies = {name: energy(x) if x.dim() == 4 else x for name, x in attended.items()}
+        output = Output(logits, features, maps, energies)
         self._forget()
         return output
 

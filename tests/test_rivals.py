@@ -27,7 +27,7 @@ from irgdistill.losses.rocket import rocket_hint
 from irgdistill.losses.similarity import probability_loss, rkd_loss, similarity_loss
 from irgdistill.matching import Pair, Plan
 from irgdistill.settings import METHODS
-from irgdistill.taps import Output, energy, feature_map, pool, tap_name
+from irgdistill.taps import Output, Tapped, energy, feature_map, pool, tap_name
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -233,14 +233,28 @@ def test_a_map_pools_to_what_the_tap_gives(tap: Tap, shape: tuple[int, ...]) -> 
     assert torch.equal(found, kept)
 
 
-def test_energies_have_the_gradient_of_the_sum_of_squares() -> None:
-    x = random(2, 5, 2, 3).requires_grad_()
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_energies_have_the_gradient_of_the_sum_of_squares(memory: torch.memory_format) -> None:
+    x = random(2, 5, 2, 3).contiguous(memory_format=memory).requires_grad_()
     assert torch.autograd.gradcheck(energy, (x,))
     held = x * 1
     found = energy(feature_map((None, held), Tap("x", 5, 2, 3, "NCHW", index=1))).sum()
     held.zero_()  # as networks do that work in place
     (gradient,) = torch.autograd.grad(found, x)
     torch.testing.assert_close(gradient, 2 * x)
+
+
+def test_a_frozen_network_keeps_energies_and_no_map() -> None:
+    block, last = torch.nn.Conv2d(3, 5, 1), torch.nn.ReLU(inplace=True)
+    network = Tapped(torch.nn.Sequential(block, last), None, energies=[Tap("0", 5, 4, 6, "NCHW")])
+    images = torch.randn(2, 3, 4, 6)
+    kept = []
+    last.register_forward_pre_hook(lambda *_: kept.append(network._kept[2]["0"]))
+    with torch.no_grad():
+        frozen = network(images).energies["0"]
+        torch.testing.assert_close(frozen, block(images).square().sum(1))
+    trained = network(images).energies["0"]
+    assert [x.dim() for x in kept] == [3, 4] and trained.requires_grad and torch.equal(trained, frozen)
 
 
 def test_tokens_that_fill_no_map_are_refused() -> None:

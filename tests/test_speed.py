@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +76,32 @@ def test_edges_in_blocks(run: Run, recipe: tuple[object, ...], tmp_path: Path, m
 
     monkeypatch.setattr("irgdistill.losses.relation.edge_loss", whole)
     torch.testing.assert_close(losses(run, tmp_path / "whole", *recipe, "--lr", 1e-4), blocks, rtol=1e-4, atol=1e-5)
+
+
+PAGES = """
+import resource, torch
+from irgdistill.device import choose_device
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+choose_device("cpu")
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.parametrize("setting", [{}, {"MALLOC_TRIM_THRESHOLD_": "100000"}])
+def test_a_run_on_the_cpu_keeps_freed_memory(setting: dict[str, str]) -> None:
+    """Counted in pages of 4 KiB or more that the system gives for twenty tensors of 64 MiB."""
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("the C library has no mallopt")
+    command = [sys.executable, "-c", PAGES]
+    found = subprocess.run(command, env=os.environ | setting, capture_output=True, text=True, check=True)
+    before, after = map(int, found.stdout.split())
+    assert before > 600
+    assert after > 0.9 * before if setting else after < 0.1 * before

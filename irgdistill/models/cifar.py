@@ -81,7 +81,8 @@ class BasicBlock(nn.Module):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.stride != 1 or self.padding:
             before = self.padding // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.padding - before))
+            x = F.avg_pool2d(x, 1, self.stride)  # every stride-th pixel; a slice's gradient would not be channels-last
+            x = F.pad(x, (0, 0, 0, 0, before, self.padding - before))
         return F.relu(x + y)
 
 
