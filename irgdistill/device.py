@@ -14,7 +14,7 @@ from torch import Tensor
 from irgdistill.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""mallopt(3): free memory above which some is given back, -1 for never; how many allocations get a mapping of their own"""
+"""mallopt(3): free memory above which some is given back, -1 never; how many allocations are mapped one by one"""
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
