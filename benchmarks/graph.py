@@ -28,8 +28,11 @@ def one(kind: str, batch: int, rounds: int) -> dict[str, Any]:
     """In this process: seconds and MiB."""
     import torch
 
+    from irgdistill.device import keep_memory
     from irgdistill.graph import edge_loss, edge_matrix, relation_loss
 
+    if kind != "inspect":
+        keep_memory(torch.device("cpu"))  # as training does
     torch.manual_seed(0)
     teacher, student = (torch.randn(batch, width) for width in WIDTHS)
     student.requires_grad_()

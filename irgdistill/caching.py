@@ -25,7 +25,7 @@ from irgdistill.cache import (
 )
 from irgdistill.checks import check_classes
 from irgdistill.data import as_it_is, train_images
-from irgdistill.device import autocast, choose_device
+from irgdistill.device import autocast, choose_device, keep_memory
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.files import read_tensors, save_tensors, write_text
 from irgdistill.graph import unit
@@ -85,6 +85,7 @@ def cache_teacher(request: CacheRequest) -> None:
     request.output.mkdir(parents=True, exist_ok=True)
     write_text(request.output / "cache.json", json.dumps(about, indent=2) + "\n")
     device = choose_device(config.runtime.device)
+    keep_memory(device)
     model = teacher.model.to(device)
     if config.runtime.channels_last:
         model = model.to(memory_format=torch.channels_last)

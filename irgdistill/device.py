@@ -18,30 +18,25 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` (this process's GPU, else the CPU), or any torch device. Raises UserError when it is not there.
-
-    A process that computes on the CPU keeps the memory it has once used, see `keep_memory`.
-    """
+    """`auto` (this process's GPU, else the CPU), or any torch device. Raises UserError when it is not there."""
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {' '.join(str(error).split())[:120]} (auto, cpu, cuda, cuda:1, …)") from None
-    if device.type == "cpu":
-        keep_memory()
     return device
 
 
-def keep_memory() -> None:
-    """From here on this process keeps freed memory for the next tensor, as PyTorch does on GPUs; glibc only.
+def keep_memory(device: torch.device) -> None:
+    """A process that computes on the CPU keeps freed memory for the next tensor, as PyTorch does on GPUs; glibc only.
 
-    glibc gives a large tensor back to the system when it is freed, and the next one is made of pages that the system
-    has to fill with zeros first: a third of a training step at 224 pixels. Where MALLOC_MMAP_MAX_ or
-    MALLOC_TRIM_THRESHOLD_ is set, that stands.
+    For loops over batches of one size. glibc gives a large tensor back to the system when it is freed, and the next
+    one is made of pages that the system has to fill with zeros first: a third of a training step at 224 pixels. Where
+    MALLOC_MMAP_MAX_ or MALLOC_TRIM_THRESHOLD_ is set, that stands.
     """
-    if {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
+    if device.type != "cpu" or {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # musl has none

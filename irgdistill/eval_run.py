@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from irgdistill.data import eval_loader
-from irgdistill.device import autocast, choose_device
+from irgdistill.device import autocast, choose_device, keep_memory
 from irgdistill.errors import UserError
 from irgdistill.evaluate import Metrics, evaluate
 from irgdistill.images import BadImages
@@ -45,6 +45,7 @@ def evaluate_targets(request: EvalRequest) -> None:
 
 def _evaluate(network: Network, teacher: Network | None, data: DataConfig, config: Config) -> Metrics:
     device = choose_device(config.runtime.device)
+    keep_memory(device)
     splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
     if not splits.labelled and teacher is None:
         raise UserError(

@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from irgdistill.data import eval_loader, train_loader
-from irgdistill.device import autocast, choose_device
+from irgdistill.device import autocast, choose_device, keep_memory
 from irgdistill.distributed import World, synchronised
 from irgdistill.errors import UserError
 from irgdistill.evaluate import evaluate
@@ -35,6 +35,7 @@ class Parts:
         self.setup, self.config, self.report = setup, config, report
         self.world = world
         self.device = choose_device(config.runtime.device, self.world.local_rank)
+        keep_memory(self.device)
         self.autocast = autocast(config.runtime.amp, self.device)
         self.loss = build_loss(
             config.losses,

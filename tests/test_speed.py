@@ -79,8 +79,13 @@ def test_edges_in_blocks(run: Run, recipe: tuple[object, ...], tmp_path: Path, m
 
 
 PAGES = """
-import resource, torch
-from irgdistill.device import choose_device
+import resource, sys, torch
+from pathlib import Path
+from irgdistill.config import load_config
+from irgdistill.report import Report
+from irgdistill.run_folder import RunFolder
+from irgdistill.setup import prepare
+from irgdistill.trainer import Trainer
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -88,19 +93,21 @@ def faults():
         torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+flags = {"method": "none", "student.name": "cifar_resnet14_x0_5", "data.source": "digits", "runtime.device": "cpu"}
+setup = prepare(load_config(flags=flags))
 before = faults()
-choose_device("cpu")
+Trainer(setup, RunFolder(Path(sys.argv[1])), Report(quiet=True))
 faults()
 print(before, faults())
 """
 
 
 @pytest.mark.parametrize("setting", [{}, {"MALLOC_TRIM_THRESHOLD_": "100000"}])
-def test_a_run_on_the_cpu_keeps_freed_memory(setting: dict[str, str]) -> None:
+def test_a_run_on_the_cpu_keeps_freed_memory(setting: dict[str, str], tmp_path: Path) -> None:
     """Counted in pages of 4 KiB or more that the system gives for twenty tensors of 64 MiB."""
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("the C library has no mallopt")
-    command = [sys.executable, "-c", PAGES]
+    command = [sys.executable, "-c", PAGES, str(tmp_path / "run")]
     found = subprocess.run(command, env=os.environ | setting, capture_output=True, text=True, check=True)
     before, after = map(int, found.stdout.split())
     assert before > 600
