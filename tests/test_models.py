@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from irgdistill.checkpoint import restore
 from irgdistill.errors import UserError
 from irgdistill.models import build_network, multiply_adds, parameters
+from irgdistill.models.cifar import BasicBlock
 
 SIZES = {
     "cifar_resnet20": 269_722,
@@ -36,6 +37,21 @@ def test_sizes_and_shapes(name: str) -> None:
     assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
     model.reset_classifier(0)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shortcuts_take_every_second_pixel_and_keep_the_layout(dtype: torch.dtype) -> None:
+    """He et al. 2016, section 3.3, option A."""
+    block = BasicBlock(4, 10, stride=2)
+    torch.nn.init.zeros_(block.bn2.weight)
+    x = torch.randn(2, 4, 8, 6, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = block.to(dtype)(x)
+    assert torch.equal(found[:, 3:7], x.relu()[:, :, ::2, ::2]) and not found[:, :3].any() and not found[:, 7:].any()
+    outer = torch.randn_like(found)
+    (gradient,) = torch.autograd.grad(found, x, outer)
+    expected = torch.zeros_like(x)
+    expected[:, :, ::2, ::2] = outer[:, 3:7] * (x[:, :, ::2, ::2] > 0)
+    assert torch.equal(gradient, expected) and gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_resnet56"])

@@ -66,6 +66,16 @@ def test_losses_with_and_without(
     assert tolerance == 0 or not torch.equal(other, plain), "the short cut was not taken"
 
 
+def test_narrow_maps_in_parts(
+    run: Run, recipe: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of bf16 maps two images at a time, against all at once."""
+    options = (*recipe, "--method", "irg+kd+at", "--amp", "bf16", "--set", "losses.attention.fade=1,1")
+    whole = losses(run, tmp_path / "whole", *options)
+    monkeypatch.setattr("irgdistill.levels._MapMean.COPY", 1)
+    assert torch.equal(losses(run, tmp_path / "parts", *options), whole)
+
+
 def test_edges_in_blocks(run: Run, recipe: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against whole matrices and automatic differentiation."""
     blocks = losses(run, tmp_path / "blocks", *recipe, "--lr", 1e-4)
