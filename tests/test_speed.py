@@ -76,6 +76,23 @@ def test_narrow_maps_in_parts(
     assert torch.equal(losses(run, tmp_path / "parts", *options), whole)
 
 
+def test_shortcuts_by_pooling(
+    run: Run, recipe: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against slices of every second pixel."""
+    options = (*recipe, "--channels-last", "--lr", 1e-4)
+    pooled = losses(run, tmp_path / "pooled", *options)
+    taken = []
+
+    def sliced(x: torch.Tensor, size: int, stride: int) -> torch.Tensor:
+        taken.append(size)
+        return x[:, :, ::stride, ::stride]
+
+    monkeypatch.setattr("torch.nn.functional.avg_pool2d", sliced)
+    torch.testing.assert_close(losses(run, tmp_path / "sliced", *options), pooled, rtol=1e-4, atol=1e-5)
+    assert set(taken) == {1}
+
+
 def test_edges_in_blocks(run: Run, recipe: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against whole matrices and automatic differentiation."""
     blocks = losses(run, tmp_path / "blocks", *recipe, "--lr", 1e-4)
