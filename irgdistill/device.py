@@ -33,7 +33,7 @@ def keep_memory(device: torch.device) -> None:
     """A process that computes on the CPU keeps freed memory for the next tensor, as PyTorch does on GPUs; glibc only.
 
     For loops over batches of one size. glibc gives a large tensor back to the system when it is freed, and the next
-    one is made of pages that the system has to fill with zeros first: a tenth to a third of a training step at 224 pixels.
+    one is made of pages that the system has to fill with zeros first: a tenth of a training step at 224 pixels or more.
     Where MALLOC_MMAP_MAX_ or MALLOC_TRIM_THRESHOLD_ is set, that stands.
     """
     if device.type != "cpu" or {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
