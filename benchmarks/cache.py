@@ -19,13 +19,13 @@ from typing import Any
 
 from record import epoch_rows, save
 
-from irgdistill.caching import cache_teacher
-from irgdistill.config import load_config
-from irgdistill.report import Report
-from irgdistill.requests import CacheRequest
-from irgdistill.run_folder import RunFolder
-from irgdistill.setup import prepare
-from irgdistill.trainer import Trainer
+from irgdistill.commands.cache_teacher import cache_teacher
+from irgdistill.commands.requests import CacheRequest
+from irgdistill.config.loading import load_config
+from irgdistill.io.console import Report
+from irgdistill.io.run_folder import RunFolder
+from irgdistill.training.setup import prepare
+from irgdistill.training.trainer import Trainer
 
 
 def main() -> None:

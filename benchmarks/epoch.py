@@ -32,14 +32,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
-from irgdistill.checkpoint import restore
-from irgdistill.config import load_config
+from irgdistill.config.loading import load_config
+from irgdistill.io.console import Report
+from irgdistill.io.run_folder import RunFolder
 from irgdistill.losses.similarity import rkd_loss
-from irgdistill.models import build_network
-from irgdistill.report import Report
-from irgdistill.run_folder import RunFolder
-from irgdistill.setup import prepare
-from irgdistill.trainer import Trainer
+from irgdistill.models.build import build_network
+from irgdistill.models.checkpoint import restore
+from irgdistill.training.setup import prepare
+from irgdistill.training.trainer import Trainer
 
 POOLED = "fc.0"
 Epoch = Callable[[], None]

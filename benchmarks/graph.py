@@ -28,8 +28,8 @@ def one(kind: str, batch: int, rounds: int) -> dict[str, Any]:
     """In this process: seconds and MiB."""
     import torch
 
-    from irgdistill.device import keep_memory
     from irgdistill.graph import edge_loss, edge_matrix, relation_loss
+    from irgdistill.runtime.device import keep_memory
 
     if kind != "inspect":
         keep_memory(torch.device("cpu"))  # as training does
@@ -46,7 +46,7 @@ def one(kind: str, batch: int, rounds: int) -> dict[str, Any]:
         elif kind == "whole":
             relation_loss(edge_matrix(student), edge_matrix(teacher)).backward()
         else:
-            from irgdistill.inspection import graph_of, likeness
+            from irgdistill.commands.inspect.measures import graph_of, likeness
 
             graphs = [graph_of({"tap": features.detach()}, "tap", None) for features in (teacher, student)]
             likeness(*graphs, 5)

@@ -31,7 +31,8 @@ import os, sys, time
 marks = os.open(os.environ["MARKS"], os.O_WRONLY | os.O_APPEND)
 mark = lambda name: os.write(marks, f"{time.monotonic()} {name}\\n".encode())
 mark("import")
-import torch, irgdistill.run, interruption
+import torch, irgdistill.commands.distill
+from support import interruption
 from irgdistill.cli import main
 mark("build")
 interruption.passing(mark)
@@ -84,7 +85,7 @@ def launch(arguments: list[str], marks: Path, passing: int = 0, after: float | N
 def on_disk(folder: Path) -> dict[str, Any]:
     """Files of the run folder, and where its states stand."""
     from irgdistill.errors import UserError
-    from irgdistill.state import load_state, position
+    from irgdistill.training.state import load_state, position
 
     found: dict[str, Any] = {"files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())}
     for name in ("state", "previous"):
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    from interruption import differences, outcome
+    from support.interruption import differences, outcome
 
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)

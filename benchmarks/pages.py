@@ -23,13 +23,13 @@ from record import save
 from safetensors.torch import save_file
 from step import PAIRS, build_network, timed, trainer_of
 
-import irgdistill.parts
+import irgdistill.training.components
 
 
 def here(pair: str, method: str, batch: int, steps: int, keep: bool) -> None:
     """Run in the child: one line of JSON."""
     if not keep:
-        irgdistill.parts.keep_memory = lambda device: None
+        irgdistill.training.components.keep_memory = lambda device: None
     teacher, _, size = PAIRS[pair]
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "teacher.safetensors"

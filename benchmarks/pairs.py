@@ -39,17 +39,18 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irgdistill.config import load_config
-from irgdistill.data import train_loader
-from irgdistill.images import BadImages
-from irgdistill.losses import Batch, build_loss
-from irgdistill.matching import match
-from irgdistill.models import build_network, parameters
-from irgdistill.optim import build_optimizer
-from irgdistill.settings import Config
-from irgdistill.sources import open_splits
-from irgdistill.splits import Splits
-from irgdistill.taps import Tapped
+from irgdistill.config.loading import load_config
+from irgdistill.config.schema import Config
+from irgdistill.data.dataset import BadImages
+from irgdistill.data.loader import train_loader
+from irgdistill.data.sources.open import open_splits
+from irgdistill.data.splits import Splits
+from irgdistill.losses.objective import build_loss
+from irgdistill.losses.term import Batch
+from irgdistill.matching.plan import match
+from irgdistill.matching.taps import Tapped
+from irgdistill.models.build import build_network, parameters
+from irgdistill.training.optimization import build_optimizer
 
 RESULT = Path(__file__).parent / "results" / "pairs.json"
 PAIRS, STEPS, SEED = 40, 3, 0

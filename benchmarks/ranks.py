@@ -30,14 +30,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from irgdistill.config import load_config
-from irgdistill.distributed import World, joined
+from irgdistill.config.loading import load_config
 from irgdistill.graph import edge_loss
-from irgdistill.models import build_network
-from irgdistill.report import Report
-from irgdistill.run_folder import RunFolder
-from irgdistill.setup import prepare
-from irgdistill.trainer import Trainer
+from irgdistill.io.console import Report
+from irgdistill.io.run_folder import RunFolder
+from irgdistill.models.build import build_network
+from irgdistill.runtime.distributed import World, joined
+from irgdistill.training.setup import prepare
+from irgdistill.training.trainer import Trainer
 
 TEACHER, STUDENT, WIDTH, STEP_BATCH = "cifar_resnet20", "cifar_resnet20_x0_5", 64, 256
 

@@ -28,13 +28,13 @@ from record import save
 from safetensors.torch import save_file
 from torch import Tensor
 
-from irgdistill.config import load_config
-from irgdistill.models import build_network
-from irgdistill.report import Report
-from irgdistill.run_folder import RunFolder
-from irgdistill.setup import prepare
-from irgdistill.taps import Tapped
-from irgdistill.trainer import Trainer
+from irgdistill.config.loading import load_config
+from irgdistill.io.console import Report
+from irgdistill.io.run_folder import RunFolder
+from irgdistill.matching.taps import Tapped
+from irgdistill.models.build import build_network
+from irgdistill.training.setup import prepare
+from irgdistill.training.trainer import Trainer
 
 PAIRS = {
     "cifar": ("cifar_resnet20", "cifar_resnet20_x0_5", 32),

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from irgdistill.statistics import mean_and_deviation, paired_interval
+from irgdistill.commands.compare.statistics import mean_and_deviation, paired_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

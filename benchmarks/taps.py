@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from irgdistill.matching import match
-from irgdistill.models import build_network
-from irgdistill.taps import Tapped
+from irgdistill.matching.plan import match
+from irgdistill.matching.taps import Tapped
+from irgdistill.models.build import build_network
 
 MODELS = ("resnet18", "mobilenetv2_100", "vit_tiny_patch16_224")
 PARTNER = "resnet18"

@@ -38,18 +38,20 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from irgdistill.checks import RELATION_TERMS
 from timm.models._registry import _model_entrypoints
 from torch import Tensor, nn
 
-from irgdistill.checks import RELATION_TERMS
-from irgdistill.config import validate
+from irgdistill.config.loading import validate
+from irgdistill.config.schema import LossesConfig, MatchingConfig
 from irgdistill.errors import UserError
-from irgdistill.levels import Level, find_levels
-from irgdistill.losses import Batch, build_loss
-from irgdistill.matching import Plan, match
-from irgdistill.models import Network, build_network, known_models, parameters
-from irgdistill.settings import LossesConfig, MatchingConfig
-from irgdistill.taps import Output, Tapped
+from irgdistill.losses.objective import build_loss
+from irgdistill.losses.term import Batch
+from irgdistill.matching.levels import Level, find_levels
+from irgdistill.matching.plan import Plan, match
+from irgdistill.matching.taps import Output, Tapped
+from irgdistill.models.build import build_network, known_models, parameters
+from irgdistill.models.network import Network
 
 RESULT = Path(__file__).parent / "results" / "timm_coverage.csv"
 PARTNER = "resnet18"

@@ -6,7 +6,7 @@ import typer
 from mkdocs.structure.files import File, Files
 from typer.cli import get_docs_for_click
 
-from irgdistill.cli import app
+from irgdistill.cli.app import app
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -1,5 +1,7 @@
 """`python -m irgdistill`"""
 
-from irgdistill.cli import main
+from __future__ import annotations
+
+from irgdistill.cli.app import main
 
 main()

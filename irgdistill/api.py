@@ -20,20 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from irgdistill.checks import check_classes
-from irgdistill.config import load_config
+from irgdistill.commands.distill import start
+from irgdistill.commands.requests import DistillRequest
+from irgdistill.config import FLAGS, STAGE_TERMS, Config, load_config
 from irgdistill.errors import UserError, nearest
-from irgdistill.flags import FLAGS
-from irgdistill.levels import Tap
 from irgdistill.losses import Batch, Learner, build_loss
-from irgdistill.matching import Plan
+from irgdistill.matching import Output, Plan, Tap, Tapped
 from irgdistill.matching import match as match_levels
 from irgdistill.models import Network
-from irgdistill.requests import DistillRequest
-from irgdistill.run import start
-from irgdistill.settings import Config
-from irgdistill.taps import Output, Tapped
-from irgdistill.usage import STAGE_TERMS
+from irgdistill.training import check_classes
 
 
 def distill(
@@ -136,9 +131,8 @@ class Distiller(nn.Module):
                 seen = images if teacher_images is None else teacher_images
                 teacher = _look(model.eval(), seen, self.loss.where("teacher"))
         with torch.autocast(images.device.type, enabled=False):
-            weights = self.loss.weights(progress)
-            raw = self.loss(Batch(student, labels, teacher), weights)
-            return self.loss.total(raw, weights), {name: value.detach() for name, value in raw.items()}
+            total, raw, _ = self.loss.losses(Batch(student, labels, teacher), progress)
+            return total, {name: value.detach() for name, value in raw.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         for teacher in self._teacher:

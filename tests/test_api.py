@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import irgdistill
 import irgdistill.models
-from irgdistill import Distiller, UserError, distill, load_config, match
-from irgdistill.settings import METHODS
+from irgdistill.api import Distiller, distill, match
+from irgdistill.config.loading import load_config
+from irgdistill.config.methods import METHODS
+from irgdistill.errors import UserError
 
 SIZE = (3, 16, 16)
 OURS = sorted(set(METHODS) - {"none", "rocket"})
@@ -85,10 +87,10 @@ def test_the_loop_trains(digits: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.parametrize("method", OURS)
 def test_the_loss_is_the_trainers(method: str, tmp_path: Path) -> None:
     """On the same images and weights, adapters included: for every method that has a teacher."""
-    from irgdistill.report import Report
-    from irgdistill.run_folder import RunFolder
-    from irgdistill.setup import prepare
-    from irgdistill.trainer import Trainer
+    from irgdistill.io.console import Report
+    from irgdistill.io.run_folder import RunFolder
+    from irgdistill.training.setup import prepare
+    from irgdistill.training.trainer import Trainer
 
     weights = tmp_path / "teacher.pth"
     torch.save(network("cifar_resnet20", 1).state_dict(), weights)
@@ -239,5 +241,5 @@ def test_types_are_seen(tmp_path: Path) -> None:
     first, second, third, end = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True
     ).stdout.splitlines()
-    assert first.endswith('Revealed type is "dict[str, Any]"') and second.endswith('"irgdistill.matching.Plan"')
+    assert first.endswith('Revealed type is "dict[str, Any]"') and second.endswith('"irgdistill.matching.plan.Plan"')
     assert "[arg-type]" in third and end.startswith("Found 1 error")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED, shared
+from support import SHARED, shared
 from torch import Tensor
 
 from irgdistill import graph

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from irgdistill.taps import Output
+from irgdistill.matching import Output
 
 
 class Learner(nn.Module):

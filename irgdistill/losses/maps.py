@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from irgdistill.errors import UserError
 from irgdistill.graph import unit, widen
-from irgdistill.levels import Tap
 from irgdistill.losses.term import Batch, Term
-from irgdistill.matching import Plan
-from irgdistill.taps import MAP_LAYOUTS, Output, tap_name
+from irgdistill.matching import MAP_LAYOUTS, Output, Plan, Tap, tap_name
 
 
 def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

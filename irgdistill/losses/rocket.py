@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from irgdistill.graph import widen
 from irgdistill.losses.logits import logit_regression
 from irgdistill.losses.term import Batch, Term
-from irgdistill.taps import Output, Tapped
+from irgdistill.matching import Output, Tapped
 
 
 def rocket_hint(student: Tensor, booster: Tensor) -> Tensor:

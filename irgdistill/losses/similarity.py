@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irgdistill.distributed import World
 from irgdistill.graph import edge_matrix, unit, widen
 from irgdistill.losses.maps import mappable
 from irgdistill.losses.term import Batch, Term
-from irgdistill.matching import Plan
-from irgdistill.taps import tap_name
+from irgdistill.matching import Plan, tap_name
+from irgdistill.runtime import World
 
 EVERY = slice(None)
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from irgdistill.levels import Tap
-from irgdistill.taps import Output
+from irgdistill.matching import Output, Tap
 
 
 @dataclass(frozen=True)

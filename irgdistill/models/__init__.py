@@ -1,25 +1,7 @@
-"""Teacher and student through timm. Importing this package registers the CIFAR networks."""
+"""Networks from timm, from checkpoints and their weights. Importing this package registers the CIFAR networks."""
 
-from irgdistill.models import cifar
-from irgdistill.models.build import (
-    LOCAL,
-    Network,
-    build_network,
-    known_models,
-    multiply_adds,
-    parameters,
-    rebuild_network,
-)
-from irgdistill.models.fold import fold_batch_norm
+import lazy_loader
 
-__all__ = [
-    "LOCAL",
-    "Network",
-    "build_network",
-    "cifar",
-    "fold_batch_norm",
-    "known_models",
-    "multiply_adds",
-    "parameters",
-    "rebuild_network",
-]
+from irgdistill.models import cifar as cifar  # registers its networks with timm
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

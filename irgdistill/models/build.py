@@ -3,122 +3,18 @@
 from __future__ import annotations
 
 import logging
-import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from irgdistill.errors import UserError, nearest
-from irgdistill.levels import Level, LevelsError, Tap, find_levels
-from irgdistill.taps import View
-
-LOCAL = "local-dir:"
-_SOURCES = ("hf-hub:", "hf_hub:", LOCAL)
-
-
-@dataclass
-class Network:
-    """A timm model and how it wants its images."""
-
-    name: str
-    model: nn.Module
-    args: dict[str, Any]
-    """What `timm.create_model` needs beside the name and the number of classes."""
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    classes: list[str] | None = None
-    """Class names in label order, where a checkpoint tells them."""
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        name: str | None = None,
-        args: Mapping[str, Any] | None = None,
-        size: tuple[int, int] | None = None,
-        preprocessing: Mapping[str, Any] | None = None,
-    ) -> Network:
-        """A timm model with its own way to see images, but for what is given."""
-        data = {**resolve_model_data_config(model), **(preprocessing or {})}
-        return cls(
-            name=name or str(model.pretrained_cfg["architecture"]),  # type: ignore[index]
-            model=model,
-            args=dict(args or {}),
-            size=tuple(size or data["input_size"][-2:]),
-            mean=tuple(data["mean"]),
-            std=tuple(data["std"]),
-            interpolation=str(data["interpolation"]),
-            crop_pct=float(data["crop_pct"]),
-        )
-
-    @property
-    def num_classes(self) -> int:
-        return int(self.model.num_classes)  # type: ignore[arg-type]
-
-    @property
-    def architecture(self) -> str:
-        """The registered name, without a source or a weight tag."""
-        return str(self.model.pretrained_cfg["architecture"])  # type: ignore[index]
-
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        """How an image becomes the network's input, in plain values."""
-        return {
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "interpolation": self.interpolation,
-            "crop_pct": self.crop_pct,
-        }
-
-    def describe(self) -> dict[str, Any]:
-        """All but the weights, in plain values: what `rebuild_network` takes."""
-        return {
-            "architecture": self.architecture,
-            "args": self.args,
-            "num_classes": self.num_classes,
-            "input_size": list(self.size),
-            **self.preprocessing,
-        }
-
-    def view(self) -> View:
-        return View(self.size, self.mean, self.std)
-
-    def levels(self) -> list[Level]:
-        """What can be tapped, found at the network's own default size, where no map has shrunk to a point.
-
-        Raises UserError, one line, when nothing can."""
-        own = tuple(self.model.pretrained_cfg["input_size"])  # type: ignore[index]
-        size = own if not self._fixed else (own[0], *self.size)
-        try:
-            return find_levels(self.model, size)
-        except LevelsError as error:
-            raise UserError(f"{self.name} cannot be matched yet: {error}") from None
-
-    def map_size(self, tap: Tap, size: tuple[int, int]) -> tuple[int, int] | None:
-        """Height and width of the map at `tap` for images of another size; None where the network does not run."""
-        try:
-            for level in find_levels(self.model, (len(self.mean), *size)):
-                for other in level.blocks:
-                    if other.module == tap.module:
-                        return other.height, other.width
-        except LevelsError:
-            pass
-        return None
-
-    @property
-    def _fixed(self) -> bool:
-        return bool(self.model.pretrained_cfg.get("fixed_input_size"))  # type: ignore[union-attr,operator]
+from irgdistill.models.network import Network
+from irgdistill.models.weights import LOCAL, SOURCES, classes_of, load_weights, short_reason
 
 
 def known_models() -> list[str]:
@@ -149,7 +45,7 @@ def build_network(
     if args.get("in_chans", 3) != 3:
         raise UserError(f"{name} with in_chans = {args['in_chans']}: images have 3 channels")
     if num_classes is None and weights is not None:
-        num_classes = _classes_of(name, weights)
+        num_classes = classes_of(name, weights)
     if input_size is not None and _fixed_size(name, args):
         args["img_size"] = input_size
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's concern
@@ -158,14 +54,14 @@ def build_network(
         model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args, **device)
     except (OSError, RuntimeError, FileNotFoundError) as error:
         if not pretrained:
-            raise UserError(f"{name} cannot be built: {_one_line(error)}") from None
+            raise UserError(f"{name} cannot be built: {short_reason(error)}") from None
         raise UserError(
-            f"no pretrained weights of {name} could be fetched ({_one_line(error)}); "
+            f"no pretrained weights of {name} could be fetched ({short_reason(error)}); "
             "give them with --teacher-checkpoint or --student-checkpoint FILE (eval: --checkpoint)"
         ) from None
     except TypeError as error:
         wanted = {**args, **({} if num_classes is None else {"num_classes": num_classes})}
-        raise UserError(f"{name} does not accept {wanted}: {_one_line(error)}") from None
+        raise UserError(f"{name} does not accept {wanted}: {short_reason(error)}") from None
     if weights is not None:
         load_weights(model, weights, name, origin)
     return Network.of(model, name, args, input_size, preprocessing)
@@ -183,31 +79,6 @@ def rebuild_network(about: Mapping[str, Any], *, input_size: tuple[int, int] | N
     )
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], name: str, origin: str) -> None:
-    """Load strictly. Raises UserError that says what is missing, left over or of another shape."""
-    own = model.state_dict()
-    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    missing, extra = [k for k in own if k not in weights], [k for k in weights if k not in own]
-    for problem, names in (("lack", missing), ("have, beyond it,", extra), ("differ in shape at", shapes)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"the weights in {origin} do not fit {name}: they {problem} {', '.join(names[:3])}{more}")
-    model.load_state_dict(dict(weights), strict=True)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights of a .safetensors or .pth file, never unpickling code. Raises UserError when it cannot be read."""
-    if not path.is_file():
-        raise UserError(f"no file {path}")
-    try:
-        weights = load_state_dict(str(path), device="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is truncated or no checkpoint: {_one_line(error)}") from None
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path} does not hold a dictionary of weights")
-    return dict(weights)
-
-
 def parameters(model: nn.Module) -> int:
     """Number of trainable and frozen parameters."""
     return sum(p.numel() for p in model.parameters())
@@ -217,7 +88,7 @@ def multiply_adds(network: Network) -> int:
     """Multiply-adds of one image, counted on shapes alone."""
     tensors = {**dict(network.model.named_parameters()), **dict(network.model.named_buffers())}
     meta = {key: value.detach().to("meta") for key, value in tensors.items()}
-    image = torch.empty(1, len(network.mean), *network.size, device="meta")
+    image = torch.empty(1, *network.input.shape, device="meta")
     training = network.model.training
     network.model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -227,7 +98,7 @@ def multiply_adds(network: Network) -> int:
 
 
 def _check_name(name: str) -> None:
-    if name.startswith(_SOURCES):
+    if name.startswith(SOURCES):
         if name.startswith(LOCAL) and not (Path(name.removeprefix(LOCAL)) / "config.json").is_file():
             raise UserError(f"{name}: no config.json in that folder")
         return
@@ -243,22 +114,7 @@ def _check_name(name: str) -> None:
 
 
 def _fixed_size(name: str, args: Mapping[str, Any]) -> bool:
-    if name.startswith(_SOURCES) or args.get("dynamic_img_size"):
+    if name.startswith(SOURCES) or args.get("dynamic_img_size"):
         return False
     cfg = timm.get_pretrained_cfg(name)
     return bool(cfg is not None and cfg.fixed_input_size)
-
-
-def _classes_of(name: str, weights: Mapping[str, Tensor]) -> int | None:
-    """Number of classes from the shape of the classifier in `weights`, None where it does not say."""
-    cfg = None if name.startswith(_SOURCES) else timm.get_pretrained_cfg(name)
-    head = cfg.classifier if cfg is not None else None
-    for key in [head] if isinstance(head, str) else list(head or ()):
-        for suffix in (".bias", ".weight"):
-            if key + suffix in weights:
-                return int(weights[key + suffix].shape[0])
-    return None
-
-
-def _one_line(error: BaseException) -> str:
-    return textwrap.shorten(str(error), 160, placeholder=" …") or type(error).__name__

@@ -214,9 +214,21 @@ def _register(name: str, cls: type[nn.Module], summary: str, **defaults: Any) ->
 
 
 _register("cifar_resnet20", CifarResNet, "ResNet-20, 16/32/64, 0.27 M parameters.")
+
+
 _register("cifar_resnet20_x0_5", CifarResNet, "ResNet-20 of half the width, 8/16/32.", widths=(8, 16, 32))
+
+
 _register("cifar_resnet20_x0_375", CifarResNet, "ResNet-20 of 0.375 the width, 6/12/24.", widths=(6, 12, 24))
+
+
 _register("cifar_resnet14_x0_5", CifarResNet, "ResNet-14 of half the width, 8/16/32.", blocks=2, widths=(8, 16, 32))
+
+
 _register("cifar_resnet56", CifarResNet, "ResNet-56, 16/32/64, 0.85 M parameters.", blocks=9)
+
+
 _register("cifar_resnet110", CifarResNet, "ResNet-110, 16/32/64, 1.7 M parameters.", blocks=18)
+
+
 _register("cifar_shufflenet_x0_5", CifarShuffleNet, "ShuffleNet 0.5×, 3 groups, 120/240/480, 0.24 M parameters.")

@@ -1,0 +1,51 @@
+"""Shell completion of presets, methods and networks. Starts without torch."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+# --- completion -------------------------------------------------------------------------------------------------------
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    from irgdistill.config import presets
+
+    return [name for name in presets() if name.startswith(incomplete)]
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Also behind commas: the last of several."""
+    from irgdistill.config import METHODS
+
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in METHODS if name.startswith(last)]
+
+
+def complete_network(incomplete: str) -> list[str]:
+    """timm names, as `distill` and `models` wrote them down: importing timm would take seconds."""
+    try:
+        names = known_names_file().read_text(encoding="utf-8").split()
+    except OSError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def known_names_file() -> Path:
+    """One for each version of timm, in `$IRGDISTILL_CACHE` or the user's cache folder."""
+    own = os.environ.get("IRGDISTILL_CACHE")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irgdistill"
+    return (Path(own) if own else cache) / f"networks-{version('timm')}.txt"
+
+
+def remember_names() -> None:
+    """For `complete_network`, once timm is there; where the cache cannot be written, there is no completion."""
+    from irgdistill.models import known_models
+
+    path = known_names_file()
+    with suppress(OSError):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(known_models()), encoding="utf-8")

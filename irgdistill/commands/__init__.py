@@ -1,0 +1,1 @@
+"""What each command does, between the words typed and the training."""

@@ -1,0 +1,34 @@
+"""The curves of a comparison, drawn from plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from irgdistill.commands.inspect.figures import INK
+
+
+def curves_figure(title: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    """Validation top-1 by epoch: for every method the mean of its seeds (S, E), and from lowest to highest."""
+    figure = Figure(figsize=(9.0, 5.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
+    colours = matplotlib.colormaps["tab20" if len(curves) > 10 else "tab10"]
+    for number, (name, seeds) in enumerate(curves.items()):
+        values = np.array(seeds)
+        epochs = np.arange(1, values.shape[1] + 1)
+        axes.plot(
+            epochs, values.mean(0), color=colours(number), linewidth=1.6, marker="." * (len(epochs) == 1), label=name
+        )
+        axes.fill_between(epochs, values.min(0), values.max(0), color=colours(number), alpha=0.15, linewidth=0)
+    axes.set_xlabel("epoch", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("validation top-1 %", color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9)
+    return figure

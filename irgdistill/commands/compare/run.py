@@ -1,0 +1,173 @@
+"""The same recipe under several methods and seeds: runs what is missing, then one table, with its spread.
+
+OUTPUT/METHOD/SEED           a run folder each, with log.txt where several ran at once
+OUTPUT/compare.json .md .csv the table
+OUTPUT/curves.png            validation top-1 by epoch
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from irgdistill.commands.compare.table import Run, summary_of, tell
+from irgdistill.commands.distill import resume, start
+from irgdistill.commands.requests import CompareRequest, DistillRequest, ResumeRequest
+from irgdistill.config import MOVABLE, dump, read_yaml, validate
+from irgdistill.errors import Interrupted, UserError
+from irgdistill.io import Report, RunFolder, write_text
+from irgdistill.losses import build_loss
+from irgdistill.matching import Tapped
+from irgdistill.models import described
+from irgdistill.runtime import Stopped, cores
+from irgdistill.training import changes, prepare, resolved
+
+POLL = 0.2
+"""Seconds between two looks at the runs at work."""
+
+
+def compare(request: CompareRequest) -> None:
+    """Train what is not trained yet, then print and save the table. The same call goes on after an interruption.
+
+    Raises UserError before the first run for whatever can be known by then.
+    """
+    runs = _plan(request)
+    left = [run for run in runs if not run.folder.summary.exists()]
+    for run in runs:
+        if run not in left:
+            summary_of(run)
+    if request.finished:
+        if left:
+            Report().line(f"not finished: {'; '.join(run.name for run in left)}")
+        runs, left = [run for run in runs if run not in left], []
+        if not runs:
+            raise UserError(f"--finished: {request.output} has no finished run of these methods and seeds")
+    _check(request, left)
+    try:
+        if request.jobs == 1:
+            for number, run in enumerate(left):
+                Report().line(f"[{len(runs) - len(left) + number + 1}/{len(runs)}] {run.name}")
+                _train(run, request)
+        else:
+            _train_together(left, request)
+    except Stopped as stop:
+        raise Interrupted(128 + stop.number, f"{stop}; the same command goes on") from None
+    except Interrupted as stop:
+        raise Interrupted(stop.code, f"{stop}; the same `compare` goes on with all") from None
+    tell(request.output, runs, request.jobs, request.as_json)
+
+
+def _plan(request: CompareRequest) -> list[Run]:
+    """All runs, seed by seed, so that an unfinished comparison is a fair one."""
+    methods = list(dict.fromkeys(request.methods))
+    first = request.config(methods[0]).seed
+    return [
+        Run(resolved(request.config(method, seed)), RunFolder(request.output / method / str(seed)))
+        for seed in range(first, first + request.seeds)
+        for method in methods
+    ]
+
+
+def _check(request: CompareRequest, left: Sequence[Run]) -> None:
+    """Refuse another comparison's folder, and runs that could not start. Raises UserError."""
+    for path in sorted(request.output.glob("*/*/config.yaml")):
+        there = validate(read_yaml(path), f"{path}: ")
+        if different := changes(resolved(request.config(there.method, there.seed)), there):
+            what = "; ".join(different)
+            raise UserError(f"{request.output} holds a comparison with other settings ({what}); give another --output")
+    teachers = _teachers(request.output)
+    for config in {run.config.method: run.config for run in left}.values():
+        setup = prepare(config)
+        for path, weights in teachers.items():
+            if setup.taught_by not in (None, weights):
+                raise UserError(f"{path} learnt from a teacher with other weights; give another --output")
+        booster = None if setup.booster is None else Tapped(setup.booster.model, setup.booster.view())
+        build_loss(config.losses, setup.plan, None, booster)
+
+
+def _teachers(output: Path) -> dict[Path, str]:
+    """Run folder -> checksum of the weights of its teacher, of those that had one."""
+    found = {path.parent: described(path) for path in sorted(output.glob("*/*/last.safetensors"))}
+    return {path: about["teacher"]["weights"] for path, about in found.items() if about and about["teacher"]}
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def _train(run: Run, request: CompareRequest) -> None:
+    """In this process, from the beginning or from where it stands."""
+    try:
+        if run.folder.state.exists():
+            moved = {key: value for key, value in (request.flags or {}).items() if key in MOVABLE}
+            resume(ResumeRequest(run.folder.path, moved))
+        else:
+            start(DistillRequest(run.config, run.folder.path, overwrite=True))
+    except UserError as error:
+        raise UserError(f"{run.name}: {error}") from None
+
+
+def _train_together(left: Sequence[Run], request: CompareRequest) -> None:
+    """As `irgdistill distill` in processes of their own, `request.jobs` at a time. One that fails stops the others."""
+    waiting, working = list(left), dict[Run, subprocess.Popen[bytes]]()
+    try:
+        while waiting or working:
+            while waiting and len(working) < request.jobs:
+                run = waiting.pop(0)
+                working[run] = _launch(run, request)
+                Report().line(f"{run.name}: {run.folder.path / 'log.txt'}")
+            time.sleep(POLL)
+            for run, process in list(working.items()):
+                if process.poll() is not None:
+                    del working[run]
+                    _done(run, process.returncode)
+    finally:
+        _stop(list(working.values()))
+
+
+def _launch(run: Run, request: CompareRequest) -> subprocess.Popen[bytes]:
+    """Start a run, apart from this one's terminal: Ctrl-C is for this process to pass on."""
+    folder = run.folder.path
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.folder.state.exists():
+        options = ["--resume", str(folder), *request.moved]
+    else:
+        recipe = folder.with_suffix(".yaml")
+        write_text(recipe, dump(run.config))
+        options = ["--preset", str(recipe), "--output", str(folder), "--overwrite"]
+    threads = max(1, cores() // request.jobs)
+    with open(folder / "log.txt", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "irgdistill", "distill", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            start_new_session=True,
+        )
+
+
+def _done(run: Run, code: int) -> None:
+    if code:
+        lines = (run.folder.path / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "no word")
+        raise Interrupted(code if code > 0 else 128 - code, f"{run.name} ended with code {code}: {last}")
+    summary = summary_of(run)
+    Report().line(f"{run.name}: top-1 {summary['last_top1']:.2f}, best {summary['top1']:.2f}")
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Let all save and end; a second signal ends them at once."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    try:
+        for process in processes:
+            process.wait()
+    except Stopped:
+        for process in processes:
+            process.kill()
+        raise

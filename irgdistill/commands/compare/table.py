@@ -1,0 +1,215 @@
+"""The table of a comparison: finished runs -> means, spreads, paired differences, curves."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from irgdistill.commands.compare.curves import curves_figure
+from irgdistill.commands.compare.statistics import mean_and_deviation, paired_interval
+from irgdistill.commands.inspect.figures import render
+from irgdistill.config import Config
+from irgdistill.data import BadImages, Loader, eval_loader, open_splits
+from irgdistill.errors import UserError
+from irgdistill.io import Report, RunFolder, records, table, write_atomically, write_text
+from irgdistill.matching import Tapped
+from irgdistill.models import Network, build_teacher, restore
+from irgdistill.runtime import autocast, choose_device
+from irgdistill.version import __version__
+
+BASELINE = "none"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One method under one seed."""
+
+    config: Config
+    folder: RunFolder
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.method}, seed {self.config.seed}"
+
+
+def summary_of(run: Run) -> dict[str, Any]:
+    """Of a finished run. Raises UserError where it cannot be read."""
+    try:
+        summary: dict[str, Any] = json.loads(run.folder.summary.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{run.folder.summary} cannot be read ({error}); delete {run.folder.path} to train it again"
+        ) from None
+    return summary
+
+
+def tell(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) -> None:
+    """Compare what the students say of the validation images, then print and save."""
+    config = runs[0].config
+    spec = config.teacher
+    teacher = None
+    if spec.checkpoint is not None or (spec.name is not None and spec.cache is None):
+        teacher = build_teacher(config)
+    elif spec.cache is not None:
+        Report().line(
+            "agreement with the teacher is left out: a cache does not hold its weights, --teacher-checkpoint does"
+        )
+    students = {run: restore(run.folder.last)[0] for run in runs}
+    student, device = students[runs[0]], choose_device(config.runtime.device)
+    crop = student.input.covering(None if teacher is None else teacher.input)
+    bad = BadImages(config.data.max_bad_images, Report().warn)
+    loader = eval_loader(open_splits(config.data, val_only=True), config.data, crop, device, bad)
+    labels = torch.cat([labels.cpu() for _, labels in loader.epoch()])
+    predicted = {run: _predict(network, loader, config.runtime.amp) for run, network in students.items()}
+    taught = None
+    if teacher is not None and teacher.num_classes == student.num_classes:
+        taught = _predict(teacher, loader, config.runtime.amp)
+    rows = _rows(runs, {run: classes.eq(labels) for run, classes in predicted.items()})
+    if taught is not None:
+        for row in rows:
+            same = [_percent(predicted[run].eq(taught)) for run in runs if run.config.method == row["method"]]
+            row["agreement"], (row["agreement_mean"], row["agreement_std"]) = same, mean_and_deviation(same)
+    result = {
+        "rows": rows,
+        "teacher": None if teacher is None else teacher.name,
+        "teacher_top1": None if taught is None else _percent(taught.eq(labels)),
+        "student": config.student.name,
+        "data": config.data.source,
+        "validation_images": len(labels),
+        "epochs": config.schedule.epochs,
+        "command": f"irgdistill {shlex.join(sys.argv[1:])}",
+        "device": f"{device}, {jobs} at once",
+        "versions": {"irgdistill": __version__, "torch": torch.__version__, "timm": timm.__version__},
+    }
+    epochs = f"{config.schedule.epochs} epoch" + "s" * (config.schedule.epochs > 1)
+    _save(output, result, f"{student.name} on {Path(str(config.data.source)).name}, {epochs}", as_json)
+
+
+@torch.no_grad()
+def _predict(network: Network, loader: Loader, amp: str) -> Tensor:
+    """Classes that a network names for the images of a loader (N,)."""
+    tapped = Tapped(network.model.to(loader.device), network.view().to(loader.device)).eval()
+    with autocast(amp, loader.device):
+        return torch.cat([tapped(images).logits.argmax(1).cpu() for images, _ in loader.epoch()])
+
+
+def _percent(flags: Tensor) -> float:
+    return float(100 * flags.double().mean())
+
+
+def _save(output: Path, result: Mapping[str, Any], title: str, as_json: bool) -> None:
+    rows = result["rows"]
+    columns, cells = _cells(rows)
+    seeds = sorted({seed for row in rows for seed in row["seeds"]})
+    unequal = "" if all(row["seeds"] == seeds for row in rows) else " as far as they are finished"
+    note = f"seeds {', '.join(map(str, seeds))}{unequal}: mean ± standard deviation after the last epoch and at best"
+    if over := sorted({row["paired_over"] for row in rows if "difference" in row}, reverse=True):
+        note += f"; from {BASELINE}: last epoch, ± half of the 95 % interval, paired over {over[0]}"
+        note += ", or images where there is one" * (len(over) > 1)
+    lines = [columns, ["---"] * len(columns), *cells]
+    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    write_text(output / "compare.json", json.dumps(result, indent=1) + "\n")
+    write_text(output / "compare.md", f"{title}; {note}.\n\n{text}")
+    write_text(output / "compare.csv", _csv(rows))
+    picture = render(curves_figure(title, {row["method"]: row["curves"] for row in rows}), "png")
+    write_atomically(output / "curves.png", lambda path: path.write_bytes(picture))
+    if as_json:
+        print(json.dumps(result))  # noqa: T201  the command's result
+    else:
+        table(title, columns, cells)
+        Report(stdout=True).line(note)
+    Report().line(f"saved in {output}: compare.json, compare.md, compare.csv, curves.png")
+
+
+def _rows(runs: Sequence[Run], right: Mapping[Run, Tensor]) -> list[dict[str, Any]]:
+    """One for each method, in the order asked for. `right`: which validation images (N,) a run's student names."""
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.config.method, []).append(run)
+    summaries = {run: summary_of(run) for run in runs}
+    rows = []
+    for method, members in by_method.items():
+        row: dict[str, Any] = {"method": method, "seeds": [run.config.seed for run in members]}
+        losses = members[0].config.losses
+        row["weights"] = {name: w for name, w in losses.weights().items() if w > 0}
+        row["fades"] = {name: list(fade) for name, fade in losses.fades().items() if name in row["weights"]}
+        for name, key in (("top1", "last_top1"), ("best", "top1")):
+            row[name] = [summaries[run][key] for run in members]
+            row[f"{name}_mean"], row[f"{name}_std"] = mean_and_deviation(row[name])
+        if method != BASELINE and BASELINE in by_method:
+            row |= _difference(members, by_method[BASELINE], summaries, right)
+        for key in ("seconds", "images_per_second"):
+            row[key] = mean_and_deviation([summaries[run][key] for run in members])[0]
+        row["curves"] = [_curve(run) for run in members]
+        rows.append(row)
+    return rows
+
+
+def _difference(
+    members: Sequence[Run],
+    baseline: Sequence[Run],
+    summaries: Mapping[Run, Mapping[str, Any]],
+    right: Mapping[Run, Tensor],
+) -> dict[str, Any]:
+    """Last top-1 less that of the student alone, paired over seeds, or over validation images where there is one."""
+    alone = {run.config.seed: run for run in baseline}
+    pairs = [(run, alone[run.config.seed]) for run in members if run.config.seed in alone]
+    if not pairs:
+        return {}
+    values, over = [summaries[run]["last_top1"] - summaries[other]["last_top1"] for run, other in pairs], "seeds"
+    difference, _ = mean_and_deviation(values)
+    if len(pairs) == 1:  # predicted again here, where low precision may round a few images otherwise
+        ours, theirs = (100 * right[run].double() for run in pairs[0])
+        values, over = (ours - theirs).tolist(), "images"
+    return {"difference": difference, "half_width_95": paired_interval(values)[1], "paired_over": over}
+
+
+def _curve(run: Run) -> list[float]:
+    return [record["top1"] for record in records(run.folder.metrics) if record["kind"] == "eval" and "top1" in record]
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The table as text: columns and rows."""
+    columns = ["method", "runs", "top-1 %", "best %", f"from {BASELINE}", "agreement %", "seconds", "img/s"]
+
+    def spread(row: Mapping[str, Any], name: str) -> str:
+        if f"{name}_mean" not in row:
+            return "–"
+        deviation = row[f"{name}_std"]
+        return f"{row[f'{name}_mean']:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+
+    cells = [
+        [
+            row["method"],
+            str(len(row["seeds"])),
+            spread(row, "top1"),
+            spread(row, "best"),
+            f"{row['difference']:+.2f} ± {row['half_width_95']:.2f}" if "difference" in row else "–",
+            spread(row, "agreement"),
+            f"{row['seconds']:.0f}",
+            f"{row['images_per_second']:,.0f}",
+        ]
+        for row in rows
+    ]
+    return columns, cells
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The numbers of the rows; no lists."""
+    names = list(dict.fromkeys(key for row in rows for key, v in row.items() if not isinstance(v, (list, dict))))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

@@ -1,0 +1,86 @@
+"""`irgdistill eval`: networks on validation images, as a table or JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from irgdistill.commands.requests import EvalRequest
+from irgdistill.config import Config, DataConfig, data_of
+from irgdistill.data import BadImages, eval_loader, open_splits
+from irgdistill.errors import UserError
+from irgdistill.io import Report, table
+from irgdistill.matching import Tapped
+from irgdistill.models import Network, multiply_adds, open_network, parameters
+from irgdistill.runtime import autocast, choose_device, keep_memory
+from irgdistill.training import Metrics, evaluate
+
+
+def evaluate_targets(request: EvalRequest) -> None:
+    """Evaluate each target and print a table, or JSON: one object, or a list of them for several targets."""
+    config, against, against_checkpoint = request.config, request.against, request.against_checkpoint
+    if against is None and against_checkpoint is not None:  # one of ours names its network
+        against, against_checkpoint = str(against_checkpoint), None
+    opened = [open_network(target, request.checkpoint, config.student.input_size) for target in request.targets]
+    sets = [
+        data_of(target, metadata, config.data, request.given)
+        for target, (_, metadata) in zip(request.targets, opened, strict=True)
+    ]
+    teacher = open_network(against, against_checkpoint, None)[0] if against else None
+    results = []
+    for target, (network, _), data in zip(request.targets, opened, sets, strict=True):
+        metrics = _evaluate(network, teacher, data, config)
+        values = {"name": target, "architecture": network.architecture, **asdict(metrics)}
+        values |= {"params": parameters(network.model), "macs": multiply_adds(network), "data": data.source}
+        results.append({key: value for key, value in values.items() if value is not None})
+    if request.as_json:
+        print(json.dumps(results[0] if len(results) == 1 else results, indent=2))  # noqa: T201  the command's result
+    else:
+        _print_results(results)
+
+
+def _evaluate(network: Network, teacher: Network | None, data: DataConfig, config: Config) -> Metrics:
+    device = choose_device(config.runtime.device)
+    keep_memory(device)
+    splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
+    if not splits.labelled and teacher is None:
+        raise UserError(
+            f"the validation images of {data.source} have no labels: give --against TEACHER, or other --data"
+        )
+    if network.num_classes != len(splits.classes):
+        raise UserError(
+            f"{network.name} has {network.num_classes} classes, {data.source} has {len(splits.classes)}: not comparable"
+        )
+    if network.classes is not None and network.classes != splits.classes:
+        raise UserError(f"the class names of {data.source} are not those that {network.name} was trained on")
+    bad = BadImages(data.max_bad_images, Report().warn)
+    crop = network.input.covering(None if teacher is None else teacher.input)
+    loader = eval_loader(splits, data, crop, device, bad)
+    plain = [None if n is None else Tapped(n.model.to(device), n.view().to(device)).eval() for n in (network, teacher)]
+    assert plain[0] is not None
+    return evaluate(plain[0], loader, autocast(config.runtime.amp, device), plain[1], labelled=splits.labelled)
+
+
+def _print_results(results: list[dict[str, Any]]) -> None:
+    columns = {
+        "top-1 %": ("top1", "{:.2f}"),
+        "top-5 %": ("top5", "{:.2f}"),
+        "loss": ("loss", "{:.4f}"),
+        "calibration %": ("calibration_error", "{:.2f}"),
+        "agreement %": ("agreement", "{:.2f}"),
+        "KL": ("kl", "{:.4f}"),
+        "parameters": ("params", "{:,}"),
+        "multiply-adds": ("macs", "{:,}"),
+        "images/s": ("images_per_second", "{:,.0f}"),
+    }
+    rows = [
+        [title, *(form.format(result[key]) for result in results)]
+        for title, (key, form) in columns.items()
+        if all(key in result for result in results)
+    ]
+    names = [result["name"] for result in results]
+    seen = [f"{result['images']:,} images of {result['data']}" for result in results]
+    if len(set(seen)) > 1:
+        rows.insert(0, ["on", *seen])
+    table(seen[0] if len(set(seen)) == 1 else "different images", ["", *names], rows)

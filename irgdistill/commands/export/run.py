@@ -1,0 +1,176 @@
+"""`irgdistill export`: the trained student as others take it.
+
+What is written is read back as its user will read it and compared with the student, on validation images where the data
+set is still there; only then does it take its name.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from irgdistill.commands.export.hub import OWN_FILES, WEIGHTS, check_login, save_for_timm, upload
+from irgdistill.commands.export.model_card import write_card
+from irgdistill.commands.export.programs import Logits, export_program, facts, plain, write_onnx, write_program
+from irgdistill.commands.requests import ExportRequest
+from irgdistill.config import data_of
+from irgdistill.data import BadImages, eval_loader, open_splits
+from irgdistill.errors import UserError
+from irgdistill.io import Report, find_checkpoint, write_atomically, write_folder
+from irgdistill.models import Network, described, open_network
+
+TOLERANCE = 1e-4
+"""Largest difference between a logit of what was written and of the student."""
+
+
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+
+CHECK_BATCH = 16
+
+
+def export(request: ExportRequest) -> Path:
+    """Write the student in the format asked for -> where it is. Raises UserError, leaving everything as it was."""
+    _check_equipment(request)
+    checkpoint = _own_checkpoint(request.target)
+    network, metadata = open_network(request.target, None, None)
+    network.model.eval()
+    path = _free_path(request, network, checkpoint)
+    check = _Check(network, *_check_images(request, network, metadata), request.raw_input)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if request.format in ("onnx", "program"):
+        program = export_program(network, request.raw_input)
+        about = facts(network, metadata["classes"], request.raw_input)
+        if request.format == "onnx":
+            write_atomically(path, lambda temporary: check(write_onnx(temporary, program, about, request.opset)))
+        else:
+            write_atomically(path, lambda temporary: check(write_program(temporary, program, about)))
+    elif request.format == "timm":
+        write_folder(path, lambda temporary: check(_write_timm(temporary, network, metadata)))
+    else:
+        write_folder(path, lambda temporary: check(_write_hub(temporary, network, metadata, request, checkpoint)))
+    Report().line(f"{path}: {check.result}")
+    if request.push is not None:
+        Report().line(f"uploaded to {upload(path, request.push, request.overwrite)}")
+    return path
+
+
+# --- before anything is written ---------------------------------------------------------------------------------------
+
+
+def _check_equipment(request: ExportRequest) -> None:
+    """Raises UserError for packages or a login that are not there."""
+    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    if request.format == "onnx" and missing:
+        raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'irgdistill[onnx]'")
+    if request.push is not None:
+        check_login(request.push)
+
+
+def _own_checkpoint(target: str) -> Path:
+    """Raises UserError where `target` is neither a run folder nor a checkpoint of ours."""
+    path = find_checkpoint(target) or Path(target)
+    if described(path) is None:
+        raise UserError(f"{path} was not written by irgdistill; export takes its run folders and checkpoints")
+    return path
+
+
+def _free_path(request: ExportRequest, network: Network, checkpoint: Path) -> Path:
+    """Where to write. Raises UserError where something is that was not to be replaced."""
+    ending = {"onnx": ".onnx", "program": ".pt2"}.get(request.format)
+    path = request.output or checkpoint.parent / (request.format if ending is None else network.architecture + ending)
+    if ending is not None:
+        if path.suffix != ending:
+            raise UserError(f"--output {path}: the file of --format {request.format} ends in {ending}")
+        if path.is_dir():
+            raise UserError(f"--output {path} is a folder")
+    elif path.exists() and not path.is_dir():
+        raise UserError(f"--output {path} is a file; --format {request.format} writes a folder")
+    if path.exists() and not request.overwrite:
+        send = "" if request.push is None else f", or send what is there: hf upload {request.push} {path}"
+        raise UserError(f"{path} exists; give another --output or --overwrite to replace it{send}")
+    if path.is_dir():
+        foreign = sorted({entry.name for entry in path.iterdir()} - {*OWN_FILES, f"{network.architecture}.safetensors"})
+        if foreign:
+            raise UserError(f"{path} is not replaced: it holds files of something else ({', '.join(foreign[:3])})")
+    return path
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+def _check_images(request: ExportRequest, network: Network, metadata: dict[str, Any]) -> tuple[Tensor, str]:
+    """uint8 (N, 3, H, W), evenly from the validation images, and what they are. Random ones where the data are gone."""
+    try:
+        data = data_of(request.target, metadata, request.data, set(request.given))
+        data = data.model_copy(update={"download": False})
+        bad = BadImages(data.max_bad_images, Report().warn)
+        splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
+        loader = eval_loader(splits, data, network.input, torch.device("cpu"), bad, limit=request.check_images)
+        batches, count = [], 0
+        for images, _ in loader.epoch():
+            batches.append(images[: request.check_images - count])
+            count += len(batches[-1])
+            if count == request.check_images:
+                break
+        if not batches:
+            raise UserError("no validation image can be read")
+        name = Path(str(data.source)).name if Path(str(data.source)).is_dir() else data.source
+        return torch.cat(batches), f"{count} validation images of {name}"
+    except UserError as error:
+        if request.given:
+            raise
+        Report().warn(f"{error}; checking on random images instead")
+        generator = torch.Generator().manual_seed(0)
+        shape = (request.check_images, 3, *network.input.size)
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), f"{shape[0]} random images"
+
+
+class _Check:
+    """Compares what was written with the student. Raises UserError where a logit differs by more than `TOLERANCE`."""
+
+    def __init__(self, network: Network, images: Tensor, about: str, raw_input: bool) -> None:
+        normalised = network.view()(images)
+        self.given = images.float() / 255 if raw_input else normalised
+        self.expected = _in_batches(plain(network.model), normalised)
+        self.about = about
+        self.result = ""
+
+    def __call__(self, exported: Logits) -> None:
+        difference = float((_in_batches(exported, self.given) - self.expected).abs().max())
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"not exported: on {self.about} its logits differ from the student's by up to {difference:.1e}, "
+                f"{TOLERANCE:.0e} is allowed; nothing was written"
+            )
+        self.result = f"logits within {difference:.1e} of the student's on {self.about}"
+
+
+@torch.no_grad()
+def _in_batches(logits: Logits, images: Tensor) -> Tensor:
+    """One image alone, the others in larger batches: a dynamic batch is one that was tried."""
+    return torch.cat([logits(part) for part in (images[:1], *images[1:].split(CHECK_BATCH)) if len(part)])
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _write_timm(folder: Path, network: Network, metadata: dict[str, Any]) -> Logits:
+    weights = folder / f"{network.architecture}.safetensors"
+    save_for_timm(network, metadata, weights, None)
+    name, classes = network.architecture, network.num_classes
+    return plain(timm.create_model(name, num_classes=classes, checkpoint_path=str(weights), **network.args).eval())
+
+
+def _write_hub(
+    folder: Path, network: Network, metadata: dict[str, Any], request: ExportRequest, checkpoint: Path
+) -> Logits:
+    license = request.license or "apache-2.0"
+    save_for_timm(network, metadata, folder / WEIGHTS, license)
+    write_card(folder, network, metadata, checkpoint, license, request.push)
+    return plain(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())

@@ -1,0 +1,1 @@
+"""`irgdistill inspect-graph`."""

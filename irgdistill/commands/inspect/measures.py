@@ -1,0 +1,231 @@
+"""Graphs of N images in a teacher and a student -> how alike they are.
+
+N images, D features. Edges and transformations come from `graph`, so what is shown here is what the loss compares.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from irgdistill.data import Loader
+from irgdistill.errors import UserError
+from irgdistill.graph import centred, edge_matrix, relation_loss, transformation_vector
+from irgdistill.losses import LEAST_MOVEMENT
+from irgdistill.matching import Plan, Tapped, tap_name
+
+LOGITS = ":logits"
+"""Key of the logits among the pooled features; no tap is called so."""
+
+
+BLOCK = 2**22
+"""Entries of the rows among which neighbours are sought at once."""
+
+
+THUMBNAIL = 64
+"""Pixels of a thumbnail's longer side."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One place where two networks are compared, by the names of its taps."""
+
+    name: str
+    teacher: str
+    student: str
+    teacher_ends: tuple[str, str] | None = None
+    """First and last tap of the transformation."""
+    student_ends: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One network's graph of N images at one stage."""
+
+    features: Tensor
+    """(N, D)"""
+    edges: Tensor
+    """(N, N)"""
+    moved: Tensor | None
+    """(N,) transformation, None where the stage has none"""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the networks made of the images."""
+
+    features: list[dict[str, Tensor]]
+    """Of every network: tap name (or LOGITS) -> (N, D) float32 on the CPU."""
+    labels: Tensor
+    """(N,)"""
+    thumbnails: list[Tensor]
+    """N times (3, h, w) uint8: the crop that the networks saw."""
+
+
+def stages_of(plan: Plan, logits: bool) -> list[Stage]:
+    """The plan's stages, names made unique; the logits behind them if both networks have some."""
+    count = Counter(pair.name for pair in plan.pairs)
+    stages = []
+    for number, pair in enumerate(plan.pairs, 1):
+        moved = pair.transformation()
+        teacher_ends, student_ends = ((tap_name(a), tap_name(b)) for a, b in moved) if moved else (None, None)
+        name = pair.name if count[pair.name] == 1 else f"{pair.name} part {number}"
+        stages.append(Stage(name, tap_name(pair.teacher.exit), tap_name(pair.student.exit), teacher_ends, student_ends))
+    return stages + [Stage("logits", LOGITS, LOGITS)] * logits
+
+
+def draw_evenly(labels: Sequence[int], count: int, seed: int) -> list[int]:
+    """Positions of `count` images, as many of every class as possible, sorted by class: a class that has run out leaves
+    its share to the others. The first images of a larger draw are those of a smaller one. Fewer where fewer exist."""
+    rng = np.random.default_rng(seed)
+    classes = np.asarray(labels)
+    turn = np.empty(len(classes), dtype=np.int64)
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        turn[rng.permutation(members)] = np.arange(len(members))
+    order = rng.permutation(int(classes.max(initial=0)) + 1)
+    chosen = np.lexsort((order[classes], turn))[:count]
+    return [int(i) for i in sorted(chosen, key=lambda i: (classes[i], i))]
+
+
+@torch.no_grad()
+def look(networks: Sequence[Tapped], loader: Loader) -> Seen:
+    """Run all `networks` (in eval mode) over `loader`; only pooled features and thumbnails are kept.
+
+    Raises UserError: no readable image, or features that are not finite.
+    """
+    features: list[dict[str, list[Tensor]]] = [{} for _ in networks]
+    labels: list[Tensor] = []
+    thumbnails: list[Tensor] = []
+    for images, targets in loader.epoch():
+        for network, kept in zip(networks, features, strict=True):
+            output = network(images)
+            for name, value in {**output.features, LOGITS: output.logits}.items():
+                kept.setdefault(name, []).append(value.float().cpu())
+        labels.append(targets.cpu())
+        thumbnails += _thumbnails(images)
+    if not labels:
+        raise UserError("none of the images could be read")
+    joined = [{name: torch.cat(parts) for name, parts in kept.items()} for kept in features]
+    for tensors, network in zip(joined, networks, strict=True):
+        for name, value in tensors.items():
+            if not value.isfinite().all():
+                where = "logits" if name == LOGITS else name
+                raise UserError(f"{type(network.model).__name__} gives values that are not finite at {where}")
+    return Seen(joined, torch.cat(labels), thumbnails)
+
+
+def _thumbnails(images: Tensor) -> list[Tensor]:
+    height, width = images.shape[-2:]
+    scale = THUMBNAIL / max(height, width)
+    if scale < 1:
+        size = max(round(height * scale), 1), max(round(width * scale), 1)
+        images = F.interpolate(images.float(), size, mode="bilinear", antialias=True).round().clamp(0, 255)
+    return list(images.byte().cpu())
+
+
+def graph_of(features: Mapping[str, Tensor], tap: str, ends: tuple[str, str] | None) -> Graph:
+    """The graph at `tap`, and the transformation between `ends`."""
+    moved = None if ends is None else transformation_vector(features[ends[0]], features[ends[1]], least=LEAST_MOVEMENT)
+    return Graph(features[tap], edge_matrix(features[tap]), moved)
+
+
+def likeness(teacher: Graph, student: Graph, neighbours: int) -> dict[str, Any]:
+    """How alike two graphs of the same images are; None where a number is not defined.
+
+    edges: `mse` is the loss's own number; `pearson` and `spearman` take every pair of images once; `neighbours` is the
+    mean share of common members among the nearest `neighbours`; `cka` is linear. transformation: over images.
+    """
+    a, b = each_pair(teacher.edges), each_pair(student.edges)
+    informative = bool(a.any()) and bool(b.any())
+    common = None
+    if informative:
+        nearest = (nearest_neighbours(graph.edges, neighbours) for graph in (teacher, student))
+        common = agreement(*nearest)
+    edges = {
+        "mse": float(relation_loss(student.edges, teacher.edges)),
+        "pearson": pearson(a, b),
+        "spearman": spearman(a, b),
+        "neighbours": common,
+        "cka": linear_cka(teacher.features, student.features),
+    }
+    if teacher.moved is None or student.moved is None:
+        return {"edges": edges, "transformation": None}
+    moved = {
+        "mse": float(relation_loss(student.moved, teacher.moved)),
+        "pearson": pearson(teacher.moved, student.moved),
+        "spearman": spearman(teacher.moved, student.moved),
+    }
+    return {"edges": edges, "transformation": moved}
+
+
+def each_pair(edges: Tensor) -> Tensor:
+    """The values above the diagonal of (N, N), row by row: (N·(N-1)/2,)."""
+    return edges[torch.ones_like(edges, dtype=torch.bool).triu(1)]
+
+
+def pearson(a: Tensor, b: Tensor) -> float | None:
+    """Correlation of two vectors in float64; None where either is constant."""
+    a, b = a.double(), b.double()
+    if not len(a) or bool(a.amin() == a.amax()) or bool(b.amin() == b.amax()):
+        return None
+    a, b = a - a.mean(), b - b.mean()
+    return float((a / a.norm() @ (b / b.norm())).clamp(-1, 1))
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Ranks from 1 in float64; equal values share the mean of their ranks."""
+    _, group, counts = torch.unique(x, return_inverse=True, return_counts=True)
+    counts = counts.double()
+    ranks: Tensor = (counts.cumsum(0) - (counts - 1) / 2)[group]
+    return ranks
+
+
+def spearman(a: Tensor, b: Tensor) -> float | None:
+    """Correlation of the ranks, ties averaged; None where either vector is constant."""
+    return pearson(ranks(a), ranks(b))
+
+
+def nearest_neighbours(edges: Tensor, count: int) -> Tensor:
+    """(N, N) -> (N, count): the images with the smallest edges, nearest first, never the image itself.
+
+    Of equally near images the one with the smaller number counts as nearer.
+    """
+    others = edges.clone().fill_diagonal_(torch.inf)
+    return torch.cat([_smallest(rows, count) for rows in others.split(max(BLOCK // len(edges), 1))])
+
+
+def _smallest(rows: Tensor, count: int) -> Tensor:
+    """Columns of the `count` smallest values of each row, as a stable sort of the whole row would give them."""
+    last = rows.kthvalue(count, dim=1, keepdim=True).values
+    below, equal = rows < last, rows == last
+    chosen = below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))
+    columns = chosen.nonzero()[:, 1].view(len(rows), count)
+    return columns.gather(1, rows.gather(1, columns).argsort(dim=1, stable=True))
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    """Mean share of common members of two (N, k) tables of neighbours."""
+    return float((a[:, :, None] == b[:, None, :]).any(2).double().mean())
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float | None:
+    """Centred kernel alignment of features (N, D) and (N, E) with linear kernels (Kornblith et al. 2019, section 3).
+
+    None where the features of either are all equal.
+    """
+    x, y = (centred(features.double()) for features in (x, y))
+    if len(x) > max(x.shape[1], y.shape[1]):  # |XXᵀ| = |XᵀX| and ⟨XXᵀ, YYᵀ⟩ = |XᵀY|²: the smaller matrices
+        norms, common = [(x.T @ x).norm(), (y.T @ y).norm()], (x.T @ y).square()
+    else:
+        norms, common = [(x @ x.T).norm(), (y @ y.T).norm()], (x @ x.T) * (y @ y.T)
+    if not all(norm > 0 for norm in norms):
+        return None
+    return float((common / norms[0] / norms[1]).sum().clamp(0, 1))

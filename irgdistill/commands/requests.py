@@ -1,0 +1,273 @@
+"""What each command was asked for. A request that its words, or the files they name, tell to be impossible is not made.
+
+Imports no torch, so that a mistake in a command is told at once. What only the networks and images can tell is told by
+the rooms that open them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from irgdistill.config import (
+    METHODS,
+    MOVABLE,
+    STORES,
+    Config,
+    DataConfig,
+    check_files,
+    check_run,
+    check_source,
+    check_teacher,
+    check_without_labels,
+    check_word,
+    check_workers,
+    load_config,
+)
+from irgdistill.errors import UserError, nearest
+from irgdistill.io import WEIGHTS, RunFolder
+from irgdistill.runtime import restarts
+
+EXPORTS = ("hub", "onnx", "program", "timm")
+
+
+FIGURES = ("png", "svg", "pdf")
+
+
+MOST = 2048
+"""Images of one inspection: its report holds every pair of them."""
+
+
+TWO = "give a run folder or checkpoint, or two networks: --teacher T --student S --data D"
+
+
+@dataclass(frozen=True)
+class DistillRequest:
+    """A run from its beginning."""
+
+    config: Config
+    output: Path | None = None
+    """Run folder; None: a new one in runs/."""
+    overwrite: bool = False
+    gpus: str | None = None
+    """Processes on this machine."""
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        check_run(self.config)
+        check_workers(self.gpus, self.backend)
+        if self.output is not None and not restarts():
+            RunFolder(self.output).refuse(self.overwrite)
+
+
+@dataclass(frozen=True)
+class ResumeRequest:
+    """A run that goes on."""
+
+    path: Path
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """{"key.path": value} of what may move."""
+    previous: bool = False
+    """From the state before the last one."""
+    gpus: str | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        fixed = sorted(set(self.changes) - MOVABLE)
+        if fixed:
+            raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(MOVABLE))}")
+        check_workers(self.gpus, self.backend)
+        folder = RunFolder(self.path)
+        if folder.summary.exists():
+            raise UserError(f"{self.path} holds a finished run; there is nothing to resume")
+        if not folder.state.exists() and not folder.previous_state.exists():
+            raise UserError(folder.unsaved())
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """The same recipe under several methods and seeds."""
+
+    methods: Sequence[str]
+    seeds: int
+    output: Path
+    jobs: int = 1
+    """Runs at work at once, on one device."""
+    preset: str | None = None
+    settings: Sequence[str] = ()
+    flags: Mapping[str, Any] | None = None
+    moved: Sequence[str] = ()
+    """Options of `distill` that may also be given to a run that goes on."""
+    as_json: bool = False
+    """Print the table as one JSON object."""
+    finished: bool = False
+    """Train nothing: the table of the runs that are finished."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or self.jobs < 1:
+            raise UserError(f"--seeds {self.seeds} --jobs {self.jobs}: both must be at least 1")
+        if not self.methods:
+            raise UserError("--methods names no method")
+        for method in self.methods:
+            if method not in METHODS:
+                raise UserError(f"unknown method {method!r}{nearest(method, METHODS)} (known: {', '.join(METHODS)})")
+        if not self.config(self.methods[0]).data.labels:
+            raise UserError("data.labels = false: compare ranks methods by accuracy, and one of them may be none")
+        for method in () if self.finished else self.methods:
+            check_run(self.config(method))
+
+    def config(self, method: str, seed: int | None = None) -> Config:
+        """Of one run. A weight that is set holds for the methods that have its term; the others stay without it."""
+        others = {term for terms in METHODS.values() for term in terms} - set(METHODS[method])
+        flags = {**(self.flags or {}), "method": method, **{f"losses.{name}.weight": 0.0 for name in others}}
+        if seed is not None:
+            flags["seed"] = seed
+        return load_config(self.preset, list(self.settings), flags)
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """A teacher cache."""
+
+    config: Config
+    output: Path
+    views: int | None = None
+    """Of each image; None: as many as the run's `data.views`, or 1."""
+    store: str = "fp16"
+    logits: str = "all"
+    """Or how many of the largest."""
+
+    def __post_init__(self) -> None:
+        if self.views is not None and self.views < 1:
+            raise UserError(f"--views {self.views}: expected at least 1")
+        check_word("--store", self.store, STORES)
+        if self.logits != "all" and not (self.logits.isdecimal() and int(self.logits)):
+            raise UserError(f"--logits {self.logits}: expected all, or a number of classes")
+        if not self.config.data.labels:
+            check_without_labels(self.config)
+        check_source(self.config.data)
+        check_teacher(self.config, "a cache")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """A student to hand on."""
+
+    target: str
+    """Run folder or checkpoint."""
+    format: str = "hub"
+    output: Path | None = None
+    overwrite: bool = False
+    push: str | None = None
+    """Repository on the Hub."""
+    license: str | None = None
+    opset: int | None = None
+    raw_input: bool = False
+    """Normalisation inside the graph: images are RGB in [0, 1]."""
+    check_images: int = 64
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the images of the check are, for the keys in `given`."""
+    given: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        check_word("--format", self.format, EXPORTS)
+        needs = {
+            "--push": ("hub",) if self.push is not None else None,
+            "--license": ("hub",) if self.license is not None else None,
+            "--opset": ("onnx",) if self.opset is not None else None,
+            "--raw-input": ("onnx", "program") if self.raw_input else None,
+        }
+        for option, formats in needs.items():
+            if formats is not None and self.format not in formats:
+                raise UserError(f"{option} goes with --format {' or '.join(formats)}, not with {self.format}")
+        if Path(self.target).suffix in WEIGHTS:
+            check_files(Path(self.target))
+        if not Path(self.target).exists():
+            raise UserError(f"{self.target} is no run folder and no checkpoint file")
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """Networks to evaluate."""
+
+    targets: Sequence[str]
+    """Checkpoints, run folders or names."""
+    config: Config
+    given: frozenset[str]
+    """The keys of `config` that were asked for now."""
+    checkpoint: Path | None = None
+    """Weights of the one target, which is a name."""
+    against: str | None = None
+    """Teacher to agree with."""
+    against_checkpoint: Path | None = None
+    as_json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None and len(self.targets) > 1:
+            raise UserError("--checkpoint holds the weights of one network; give one target with it")
+        named = [target for target in (*self.targets, self.against or "") if Path(target).suffix in WEIGHTS]
+        check_files(*map(Path, named), self.checkpoint, self.against_checkpoint)
+
+
+@dataclass(frozen=True)
+class InspectRequest:
+    """Networks whose graphs are looked at."""
+
+    config: Config
+    given: frozenset[str] = frozenset()
+    """The keys of `config` that were asked for."""
+    target: str | None = None
+    """Run folder or checkpoint."""
+    student_checkpoint: Path | None = None
+    student_pretrained: bool = False
+    compare: str | None = None
+    """Another checkpoint of the same student."""
+    images: int = 64
+    split: str = "val"
+    neighbours: int = 5
+    format: str = "png"
+    terminal: bool = False
+    output: Path | None = None
+    plan_only: bool = False
+    """Show which stages meet: no data, no weights."""
+    as_json: bool = False
+
+    def __post_init__(self) -> None:
+        check_word("--format", self.format, FIGURES)
+        check_word("--split", self.split, ("val", "train"))
+        if not 2 <= self.images <= MOST:
+            raise UserError(f"--images {self.images}: a graph has 2 to {MOST} images")
+        if not 1 <= self.neighbours < self.images:
+            raise UserError(
+                f"--neighbours {self.neighbours}: expected 1 to {self.images - 1} (of --images {self.images})"
+            )
+        if self.plan_only and self.compare is not None:
+            raise UserError("--plan-only shows one plan; leave out --compare")
+        if self.student_checkpoint is not None and self.student_pretrained:
+            raise UserError("--student-checkpoint and --student-pretrained: a student has one or the other")
+        if self.target is None:
+            if self.config.student.name is None and self.student_checkpoint is None:
+                raise UserError(f"no student: {TWO}")
+            if self.config.teacher.name is None and self.config.teacher.checkpoint is None:
+                raise UserError(f"no teacher: {TWO}")
+            if not self.plan_only:
+                check_source(self.config.data)
+
+
+@dataclass(frozen=True)
+class DoctorRequest:
+    """A look at the machine, and at a run that is planned for it."""
+
+    config: Config
+    planned: bool = False
+    output: Path = Path("runs")
+    gpus: str | None = None
+    backend: str | None = None
+    as_json: bool = False
+
+    def __post_init__(self) -> None:
+        check_workers(self.gpus, self.backend)
+        if self.planned:
+            check_run(self.config)

@@ -1,0 +1,109 @@
+"""What is wrong with a run, as far as its settings and the files they name tell. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from irgdistill.config.schema import Config, DataConfig
+from irgdistill.errors import UserError, nearest
+
+BUILTIN = ("digits",)
+"""Data sets that come with a package."""
+
+
+STREAMS = ("wds/", "hfids/", "tfds/")
+
+
+PREFIXES = ("torch/", "hfds/", *STREAMS)
+"""How a data set string of timm begins."""
+
+
+LOGIT_TERMS = ("kd", "logits", "dkd")
+
+
+LABEL_TERMS = ("ce", "dkd", "rocket")
+
+
+STAGE_TERMS = ("edges", "transform", "attention", "fitnet", "at", "fsp", "rkd", "sp", "pkt")
+"""Terms that compare matched stages."""
+
+
+WHOLE_MAPS = ("fitnet", "fsp", "sp")
+"""Of these the terms that compare more than pooled features and attention maps."""
+
+
+def check_run(config: Config, begun: bool = False) -> None:
+    """Raises UserError for what a run cannot do without; one that has `begun` needs fewer files."""
+    if config.student.name is None and config.student.checkpoint is None:
+        raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
+    if not config.data.labels:
+        check_without_labels(config)
+    elif not any(weight > 0 for weight in config.losses.weights().values()):
+        raise UserError("no loss term has a weight: nothing would be learnt")
+    check_source(config.data)
+    hints = [f"losses.{name}" for name, weight in config.losses.weights().items() if weight > 0 and name != "ce"]
+    if (config.uses_teacher and config.teacher.cache is None) or "losses.rocket" in hints:
+        check_teacher(config, f"method {config.method!r}" if config.method != "none" else ", ".join(hints))
+    if not begun:
+        check_files(config.student.checkpoint, config.teacher.checkpoint, config.teacher.cache)
+
+
+def check_source(data: DataConfig) -> None:
+    """Raises UserError where no images are named, or none can be there."""
+    if not data.source:
+        raise UserError("no data: give --data FOLDER, --data digits or a timm dataset string such as torch/cifar10")
+    if data.source not in BUILTIN and not data.source.startswith(PREFIXES) and not Path(data.source).exists():
+        known = [*BUILTIN, *(prefix + "NAME" for prefix in PREFIXES)]
+        raise UserError(
+            f"no data folder {data.source!r}{nearest(data.source, BUILTIN)} (a folder, or {', '.join(known)})"
+        )
+
+
+def check_teacher(config: Config, who: str) -> None:
+    """Raises UserError where none is named, by itself or by a checkpoint, for `who` needs it."""
+    if config.teacher.name is None and config.teacher.checkpoint is None:
+        alone = " (or --method none to train the student alone)" if who.startswith("method") else ""
+        raise UserError(f"{who} needs a teacher: give --teacher NAME or --teacher-checkpoint FILE{alone}")
+    check_files(config.teacher.checkpoint)
+
+
+def check_without_labels(config: Config) -> None:
+    """Raises UserError for what needs labels, all of it in one line."""
+    used = [f"losses.{name}" for name in LABEL_TERMS if config.losses.weights()[name] > 0]
+    used += ["losses.ce.class_weights"] * (config.losses.ce.class_weights != "none")
+    used += ["--label-smoothing"] * (config.losses.ce.label_smoothing > 0)
+    used += ["--balanced"] * config.data.balanced
+    used += ["data.train_images"] * (config.data.train_images is not None)
+    methods = "--method kd, irg, mtk, irg+kd or irg+kd+at learns from the teacher alone"
+    if used:
+        raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out ({methods})")
+    if not config.uses_teacher:
+        raise UserError(f"--no-labels: method {config.method!r} learns from labels alone; {methods}")
+    on = [name for name, weight in config.losses.weights().items() if weight > 0]
+    lasting = [name for name in on if name in LOGIT_TERMS] or on
+    if all(name in config.losses.fades() for name in lasting):
+        fades = " and ".join(f"losses.{name}.fade" for name in lasting)
+        raise UserError(f"--no-labels: nothing would teach the student to the end; leave out {fades}")
+
+
+def check_workers(gpus: str | None, backend: str | None) -> None:
+    """Raises UserError for values of --gpus and --backend that are none."""
+    if backend not in (None, "nccl", "gloo"):
+        raise UserError(f"--backend {backend}: nccl, or gloo to run on the CPU{nearest(backend, ['nccl', 'gloo'])}")
+    if gpus not in (None, "all") and not (gpus.isdecimal() and int(gpus) > 0):
+        raise UserError(f"--gpus {gpus}: expected a number of processes on this machine, or all")
+
+
+def check_files(*paths: Path | None) -> None:
+    """Raises UserError for one that is named and not there."""
+    for path in paths:
+        if path is not None and not path.exists():
+            raise UserError(f"no file {path}")
+
+
+def check_word(option: str, given: str, allowed: Sequence[str]) -> None:
+    """Raises UserError, with the nearest of the words that are allowed."""
+    if given not in allowed:
+        words = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+        raise UserError(f"{option} {given}: expected {words}{nearest(given, allowed)}")

@@ -1,0 +1,60 @@
+"""Validation errors in plain words, and the dotted keys of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from irgdistill.config.schema import Config
+from irgdistill.errors import nearest
+
+QUOTE = "'"
+
+
+WANTED = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "expected a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "expected a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "expected true or false"),
+    **dict.fromkeys(("dict_type", "model_type"), "expected keys with values"),
+    "list_type": "expected a list, such as [A, B]",
+    **dict.fromkeys(("tuple_type", "too_long"), "expected two values, such as [A, B]"),
+    "path_type": "expected a path",
+    "finite_number": "expected a finite number",
+}
+"""What pydantic's kinds of error say to someone who knows no Python."""
+
+
+def explain(errors: Iterable[Any]) -> str:
+    """One sentence for each key that is wrong, whichever of its parts or alternatives pydantic complains of."""
+    sentences: dict[str, list[str]] = {}
+    known = set(keys())
+    for error in errors:
+        parts = [str(part) for part in error["loc"]]
+        path = next((key for n in range(len(parts)) if (key := ".".join(parts[: n + 1])) in known), ".".join(parts))
+        kind = error["type"]
+        if kind == "missing" and parts[-1].isdecimal():
+            kind = "tuple_type"
+        if kind == "missing":
+            sentences[f"{'.'.join(parts)} is missing"] = []
+            continue
+        if kind == "extra_forbidden":
+            sentences[f"unknown key {path!r}{nearest(path, known)}"] = []
+            continue
+        allowed = error["msg"].removeprefix("Value error, ")
+        if kind == "literal_error":
+            words = error["ctx"]["expected"]
+            allowed = f"expected {words}{nearest(str(error['input']), words.split(QUOTE)[1::2])}"
+        allowed = WANTED.get(kind, allowed).replace("Input should be", "expected a value")
+        sentences.setdefault(f"{path} = {error['input']!r}: ", []).append(f"{allowed[0].lower()}{allowed[1:]}")
+    return "; ".join(what + ", or ".join(dict.fromkeys(why)) for what, why in sentences.items())
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """All dotted keys that can be set."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name

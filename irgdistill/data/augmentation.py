@@ -1,0 +1,163 @@
+"""Augmentation from configuration, of one image or, where it is plain, of a whole batch.
+
+What an image becomes is decided by the run's seed and the image's key, and by nothing that was drawn before.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from torchvision import transforms
+
+from irgdistill.config import AugmentConfig, InputSpec
+from irgdistill.errors import UserError
+
+
+class CropFlip:
+    """Zero-padded random crop, then mirror image: torchvision's RandomCrop and RandomHorizontalFlip of a batch.
+
+    Each image has a generator of its own, seeded by `seed_of(key)`, from which it draws what those two draw.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], padding: int, hflip: float, seed_of: Callable[[int], Sequence[int]]
+    ) -> None:
+        self.size, self.padding, self.hflip, self.seed_of = size, padding, hflip, seed_of
+        self.generator = torch.Generator()
+
+    def __call__(self, pixels: Tensor, keys: Sequence[int]) -> Tensor:
+        """(B, 3, H, W) uint8 and the B keys -> (B, 3, H, W) uint8."""
+        height, width = self.size
+        padded = F.pad(pixels, [self.padding] * 4).numpy() if self.padding else pixels.numpy()
+        result = np.empty(pixels.shape, dtype=np.uint8)
+        for number, key in enumerate(keys):
+            top, left, flip = self._draw(key)
+            crop = padded[number, :, top : top + height, left : left + width]
+            result[number] = crop[:, :, ::-1] if flip else crop
+        return torch.from_numpy(result)
+
+    def _draw(self, key: int) -> tuple[int, int, bool]:
+        generator = self.generator.manual_seed(int(self.seed_of(key)[0]))
+        top = left = 0
+        if self.padding:
+            top, left = (int(torch.randint(0, 2 * self.padding + 1, (1,), generator=generator)) for _ in range(2))
+        return top, left, self.hflip > 0 and bool(torch.rand(1, generator=generator) < self.hflip)
+
+
+def pixels_of(image: Any) -> Tensor:
+    """PIL image, (H, W, 3) -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def crop_of(config: AugmentConfig, size: tuple[int, int]) -> str:
+    """What `auto` means at this size."""
+    return config.crop if config.crop != "auto" else "pad" if max(size) <= 64 else "resized"
+
+
+def padding_of(config: AugmentConfig, size: tuple[int, int]) -> int:
+    """Pixels on each side before the random crop."""
+    if crop_of(config, size) != "pad":
+        return 0
+    return config.padding if config.padding is not None else max(size) // 8
+
+
+def train_transform(config: AugmentConfig, input_spec: InputSpec) -> Any:
+    """Augmentation of one image: PIL -> uint8 (3, H, W)."""
+    size = input_spec.size
+    crop = crop_of(config, size)
+    try:
+        compose = create_transform(
+            size,
+            is_training=True,
+            use_prefetcher=True,  # uint8, not normalised
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            interpolation=input_spec.interpolation,
+            mean=input_spec.mean,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        if config.auto_augment is None:
+            raise
+        raise UserError(
+            f"augment.auto_augment = {config.auto_augment!r} is no policy of timm "
+            f"(rand-m9-mstd0.5, augmix-m5-w4, original-mstd0.5, …) {error}".rstrip()
+        ) from None
+    steps = compose.transforms
+    if crop in ("pad", "none"):
+        fit = fit_to(input_spec)
+        steps[:1] = [fit] if crop == "none" else [fit, transforms.RandomCrop(size, padding_of(config, size))]
+    if config.erase > 0:
+        fill = tuple(round(255 * value) for value in input_spec.mean)
+        steps.append(transforms.RandomErasing(config.erase, value=fill))
+    return transforms.Compose(steps)
+
+
+def fit_to(input_spec: InputSpec) -> Any:
+    return transforms.Resize(input_spec.size, transforms.InterpolationMode(input_spec.interpolation))
+
+
+def batched(config: AugmentConfig, size: tuple[int, int], seed: int) -> CropFlip | None:
+    """The same augmentation of whole batches of images that have this size; None where it does more than crop and
+    mirror."""
+    if crop_of(config, size) == "resized" or config.color_jitter or config.auto_augment or config.erase:
+        return None
+    return CropFlip(size, padding_of(config, size), config.hflip, lambda key: seed_words(seed, key))
+
+
+def eval_transform(input_spec: InputSpec) -> Any:
+    """Deterministic view of one image: PIL -> uint8 (3, H, W)."""
+    return create_transform(
+        input_spec.size,
+        use_prefetcher=True,
+        interpolation=input_spec.interpolation,
+        crop_pct=input_spec.crop_pct,
+    )
+
+
+def then_pixels(fit: Any) -> Any:
+    """The same, PIL -> uint8 (3, H, W)."""
+    return lambda image: pixels_of(fit(image))
+
+
+def seed_words(seed: int, key: int) -> Any:
+    """Two words for the generators of one image."""
+    return np.random.SeedSequence((seed, key)).generate_state(2)
+
+
+def under(seed: int, key: int, transform: Any, image: Image.Image) -> Tensor:
+    """What `transform` makes of an image under the generators of this key."""
+    with _seeded(seed, key):
+        return cast(Tensor, transform(image))
+
+
+class _seeded:
+    """Python's, numpy's and torch's generators seeded by (seed, key); put back after, where they are the run's own."""
+
+    def __init__(self, seed: int, key: int) -> None:
+        self.words = seed_words(seed, key)
+        self.saved: Any = None
+
+    def __enter__(self) -> None:
+        if get_worker_info() is None:
+            self.saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(int(self.words[0]))
+        np.random.seed(int(self.words[1]))
+        torch.default_generator.manual_seed(int(self.words[0]))  # torch.manual_seed would visit every device
+
+    def __exit__(self, *_: object) -> None:
+        if self.saved:
+            random.setstate(self.saved[0])
+            np.random.set_state(self.saved[1])
+            torch.set_rng_state(self.saved[2])

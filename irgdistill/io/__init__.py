@@ -1,0 +1,5 @@
+"""Files and terminal: atomic writes, tensors, run folders, metrics, console, loggers."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,96 @@
+"""Files that are whole or not there: atomic writes, and tensors with metadata and a checksum as safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from irgdistill.errors import UserError
+from irgdistill.io.atomic import write_atomically
+
+FORMAT = 2
+
+
+KEY, CHECKSUM = "irgdistill", "checksum"
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], previous: Path | None = None
+) -> None:
+    """Tensors as safetensors, `metadata` as JSON in the header, with a checksum of both. Raises OSError."""
+    own = own_copies(tensors)
+    header = _header(json.dumps(dict(metadata)), own)
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(own, temporary, metadata=header)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+    write_atomically(path, write, previous)
+
+
+def own_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, each with memory of its own."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _header(text: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {"format": "pt", KEY: text, CHECKSUM: checksum(text, tensors)}
+
+
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of a text and of every tensor's name, type, shape and bytes; any single flipped bit changes it."""
+    value = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint of ours says about itself; None for other safetensors. Raises UserError when unreadable."""
+    return _read(path, tensors=False)[1]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors and metadata (None for a file that is not ours). Raises UserError when unreadable, or changed since."""
+    return _read(path, tensors=True)
+
+
+def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            values = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file: {error}") from None
+    if KEY not in header:
+        return values, None
+    try:
+        metadata: dict[str, Any] = json.loads(header[KEY])
+        newer = metadata["format"] > FORMAT
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: its metadata cannot be read") from None
+    if newer:
+        raise UserError(
+            f"{path} was written by a newer irgdistill (format {metadata['format']}, this one reads {FORMAT})"
+        )
+    if tensors and header != _header(header[KEY], values):
+        raise UserError(f"{path} is damaged: its content is not what its checksum was taken of")
+    return values, metadata

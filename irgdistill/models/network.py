@@ -1,0 +1,124 @@
+"""A network with its preprocessing, and the view that prepares raw images for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from irgdistill.config import InputSpec
+from irgdistill.errors import UserError
+from irgdistill.matching import Level, LevelsError, Tap, find_levels
+
+
+@dataclass
+class Network:
+    """A timm model and how it wants its images."""
+
+    name: str
+    model: nn.Module
+    args: dict[str, Any]
+    """What `timm.create_model` needs beside the name and the number of classes."""
+    input: InputSpec
+    classes: list[str] | None = None
+    """Class names in label order, where a checkpoint tells them."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        name: str | None = None,
+        args: Mapping[str, Any] | None = None,
+        size: tuple[int, int] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> Network:
+        """A timm model with its own way to see images, but for what is given."""
+        data = {**resolve_model_data_config(model), **(preprocessing or {})}
+        return cls(
+            name=name or str(model.pretrained_cfg["architecture"]),  # type: ignore[index]
+            model=model,
+            args=dict(args or {}),
+            input=InputSpec(
+                size=tuple(size or data["input_size"][-2:]),
+                mean=tuple(data["mean"]),
+                std=tuple(data["std"]),
+                interpolation=str(data["interpolation"]),
+                crop_pct=float(data["crop_pct"]),
+            ),
+        )
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.model.num_classes)  # type: ignore[arg-type]
+
+    @property
+    def architecture(self) -> str:
+        """The registered name, without a source or a weight tag."""
+        return str(self.model.pretrained_cfg["architecture"])  # type: ignore[index]
+
+    def describe(self) -> dict[str, Any]:
+        """All but the weights, in plain values: what `rebuild_network` takes."""
+        return {
+            "architecture": self.architecture,
+            "args": self.args,
+            "num_classes": self.num_classes,
+            "input_size": list(self.input.size),
+            **self.input.preprocessing,
+        }
+
+    def view(self) -> View:
+        return View(self.input.size, self.input.mean, self.input.std)
+
+    def levels(self) -> list[Level]:
+        """What can be tapped, found at the network's own default size, where no map has shrunk to a point.
+
+        Raises UserError, one line, when nothing can."""
+        own = tuple(self.model.pretrained_cfg["input_size"])  # type: ignore[index]
+        size = own if not self._fixed else (own[0], *self.input.size)
+        try:
+            return find_levels(self.model, size)
+        except LevelsError as error:
+            raise UserError(f"{self.name} cannot be matched yet: {error}") from None
+
+    def map_size(self, tap: Tap, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width of the map at `tap` for images of another size; None where the network does not run."""
+        try:
+            for level in find_levels(self.model, (len(self.input.mean), *size)):
+                for other in level.blocks:
+                    if other.module == tap.module:
+                        return other.height, other.width
+        except LevelsError:
+            pass
+        return None
+
+    @property
+    def _fixed(self) -> bool:
+        return bool(self.model.pretrained_cfg.get("fixed_input_size"))  # type: ignore[union-attr,operator]
+
+
+class View(nn.Module):
+    """Raw images -> what one network expects: its own size, its own mean and standard deviation.
+
+    Input (B, 3, H, W) in 0…255, uint8 or float; output (B, 3, *size) float32. Teacher and student each have one and see
+    the same augmented crop.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, size: tuple[int, int], mean: Iterable[float], std: Iterable[float]) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean", 255 * torch.tensor(tuple(mean)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(tuple(std)).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.float()
+        if x.shape[-2:] != self.size:
+            x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+        return (x - self.mean) / self.std

@@ -1,0 +1,144 @@
+"""The student before its first step: random weights, timm's pretrained ones, or those of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from irgdistill.config import Config, Preprocessing, StudentConfig
+from irgdistill.errors import UserError
+from irgdistill.io import Report, RunFolder, find_checkpoint
+from irgdistill.models.build import build_network
+from irgdistill.models.checkpoint import described, read_checkpoint, restore
+from irgdistill.models.network import Network
+from irgdistill.models.weights import load_weights
+
+
+def build_teacher(config: Config, fetch: bool = True) -> Network:
+    """The teacher by name and checkpoint, of which one is given. Raises UserError as `restore` does."""
+    spec = config.teacher
+    if spec.checkpoint is not None:
+        path = find_checkpoint(str(spec.checkpoint)) or spec.checkpoint
+        return restore(path, spec.name, spec.input_size)[0]
+    assert spec.name is not None
+    return build_network(spec.name, pretrained=fetch, input_size=spec.input_size)
+
+
+def build_booster(config: Config, num_classes: int) -> Network:
+    """The teacher's architecture and preprocessing with random weights. Raises UserError as `build_teacher` does."""
+    spec = config.teacher
+    if spec.checkpoint is None and spec.name is not None:
+        return build_network(spec.name, num_classes=num_classes, input_size=spec.input_size)
+    known = build_teacher(config)
+    return build_network(
+        known.name,
+        num_classes=num_classes,
+        input_size=known.input.size,
+        args=known.args,
+        preprocessing=known.input.preprocessing,
+    )
+
+
+def resolve_student(spec: StudentConfig) -> None:
+    """Write into `spec` what its checkpoint says of the network, so that a run goes on without that file.
+
+    Raises UserError: another architecture than the one named, none named at all, an unreadable file.
+    """
+    if spec.checkpoint is None:
+        return
+    spec.pretrained = False
+    spec.checkpoint = spec.checkpoint.resolve()
+    path = _file(spec.checkpoint)
+    metadata = described(path)
+    if metadata is None:
+        if spec.name is None:
+            raise UserError(f"{path} was not written by irgdistill and does not name its network; give --student too")
+        return
+    if spec.name is not None and spec.name.split(".")[0] != metadata["architecture"]:
+        raise UserError(f"{path} holds a {metadata['architecture']}, not a {spec.name}; leave --student out")
+    spec.name = metadata["architecture"]
+    spec.args = {**{key: value for key, value in metadata["args"].items() if key != "img_size"}, **spec.args}
+    spec.input_size = spec.input_size or tuple(metadata["input_size"])
+    spec.preprocessing = spec.preprocessing or Preprocessing(
+        **{key: metadata[key] for key in Preprocessing.model_fields}
+    )
+
+
+def build_student(
+    spec: StudentConfig, classes: list[str], weights: bool = True, fetch: bool = True
+) -> tuple[Network, str]:
+    """A resolved `spec` -> the network with a classifier for `classes`, and where it starts from, in words.
+
+    Without `weights` it is only built, for a run that has begun and brings its own; without `fetch` nothing is
+    downloaded. Raises UserError: unknown name, weights that are missing or do not fit, no classifier.
+    """
+    assert spec.name is not None
+    pretrained = spec.pretrained and weights and fetch
+    student = build_network(
+        spec.name,
+        pretrained=pretrained,
+        num_classes=len(classes),
+        input_size=spec.input_size,
+        args=spec.args,
+        preprocessing=None if spec.preprocessing is None else spec.preprocessing.model_dump(),
+    )
+    if student.num_classes != len(classes):
+        raise UserError(f"{student.name} has no classifier to train on {len(classes)} classes")
+    note = ""
+    if spec.checkpoint is not None and weights:
+        note = _load(student, _file(spec.checkpoint), classes)
+    elif pretrained:
+        own = student.model.pretrained_cfg.get("num_classes")  # type: ignore[union-attr,operator]
+        note = f"student {student.name} starts from its pretrained weights" + _of_classifier(own, classes)
+    return student, note
+
+
+def _file(path: Path) -> Path:
+    return find_checkpoint(str(path)) or path
+
+
+def _load(student: Network, path: Path, classes: list[str]) -> str:
+    weights, metadata = read_checkpoint(path)
+    own, head = student.model.state_dict(), _classifier_keys(student.model)
+    theirs = metadata["classes"] if metadata is not None else classes
+    count = next((len(weights[key]) for key in head if key in weights), 0)
+    alike = all(weights[key].shape[1:] == own[key].shape[1:] for key in head if key in weights)
+    if head and alike and (count != len(classes) or theirs != classes):
+        weights = {**weights, **{key: own[key] for key in head}}
+    load_weights(student.model, weights, student.name, str(path))
+    note = f"student {student.name} starts from {path}"
+    if head and count == len(classes) and theirs != classes:
+        return f"{note}; its classifier is made anew, for other classes"
+    return note + (_of_classifier(count, classes) if head else "")
+
+
+def _of_classifier(count: int, classes: list[str]) -> str:
+    if count == len(classes):
+        return ""
+    return f"; its classifier is made anew, for {len(classes)} classes instead of {count or 'none'}"
+
+
+def _classifier_keys(model: nn.Module) -> list[str]:
+    """Names of the classifier's weights in the state dict, as timm tells; none where it does not."""
+    cfg: Any = model.pretrained_cfg
+    heads = cfg.get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    state: Mapping[str, Tensor] = model.state_dict()
+    return [key for key in state if key.startswith(prefixes)] if prefixes else []
+
+
+def open_network(target: str, checkpoint: Path | None, size: tuple[int, int] | None) -> tuple[Network, dict[str, Any]]:
+    """Checkpoint, run folder or timm name (pretrained, or with `checkpoint`) -> network and metadata ({} if none)."""
+    path = find_checkpoint(target)
+    if path is not None:
+        if checkpoint is not None:
+            raise UserError(f"{target} is a checkpoint itself; leave out the second one, {checkpoint}")
+        if Path(target).is_dir() and path == RunFolder(Path(target)).last:
+            Report().warn(f"{target} holds no best.safetensors; taking last.safetensors")
+        return restore(path, None, size)
+    if checkpoint is not None:
+        return restore(checkpoint, target, size)
+    return build_network(target, pretrained=True, input_size=size), {}

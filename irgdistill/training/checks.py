@@ -1,0 +1,81 @@
+"""What does not go together in a run, each told in one line before anything is trained."""
+
+from __future__ import annotations
+
+from irgdistill.config import LOGIT_TERMS, Config
+from irgdistill.data import Splits
+from irgdistill.errors import UserError
+from irgdistill.io import check_loggers
+from irgdistill.matching import Level, Plan
+from irgdistill.models import Network
+
+
+def check_logging(config: Config, splits: Splits) -> None:
+    """Raises UserError for a logger that is not installed, and for pictures that could not be made or shown."""
+    check_loggers(config.runtime.loggers)
+    if not config.runtime.graph_images_every:
+        return
+    asked = f"runtime.graph_images_every = {config.runtime.graph_images_every}"
+    if not config.runtime.loggers:
+        raise UserError(f"{asked}: nothing shows the pictures; give --log tensorboard or --log wandb")
+    if not config.uses_teacher:
+        raise UserError(f"{asked}: method {config.method!r} has no teacher whose graphs could be shown")
+    if config.teacher.cache is not None:
+        raise UserError(f"{asked}: --teacher-cache trains without the teacher that draws its graphs; leave one out")
+    if splits.streaming:
+        raise UserError(f"{asked}: {config.data.source} is a stream, which has no images to draw from")
+
+
+def check_classes(config: Config, teacher: Network, classes: list[str]) -> None:
+    """Terms on logits need the same classes in the same order; relation terms need none. Raises UserError."""
+    weights = config.losses.weights()
+    used = [name for name in LOGIT_TERMS if weights[name] > 0]
+    if not used:
+        return
+    remedy = "relation terms need no shared classes: " + " ".join(f"--set losses.{name}.weight=0" for name in used)
+    if teacher.num_classes != len(classes):
+        raise UserError(
+            f"the teacher has {teacher.num_classes} classes and the data {len(classes)}, "
+            f"so {' and '.join(used)} cannot compare their logits; {remedy}"
+        )
+    if teacher.classes is not None and teacher.classes != classes:
+        first = next(i for i, (a, b) in enumerate(zip(teacher.classes, classes, strict=True)) if a != b)
+        raise UserError(
+            f"class {first} is {teacher.classes[first]!r} for the teacher and {classes[first]!r} in the data, "
+            f"so {' and '.join(used)} cannot compare their logits; {remedy}"
+        )
+
+
+def check_input_sizes(teacher: Network, student: Network, plan: Plan) -> None:
+    """A map of one pixel has no stage to speak of. Raises UserError with the smallest size that works."""
+    for role, network in (("teacher", teacher), ("student", student)):
+        for pair in plan.pairs:
+            level: Level = getattr(pair, role)
+            step = 2**level.level
+            if min(network.input.size) > 2 * step:
+                continue
+            found = network.map_size(level.exit, network.input.size)
+            if found is not None and min(found) > 1:
+                continue
+            sizes = [step + 1, *range(step + step // 4, 5 * step + 1, max(step // 4, 1))]
+            maps = ((size, network.map_size(level.exit, (size, size))) for size in sorted(set(sizes)))
+            smallest = next((size for size, found in maps if found is not None and min(found) > 1), 2 * step)
+            option = "--input-size" if role == "student" else "--teacher-input-size"
+            raise UserError(
+                f"at {'×'.join(map(str, network.input.size))} the /{step} map of {network.name} shrinks to a point; "
+                f"the smallest size that works is {option} {smallest}"
+            )
+
+
+def check_processes(config: Config, splits: Splits, count: int) -> None:
+    """Every process needs an equal share of each batch. Raises UserError with the nearest size that can be shared."""
+    size, unit = config.data.batch_size, count * (2 if config.augment.mixup or config.augment.cutmix else 1)
+    if count > 1 and splits.streaming:
+        raise UserError(f"{config.data.source} is a stream, which one process reads: leave out --gpus")
+    if size % unit:
+        near = sorted({max(size // unit, 1) * unit, (size // unit + 1) * unit})
+        pairs = " in pairs, which mixup needs" if unit > count else ""
+        raise UserError(
+            f"--batch-size {size} is the batch of all {count} processes and cannot be shared evenly{pairs}: "
+            f"the nearest that can is {' or '.join(map(str, near))}"
+        )

@@ -1,0 +1,123 @@
+"""Accuracy, loss, calibration and agreement over a loader; used by the trainer and by `eval`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.utils import accuracy
+from torch import Tensor
+
+from irgdistill.data import Loader
+from irgdistill.errors import UserError
+from irgdistill.losses import soft_targets
+from irgdistill.matching import Tapped
+from irgdistill.runtime import World
+
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Over all readable images of a loader, each counted once."""
+
+    top1: float | None
+    """Percent. This and the next three: None without labels."""
+    top5: float | None
+    """Percent; the best min(5, K) classes."""
+    loss: float | None
+    """Mean cross-entropy, no smoothing."""
+    calibration_error: float | None
+    """Expected calibration error in percent, 15 equal bins of confidence (Guo et al. 2017)."""
+    images: int
+    images_per_second: float
+    """Of the network's forward pass alone, without loading and without the first batch."""
+    agreement: float | None = None
+    """Percent of images on which student and teacher name the same class."""
+    kl: float | None = None
+    """Mean KL(teacher ‖ student) at temperature 1, in nats."""
+
+
+@torch.no_grad()
+def evaluate(
+    network: Tapped,
+    loader: Loader,
+    autocast: AbstractContextManager[Any],
+    teacher: Tapped | None = None,
+    world: World | None = None,
+    labelled: bool = True,
+) -> Metrics:
+    """Run `network` (and `teacher`, on the same crops) over `loader` in eval mode; training mode is put back after.
+
+    Of images that are not `labelled` only agreement is measured. With `world`, every process brings its part of the
+    images and gets the metrics of all.
+    """
+    world = world or World()
+    training = network.training
+    network.eval()
+    sums = torch.zeros(5, dtype=torch.float64, device=loader.device)
+    bins = torch.zeros(2, BINS, dtype=torch.float64, device=loader.device)
+    images_seen, timed, seconds = 0, 0, 0.0
+    for images, labels in loader.epoch():
+        with autocast:
+            start = _now(loader.device)
+            logits = network(images).logits.float()
+            elapsed = _now(loader.device) - start
+            other = teacher(images).logits.float() if teacher is not None else None
+        if images_seen or len(labels) == loader.images:  # the first batch warms up
+            timed, seconds = timed + len(labels), seconds + elapsed
+        sums += _batch_sums(logits, labels if labelled else None, other).to(sums)
+        if labelled:
+            bins += _batch_bins(logits, labels)
+        images_seen += len(labels)
+    network.train(training)
+    sums, bins = world.sum(sums), world.sum(bins)
+    counts = torch.tensor([images_seen, timed, seconds], dtype=torch.float64, device=loader.device)
+    images_seen, timed, seconds = world.sum(counts).tolist()
+    if not images_seen:
+        raise UserError("no validation image can be read")
+    top1, top5, loss, agreement, kl = (sums / max(images_seen, 1)).tolist()
+    confidence, correct = bins
+    calibration = 100 * float((confidence - correct).abs().sum()) / max(images_seen, 1)
+    return Metrics(
+        top1=top1 if labelled else None,
+        top5=top5 if labelled else None,
+        loss=loss if labelled else None,
+        calibration_error=calibration if labelled else None,
+        images=int(images_seen),
+        images_per_second=timed / max(seconds / world.size, 1e-9),
+        agreement=agreement if teacher is not None else None,
+        kl=kl if teacher is not None else None,
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _batch_sums(logits: Tensor, labels: Tensor | None, teacher: Tensor | None) -> Tensor:
+    """top-1 %, top-5 %, loss, agreement %, KL, each summed over the batch (5,); 0 where it is not known."""
+    count = len(logits)
+    values = [logits.new_zeros(())] * 3
+    if labels is not None:
+        values = [*accuracy(logits, labels, topk=(1, 5)), F.cross_entropy(logits, labels)]
+    if teacher is not None and teacher.shape == logits.shape:
+        same = (logits.argmax(1) == teacher.argmax(1)).float().mean()
+        values += [100 * same, soft_targets(logits, teacher, 1.0)]
+    else:
+        values += [logits.new_zeros(())] * 2
+    return torch.stack(values) * count
+
+
+def _batch_bins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums of confidence and of correct answers in each bin, (2, 15)."""
+    confidence, predicted = logits.softmax(1).max(1)
+    index = (confidence * BINS).long().clamp(max=BINS - 1)
+    rows = torch.stack([confidence, (predicted == labels).float()]).double()
+    return torch.zeros(2, BINS, dtype=torch.float64, device=logits.device).index_add_(1, index, rows)

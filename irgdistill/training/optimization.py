@@ -1,0 +1,67 @@
+"""Optimizer, schedule and mixing of images, from configuration, through timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torch.optim import Optimizer
+
+from irgdistill.config import AugmentConfig, OptimConfig, ScheduleConfig
+from irgdistill.errors import UserError, nearest
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, adapters: nn.Module | None = None) -> Optimizer:
+    """For the student and what is trained beside it. Weight decay leaves out biases and normalisation.
+
+    Raises UserError on an unknown name.
+    """
+    known = [str(name) for name in list_optimizers()]
+    if config.name not in known:
+        raise UserError(f"unknown optimizer {config.name!r}{nearest(config.name, known)}")
+    how = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    try:
+        optimizer: Optimizer = create_optimizer_v2(model, opt=config.name, **how)
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"optimizer {config.name!r} cannot be had here: {' '.join(str(error).split())[:160]}") from None
+    for group in [] if adapters is None else param_groups_weight_decay(adapters, config.weight_decay):
+        if group["params"]:
+            optimizer.add_param_group(group)
+    return optimizer
+
+
+def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Any:
+    """A timm scheduler that is a function of the update alone: `step_update(n)` sets the rate of update n."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="multistep" if config.name == "none" else config.name,
+        num_epochs=config.epochs,
+        decay_epochs=config.decay_epochs,
+        decay_milestones=config.milestones if config.name == "multistep" else [],
+        decay_rate=config.decay_rate,
+        min_lr=config.min_lr,
+        warmup_lr=config.warmup_lr,
+        warmup_epochs=config.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    scheduler.step_update(0)
+    return scheduler
+
+
+def build_mix(config: AugmentConfig, batch_size: int, num_classes: int) -> Any:
+    """timm's mixup and cutmix on a batch of raw images, or None. Raises UserError on an odd batch."""
+    if config.mixup == 0 and config.cutmix == 0:
+        return None
+    if batch_size % 2:
+        raise UserError(f"mixup pairs images: --batch-size {batch_size} must be even")
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mix_prob,
+        label_smoothing=0.0,  # the cross-entropy term smooths
+        num_classes=num_classes,
+    )

@@ -1,0 +1,273 @@
+"""What a teacher says of every view of every training image, on disk: written once, read by any number of students.
+
+DIR/cache.json                    what was cached: teacher, data, augmentation, taps, storage
+DIR/00000.safetensors, 00001…     SHARD rows each, checksummed: logits, pooled taps, attention maps
+
+A row is a view of an image: its number is view · N + image, the key under which `data.Images` augments it. Reading
+maps the files into memory, so that only rows that are asked for are ever loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irgdistill.config import STORES, WHOLE_MAPS, AugmentConfig, Config, InputSpec
+from irgdistill.data import Images, Splits, crop_of, padding_of
+from irgdistill.errors import UserError
+from irgdistill.io import checksum, read_tensors
+from irgdistill.matching import MAP_LAYOUTS, Output, Plan, Tap, tap_name
+from irgdistill.models import Network, rebuild_network
+
+FORMAT = 1
+
+
+SHARD = 4096
+"""Rows of a file: what an interruption loses at most."""
+
+
+TRIED = 64
+"""Views whose pixels are compared when a cache is used."""
+
+
+TYPES = dict(zip(STORES, (torch.float16, torch.float32), strict=True))
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Of rows number · SHARD and following."""
+    return folder / f"{number:05d}.safetensors"
+
+
+def describe_teacher(teacher: Network) -> dict[str, Any]:
+    """What decides the teacher's answers."""
+    weights = {name: value.cpu() for name, value in teacher.model.state_dict().items()}
+    return {**teacher.describe(), "weights": checksum("", weights)}
+
+
+def describe_views(config: AugmentConfig, input_spec: InputSpec, views: int, seed: int) -> dict[str, Any]:
+    """What decides the pixels of a view, given the image. Raises UserError where views are mixed with one another."""
+    if config.mixup or config.cutmix:
+        raise UserError(
+            "a teacher cache holds answers on single images, and its answer on a mix is not the mix of its answers: "
+            "leave out --mixup and --cutmix, or the cache"
+        )
+    size = input_spec.size
+    crop = crop_of(config, size)
+    chosen: dict[str, Any] = {"crop": crop, "hflip": config.hflip, "color_jitter": config.color_jitter}
+    chosen |= {"auto_augment": config.auto_augment, "erase": config.erase}
+    if crop == "pad":
+        chosen["padding"] = padding_of(config, size)
+    if crop == "resized":
+        chosen |= {"scale": list(config.scale), "ratio": list(config.ratio)}
+    if config.erase:
+        chosen["mean"] = list(input_spec.mean)
+    return {**chosen, "size": list(size), "interpolation": input_spec.interpolation, "views": views, "seed": seed}
+
+
+def describe_data(images: Images, splits: Splits, views: int) -> dict[str, Any]:
+    """What the images are: their number, classes and labels, and the pixels of some views."""
+    labels = splits.train.labels()
+    own = torch.tensor([labels[i] for i in images.indices])
+    rows = len(images) * views
+    tried = sorted({i * rows // TRIED for i in range(TRIED)})
+    found = {key: images[key] for key in tried}
+    return {
+        "images": len(images),
+        "classes": splits.classes,
+        "labels": checksum("", {"labels": own}),
+        "pixels": {
+            str(key): None if sample is None else f"{zlib.crc32(torch.as_tensor(sample[0]).numpy().tobytes()):08x}"
+            for key, sample in found.items()
+        },
+    }
+
+
+class Cache:
+    """A cache to train from. Raises UserError where the folder is none, or not complete, or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        about = read_description(folder)
+        if about is None:
+            raise UserError(f"{folder} holds no teacher cache (no cache.json); `irgdistill cache-teacher` makes one")
+        self.about = about
+        self.views: dict[str, Any] = self.about["views"]
+        self.rows_in_all = self.about["data"]["images"] * self.views["views"]
+        self._shards: list[dict[str, Tensor]] = []
+
+    def adopt(self, config: Config) -> Config:
+        """The same run on the cache's views. Raises UserError where the run asks for others."""
+        config = config.model_copy(deep=True)
+        for name, key in (("views", "views"), ("view_seed", "seed")):
+            asked, there = getattr(config.data, name), self.views[key]
+            if asked not in (None, there):
+                raise UserError(f"data.{name} = {asked}, but the teacher cache {self.folder} was made with {there}")
+            setattr(config.data, name, there)
+        return config
+
+    def crop(self, student: InputSpec) -> InputSpec:
+        """The crop that was cached, for a student that takes its images as `student` says."""
+        return replace(
+            student,
+            size=tuple(self.views["size"]),
+            interpolation=str(self.views["interpolation"]),
+            mean=tuple(self.views.get("mean", student.mean)),
+        )
+
+    def teacher(self) -> Network:
+        """The teacher without its weights, to match stages with."""
+        network = rebuild_network(self.about["teacher"], meta=True)
+        network.name, network.classes = self.about["name"], self.about["classes"]
+        return network
+
+    def check_terms(self, weights: Mapping[str, float], plan: Plan | None) -> None:
+        """Raises UserError where the run needs what is not cached."""
+        maps = [name for name in WHOLE_MAPS if weights[name] > 0]
+        if maps:
+            raise UserError(
+                f"{' and '.join(maps)} compare{'s' * (len(maps) == 1)} whole maps, of which a teacher cache keeps only "
+                "means over positions and over channels: leave out --teacher-cache"
+            )
+        if weights["logits"] > 0 and self.about["storage"]["logits"] != "all":
+            raise UserError(
+                f"logits needs every logit, and {self.folder} keeps the {self.about['storage']['logits']} largest: "
+                "--set losses.logits.weight=0, or a cache made with --logits all"
+            )
+        missing = [name for tap in (plan.teacher_taps() if plan else ()) if (name := tap_name(tap)) not in self.taps]
+        if plan is not None and (weights["at"] > 0 or weights["attention"] > 0):
+            exits = [pair.teacher.exit for pair in plan.pairs]
+            attended = self.about["attention"]
+            missing += [name for tap in exits if tap.layout in MAP_LAYOUTS and (name := tap_name(tap)) not in attended]
+        if missing:
+            raise UserError(
+                f"the run taps {', '.join(missing)} of the teacher, which {self.folder} does not hold; "
+                "give cache-teacher the same --student, --levels and --taps-teacher"
+            )
+
+    @property
+    def taps(self) -> list[str]:
+        """Names of the pooled features that are there."""
+        return list(self.about["taps"])
+
+    def check_same(self, part: str, now: Mapping[str, Any]) -> None:
+        """Refuse another "teacher", other "data" or "views" than this cache was made of. Raises UserError."""
+        then = self.about[part]
+        for key, value in now.items():
+            if value != then[key]:
+                what = f": {key} {_short(value)}, was {_short(then[key])}"
+                raise UserError(f"the teacher cache {self.folder} was made of {_OTHER[part]}{what}")
+
+    def open(self, where: Mapping[str, Iterable[Tap]] | None = None) -> None:
+        """Map all shards into memory, verify their checksums; `rows` gives logits and the taps and energies of `where`.
+
+        Raises UserError: missing, damaged, of another cache.
+        """
+        mark = mark_of(self.about)
+        kinds = () if where is None else (("tap", where["taps"]), ("attention", where["energies"]))
+        wanted = {f"{kind} {tap_name(tap)}" for kind, taps in kinds for tap in taps}
+        count = math.ceil(self.rows_in_all / SHARD)
+        missing = [number for number in range(count) if not shard_path(self.folder, number).exists()]
+        if missing:
+            raise UserError(
+                f"the teacher cache {self.folder} is not complete: {count - len(missing)} of {count} files; "
+                "give the `cache-teacher` command that began it again"
+            )
+        for number in range(count):
+            tensors, metadata = read_tensors(shard_path(self.folder, number))
+            if metadata is None or metadata.get("cache") != mark:
+                raise UserError(f"{shard_path(self.folder, number)} is of another teacher cache than cache.json")
+            if where is not None:
+                tensors = {name: x for name, x in tensors.items() if " " not in name or name in wanted}
+            self._shards.append(tensors)
+
+    def rows(self, keys: Sequence[int]) -> dict[str, Tensor]:
+        """What was stored for these views: tensors (B, …) by name. A key counts views as `data.Order` does."""
+        index = torch.as_tensor(keys)
+        result: dict[str, Tensor] = {}
+        for number in (index // SHARD).unique().tolist():
+            here = index // SHARD == number
+            for name, tensor in self._shards[number].items():
+                if name not in result:
+                    result[name] = tensor.new_empty(len(index), *tensor.shape[1:])
+                result[name][here] = tensor[index[here] % SHARD]
+        return result
+
+    def answers(self, keys: Sequence[int]) -> Tensor:
+        """The same as one tensor, bytes (B, n): to be sent between processes, and to the device, in one go."""
+        rows = self.rows(keys)
+        return torch.cat([rows[name].reshape(len(keys), -1).view(torch.uint8) for name in self._shards[0]], 1)
+
+    def output(self, answers: Tensor) -> Output:
+        """What the teacher would have given, in float32."""
+        rows, start = {}, 0
+        kinds: dict[str, dict[str, Tensor]] = {"tap": {}, "attention": {}}
+        for name, stored in self._shards[0].items():
+            end = start + stored[0].nbytes
+            own = answers[:, start:end].contiguous()
+            rows[name], start = own.view(stored.dtype).reshape(len(own), *stored.shape[1:]), end
+        for key, value in rows.items():
+            kind, _, name = key.partition(" ")
+            if name:
+                kinds[kind][name] = value.float()
+        logits = unpack_logits(rows, self.about["teacher"]["num_classes"])
+        return Output(logits, kinds["tap"], energies=kinds["attention"])
+
+
+_OTHER = {"teacher": "another teacher", "data": "other images", "views": "views of another recipe"}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def read_description(folder: Path) -> dict[str, Any] | None:
+    """What cache.json says; None where there is none. Raises UserError where it cannot be read."""
+    path = folder / "cache.json"
+    if not path.exists():
+        return None
+    try:
+        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        newer = about["format"] > FORMAT
+        if not newer and not {"teacher", "data", "views", "taps", "attention", "storage"} <= about.keys():
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it cannot be read") from None
+    if newer:
+        raise UserError(f"{path} was written by a newer irgdistill (format {about['format']}, this one reads {FORMAT})")
+    return about
+
+
+def mark_of(about: Mapping[str, Any]) -> str:
+    """Short name of a description, kept in every shard."""
+    return f"{zlib.crc32(json.dumps(about, sort_keys=True).encode()):08x}"
+
+
+# --- logits -----------------------------------------------------------------------------------------------------------
+
+
+def pack_logits(logits: Tensor, largest: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """(B, K) -> all of them, or the `largest` with their classes, and the logarithm of the rest's mass."""
+    logits = logits.float()
+    if largest is None:
+        return {"logits": logits.to(dtype)}
+    values, classes = logits.topk(largest, dim=1)
+    rest = logits.scatter(1, classes, -torch.inf).logsumexp(1)
+    return {"largest": values.to(dtype), "classes": classes.int(), "rest": rest}
+
+
+def unpack_logits(rows: Mapping[str, Tensor], classes: int) -> Tensor:
+    """(B, K) float32; those that were not kept share the mass of the rest evenly."""
+    if "logits" in rows:
+        return rows["logits"].float()
+    values = rows["largest"].float()
+    share = rows["rest"] - math.log(classes - values.shape[1])
+    return share[:, None].repeat(1, classes).scatter(1, rows["classes"].long(), values)

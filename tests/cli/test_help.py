@@ -1,0 +1,244 @@
+"""What the command line says beside its results: help and its examples, mistakes, completion, --quiet and --json."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+from support import Run
+
+from irgdistill.cli import options as cli_options
+from irgdistill.cli.app import app
+from irgdistill.io.console import Report, hushed, table
+
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+PANELS = {"Networks", "Data", "Matching", "Method", "Training", "Run", "Result"}
+ALONE = ("--preset", "quickstart", "--method", "none", "--student", "cifar_resnet14_x0_5", "--epochs", 1)
+
+
+def examples(command: str) -> list[str]:
+    """Of its help, in their order."""
+    return [line for line in COMMANDS[command].epilog.split("\n\n") if line.startswith("irgdistill ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_in_a_panel_and_every_example_is_understood(command: str) -> None:
+    for parameter in COMMANDS[command].params:
+        if parameter.name != "help" and parameter.param_type_name == "option":
+            assert parameter.rich_help_panel in PANELS and parameter.help, parameter.name
+    assert examples(command)
+    for line in examples(command):
+        name, *arguments = shlex.split(line.partition(" > ")[0])[1:]
+        COMMANDS[name].make_context(name, arguments, parent=typer.main.get_command(app).make_context("irgdistill", []))
+
+
+def test_help_of_every_command_starts_without_torch() -> None:
+    code = "\n".join(
+        [
+            "import sys, typer",
+            "from irgdistill.cli import app, main",
+            "for name in [*typer.main.get_command(app).commands]:",
+            "    sys.argv[1:] = [name, '--help']",
+            "    try: main()",
+            "    except SystemExit as end: assert not end.code",
+            "sys.argv[1:] = ['presets']",
+            "try: main()",
+            "except SystemExit as end: assert not end.code",
+            "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)",
+        ]
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Usage: irgdistill") == len(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_cuts_no_word_on_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = run(command, "--help")
+    assert shown.code == 0 and max(map(len, shown.out.splitlines())) <= 60
+    options = [name for p in COMMANDS[command].params if p.param_type_name == "option" for name in p.opts]
+    assert all(name in shown.out for name in options)
+    assert not re.findall(r"\w…", shown.out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("distil",), "no command 'distil'; did you mean distill? (known: distill, compare,"),
+        (("distill", "--studnt", "x"), "no option --studnt; did you mean --student"),
+        (("compare", "--sedes", "3"), "no option --sedes; did you mean --seed"),
+        (("--vrsion",), "no option --vrsion; did you mean --version?"),
+        (("distill", "--epochs", "many"), "--epochs many: "),
+        (("distill", "--epochs=1.5"), "--epochs 1.5: "),
+        (("distill", "--epochs"), "'--epochs' requires an argument"),
+        (("distill", "resnet18"), "unexpected extra argument"),
+        (("eval",), "missing argument 'targets'"),
+    ],
+)
+def test_mistakes_are_one_line(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.code == 2 and not result.out
+    assert result.err.startswith("irgdistill: ") and message in result.err and result.err.count("\n") == 1
+
+
+def test_without_a_command_there_is_help(run: Run) -> None:
+    shown = run()
+    assert shown.code == 2 and "Usage: irgdistill" in shown.out and "presets" in shown.out
+
+
+def test_quiet_and_json_leave_results_and_warnings(run: Run, tmp_path: Path) -> None:
+    shown = run("distill", *ALONE, "--output", tmp_path / "a", "--quiet", "--json")
+    assert shown.code == 0 and re.fullmatch(r"best top-1 .*best\.safetensors\n", shown.err)
+    (line,) = shown.out.splitlines()
+    summary = json.loads(line)
+    assert summary.pop("folder") == str(tmp_path / "a")
+    assert summary == json.loads((tmp_path / "a" / "summary.json").read_text())
+
+    options = ("--methods", "none", "--seeds", 1, *ALONE[:2], *ALONE[4:], "--output", tmp_path / "b")
+    compared = run("compare", *options, "--quiet", "--json")
+    assert compared.code == 0 and re.fullmatch(r"best top-1 .*\n", compared.err)
+    assert json.loads(compared.out) == json.loads((tmp_path / "b" / "compare.json").read_text())
+    again = run("compare", *options, "--quiet")
+    assert again.code == 0 and not again.err and "none" in again.out
+
+    dry = run("distill", *ALONE, "--dry-run", "--json")
+    assert json.loads(dry.out)["config"]["schedule"]["epochs"] == 1 and json.loads(dry.out)["plan"] is None
+    failed = run("distill", *ALONE, "--lr", -1, "--quiet", "--json")
+    assert failed.code == 2 and "optim.lr" in failed.err and not failed.out
+
+
+def test_hushed_is_over_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
+    with hushed():
+        report = Report()
+        report.line("a line")
+        report.warn("a warning")
+        report.result("a result")
+        table("a table", ["column"], [["cell"]], stdout=False)
+        table("results", ["column"], [["cell"]])
+        with hushed(False):
+            report.line("another line")
+    report.line("a last line")
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == ["warning: a warning", "a result", "another line", "a last line"]
+    assert "results" in shown.out
+
+
+def on_terminal(*arguments: object, **environment: str) -> str:
+    """What a command writes to a terminal of 60 columns."""
+    pty = pytest.importorskip("pty")
+    import fcntl
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 60, 0, 0))
+    words = [sys.executable, "-m", "irgdistill", *map(str, arguments)]
+    clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        words, stdout=theirs, stderr=theirs, env={**clean, "TERM": "xterm-256color", **environment}
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    assert process.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
+
+
+@pytest.mark.slow
+def test_colour_on_a_terminal_only_and_not_with_no_color(tmp_path: Path) -> None:
+    train = ("distill", *ALONE, "--workers", 0, "--set", "data.train_images=64", "--output", tmp_path, "--overwrite")
+    assert COLOUR.search(on_terminal(*train)), "otherwise nothing is shown by the rest"
+    assert not COLOUR.search(on_terminal(*train, NO_COLOR="1"))
+    for arguments in (("eval", "--help"), ("presets",)):
+        words = [sys.executable, "-m", "irgdistill", *map(str, arguments)]
+        piped = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert "\x1b" not in piped.stdout + piped.stderr
+
+
+def test_progress_keeps_a_value_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report()
+    report.console = Console(width=40, force_terminal=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    with report.progress(10, 0):
+        report.advance(5, "epoch 1/2  top-1 50.00 (best 60.00)", {"loss": 1.0, "transform": 0.123, "edges": 2.0}, 100)
+        assert report._progress is not None
+        assert report._progress.below.splitlines() == [
+            "top-1 50.00 (best 60.00)  loss 1",
+            "transform 0.123  edges 2  100 img/s",
+        ]
+
+
+def complete(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What bash is offered at the end of `line`."""
+    from irgdistill.cli.app import main
+
+    monkeypatch.setenv("_IRGDISTILL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - (not line.endswith(" "))))
+    monkeypatch.setattr(sys, "argv", ["irgdistill"])
+    with pytest.raises(SystemExit):
+        main()
+    return capsys.readouterr().out.split()
+
+
+def test_completion(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("IRGDISTILL_CACHE", str(tmp_path / "cache"))
+
+    def offered(line: str) -> list[str]:
+        return complete(line, monkeypatch, capsys)
+
+    assert offered("irgdistill distill --student cifar_shuf") == [], "timm was never there"
+    with monkeypatch.context() as patch:
+        patch.delenv("_IRGDISTILL_COMPLETE")
+        assert run("models", "cifar_shufflenet_x0_5").code == 0
+    for line in ("distill --student", "distill --teacher", "inspect-graph --teacher", "doctor --studen"):
+        expected = ["cifar_shufflenet_x0_5"] if not line.startswith("doctor") else []
+        assert offered(f"irgdistill {line} cifar_shuf") == expected
+    assert offered("irgdistill distill --preset imagenet-m") == ["imagenet-modern"]
+    assert offered("irgdistill distill --method irg") == ["irg", "irg+kd", "irg+kd+at"]
+    assert offered("irgdistill compare --methods none,m") == ["none,mtk"]
+    assert offered("irgdistill presets qu") == ["quickstart"]
+    assert offered("irgdistill do") == ["doctor"]
+    assert offered("irgdistill distill --student-c") == ["--student-checkpoint"]
+
+
+def test_names_are_not_remembered_where_nothing_can_be_written(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("IRGDISTILL_CACHE", str(tmp_path / "file"))
+    assert run("models", "cifar_resnet20").code == 0
+    assert cli_options.complete_network("cifar") == []
+
+
+def test_completion_is_installed_for_the_shell(tmp_path: Path) -> None:
+    pytest.importorskip("shellingham")
+    program = f"{sys.executable} -m irgdistill"
+    command = f"set -e; {program} --install-completion bash; {program} --show-completion bash; true"  # bash stays
+    shown = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)}
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "complete -o default -F _irgdistill_completion irgdistill" in shown.stdout
+    assert "irgdistill" in (tmp_path / ".bashrc").read_text()
