@@ -42,7 +42,7 @@ def start(request: DistillRequest) -> dict[str, Any] | None:
     The summary and the `folder` in the process that leads the run; None in others.
     """
     restarted = restarts() > 0
-    config = resolved(request.config)
+    config = _on_backend(resolved(request.config), request.backend)
     folder = RunFolder(request.output or _next_folder(config, last=restarted))
     if not restarted:
         folder.refuse_to_lose(
@@ -73,8 +73,6 @@ def start(request: DistillRequest) -> dict[str, Any] | None:
 
 def _ready(config: Config, gpus: str | None, backend: str | None, begun: bool = False) -> Setup | None:
     """What this process trains with; None: workers were started, and have done it. Raises UserError before that."""
-    if backend == "gloo":
-        config.runtime.device = "cpu"
     setup, workers = prepare(config, begun), _workers(config, gpus, backend)
     check_processes(config, setup.splits, workers or ranks())
     if not workers:
@@ -82,6 +80,11 @@ def _ready(config: Config, gpus: str | None, backend: str | None, begun: bool = 
     del setup
     run_workers(workers, sys.argv[1:])
     return None
+
+
+def _on_backend(config: Config, backend: str | None) -> Config:
+    """The configuration on the device that the backend needs: gloo runs on the CPU."""
+    return config.replaced({"runtime.device": "cpu"}) if backend == "gloo" else config
 
 
 def _workers(config: Config, gpus: str | None, backend: str | None) -> int:
@@ -123,7 +126,7 @@ def resume(request: ResumeRequest) -> dict[str, Any] | None:
         for key, value in request.changes.items():
             section, name = key.split(".")
             tree[section][name] = value
-        setup = _ready(validate(tree), request.gpus, request.backend, begun=True)
+        setup = _ready(_on_backend(validate(tree), request.backend), request.gpus, request.backend, begun=True)
         if setup is None:
             return None
         with joined(setup.config.runtime.device, request.backend) as world:

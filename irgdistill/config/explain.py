@@ -18,8 +18,8 @@ WANTED = {
     **dict.fromkeys(("float_parsing", "float_type"), "expected a number"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "expected true or false"),
     **dict.fromkeys(("dict_type", "model_type"), "expected keys with values"),
-    "list_type": "expected a list, such as [A, B]",
-    **dict.fromkeys(("tuple_type", "too_long"), "expected two values, such as [A, B]"),
+    **dict.fromkeys(("list_type", "tuple_type"), "expected a list, such as [A, B]"),
+    "too_long": "expected two values, such as [A, B]",
     "path_type": "expected a path",
     "finite_number": "expected a finite number",
 }
@@ -35,7 +35,7 @@ def explain(errors: Iterable[Any]) -> str:
         path = next((key for n in range(len(parts)) if (key := ".".join(parts[: n + 1])) in known), ".".join(parts))
         kind = error["type"]
         if kind == "missing" and parts[-1].isdecimal():
-            kind = "tuple_type"
+            kind = "too_long"
         if kind == "missing":
             sentences[f"{'.'.join(parts)} is missing"] = []
             continue

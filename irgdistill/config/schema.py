@@ -6,6 +6,7 @@ A loss weight left unset takes the value that the method gives it (`METHODS`); `
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +23,8 @@ MOVABLE = {
 
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     Method = str
 else:
     Method = Literal[tuple(METHODS)]
@@ -57,7 +60,7 @@ def _rising(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-Names = Annotated[list[str], BeforeValidator(_names)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 
 Pixels = Annotated[int, Field(ge=1)]
@@ -82,7 +85,17 @@ Fade = Annotated[tuple[Probability, Probability], BeforeValidator(_names), After
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    """Settings that are validated once and do not change afterwards; `replaced` makes a changed copy."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def replaced(self, values: Mapping[str, Any]) -> Self:
+        """Copy with `values`, {"key.path": value}, which are not validated again."""
+        changed: dict[str, Any] = {}
+        for path, value in values.items():
+            name, _, below = path.partition(".")
+            changed[name] = changed.get(name, getattr(self, name)).replaced({below: value}) if below else value
+        return self.model_copy(update=changed)
 
 
 class TeacherConfig(Section):
@@ -99,9 +112,9 @@ class TeacherConfig(Section):
 
 
 class Preprocessing(Section):
-    mean: list[float]
+    mean: tuple[float, ...]
     """Of each channel, for pixels in 0 to 1."""
-    std: list[float]
+    std: tuple[float, ...]
     """Of each channel, likewise."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
     """`bilinear`, `bicubic`, … as timm names them."""
@@ -173,11 +186,11 @@ class MatchingConfig(Section):
 
     levels: Annotated[int, Field(ge=1)] | None = None
     """Match by depth, in at most this many stages."""
-    skip: list[int] = []
+    skip: tuple[int, ...] = ()
     """Relative resolutions to leave out, as reductions: 4 is /4."""
-    taps_teacher: Names = []
+    taps_teacher: Names = ()
     """Blocks at which the teacher's stages end, in order of depth."""
-    taps_student: Names = []
+    taps_student: Names = ()
     """Blocks at which the student's stages end, in order of depth."""
 
 
@@ -234,7 +247,7 @@ class ScheduleConfig(Section):
     """Learning rate at which the warm-up begins."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at which `cosine`, `poly` and `tanh` end."""
-    milestones: list[int] = []
+    milestones: tuple[int, ...] = ()
     """Epochs at which `multistep` decays."""
     decay_epochs: Annotated[float, Field(gt=0)] = 30
     """Interval of `step`."""
@@ -255,7 +268,7 @@ class CrossEntropyConfig(Section):
     """Factor of its mean."""
     label_smoothing: Probability = 0.0
     """Share of each target that is spread evenly over the classes."""
-    class_weights: Literal["balanced", "none"] | list[Weight] = "none"
+    class_weights: Literal["balanced", "none"] | tuple[Weight, ...] = "none"
     """Of this term's classes: `balanced` (inverse frequency, mean 1 over the training images), or one each."""
 
 
@@ -343,7 +356,7 @@ class RuntimeConfig(Section):
     """Updates between two records in metrics.jsonl."""
     share_every: Annotated[int, Field(ge=0)] = 200
     """Updates between two samples of each term's share of the student's gradient norm; 0 is off."""
-    loggers: list[Literal["tensorboard", "wandb"]] = []
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where the records of metrics.jsonl go as well."""
     graph_images_every: Annotated[int, Field(ge=0)] = 0
     """Epochs between two pictures of both networks' graphs for the loggers; 0 is off."""
@@ -373,15 +386,16 @@ class Config(Section):
     @model_validator(mode="after")
     def _fill_weights(self) -> Config:
         given, fades = METHODS[self.method], FADES.get(self.method, {})
+        unset: dict[str, Any] = {}
         if not self.data.labels and "weight" not in self.losses.ce.model_fields_set:
-            ce = self.losses.ce.model_copy(update={"weight": 0.0})
-            self.losses = self.losses.model_copy(update={"ce": ce})
+            unset["ce.weight"] = 0.0
         for name in type(self.losses).model_fields:
             term = getattr(self.losses, name)
-            unset: dict[str, Any] = {"weight": given.get(name, 0.0)} if term.weight is None else {}
+            if term.weight is None:
+                unset[f"{name}.weight"] = given.get(name, 0.0)
             if name in fades and term.fade is None:
-                unset["fade"] = fades[name]
-            self.losses = self.losses.model_copy(update={name: term.model_copy(update=unset)})
+                unset[f"{name}.fade"] = fades[name]
+        object.__setattr__(self, "losses", self.losses.replaced(unset))  # frozen from here on
         return self
 
     @property

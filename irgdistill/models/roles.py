@@ -42,28 +42,31 @@ def build_booster(config: Config, num_classes: int) -> Network:
     )
 
 
-def resolve_student(spec: StudentConfig) -> None:
-    """Write into `spec` what its checkpoint says of the network, so that a run goes on without that file.
+def resolve_student(spec: StudentConfig) -> StudentConfig:
+    """`spec` with what its checkpoint records of the network, so that a run resumes without that file.
 
     Raises UserError: another architecture than the one named, none named at all, an unreadable file.
     """
     if spec.checkpoint is None:
-        return
-    spec.pretrained = False
-    spec.checkpoint = spec.checkpoint.resolve()
-    path = _file(spec.checkpoint)
+        return spec
+    checkpoint = spec.checkpoint.resolve()
+    spec = spec.replaced({"pretrained": False, "checkpoint": checkpoint})
+    path = _file(checkpoint)
     metadata = described(path)
     if metadata is None:
         if spec.name is None:
             raise UserError(f"{path} was not written by irgdistill and does not name its network; give --student too")
-        return
+        return spec
     if spec.name is not None and spec.name.split(".")[0] != metadata["architecture"]:
         raise UserError(f"{path} holds a {metadata['architecture']}, not a {spec.name}; leave --student out")
-    spec.name = metadata["architecture"]
-    spec.args = {**{key: value for key, value in metadata["args"].items() if key != "img_size"}, **spec.args}
-    spec.input_size = spec.input_size or tuple(metadata["input_size"])
-    spec.preprocessing = spec.preprocessing or Preprocessing(
-        **{key: metadata[key] for key in Preprocessing.model_fields}
+    preprocessing = Preprocessing(**{key: metadata[key] for key in Preprocessing.model_fields})
+    return spec.replaced(
+        {
+            "name": metadata["architecture"],
+            "args": {**{key: value for key, value in metadata["args"].items() if key != "img_size"}, **spec.args},
+            "input_size": spec.input_size or tuple(metadata["input_size"]),
+            "preprocessing": spec.preprocessing or preprocessing,
+        }
     )
 
 

@@ -40,7 +40,7 @@ def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, updates_per_ep
         sched="multistep" if config.name == "none" else config.name,
         num_epochs=config.epochs,
         decay_epochs=config.decay_epochs,
-        decay_milestones=config.milestones if config.name == "multistep" else [],
+        decay_milestones=list(config.milestones) if config.name == "multistep" else [],
         decay_rate=config.decay_rate,
         min_lr=config.min_lr,
         warmup_lr=config.warmup_lr,

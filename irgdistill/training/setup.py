@@ -156,21 +156,31 @@ def _checkpoint_blocks(student: Network) -> None:
 
 def resolved(config: Config, begun: bool = False) -> Config:
     """The same run, whatever folder it is continued or evaluated from. Raises UserError as `resolve_student` does."""
-    config = config.model_copy(deep=True)
-    if not begun:
-        resolve_student(config.student)
+    student = config.student if begun else resolve_student(config.student)
     data, teacher = config.data, config.teacher
-    for spec in (config.student, config.teacher):
-        if spec.name is not None and spec.name.startswith(LOCAL):
-            spec.name = LOCAL + str(Path(spec.name.removeprefix(LOCAL)).resolve())
-    if data.source and Path(data.source).exists():
-        data.source = str(Path(data.source).resolve())
-    prefix, _, name = (data.source or "").partition("/")
+    source = data.source
+    if source and Path(source).exists():
+        source = str(Path(source).resolve())
+    prefix, _, name = (source or "").partition("/")
     if prefix in ("hfds", "hfids", "wds") and name and Path(name).is_dir():
-        data.source = f"{prefix}/{Path(name).resolve()}"
-    data.root = data.root.resolve()
-    if teacher.checkpoint is not None:
-        teacher.checkpoint = teacher.checkpoint.resolve()
-    if teacher.cache is not None:
-        teacher.cache = teacher.cache.resolve()
-    return config
+        source = f"{prefix}/{Path(name).resolve()}"
+    return config.replaced(
+        {
+            "student": student.replaced({"name": _absolute(student.name)}),
+            "data": data.replaced({"source": source, "root": data.root.resolve()}),
+            "teacher": teacher.replaced(
+                {
+                    "name": _absolute(teacher.name),
+                    "checkpoint": teacher.checkpoint and teacher.checkpoint.resolve(),
+                    "cache": teacher.cache and teacher.cache.resolve(),
+                }
+            ),
+        }
+    )
+
+
+def _absolute(name: str | None) -> str | None:
+    """The name of a network; one in a folder with the folder's full path."""
+    if name is None or not name.startswith(LOCAL):
+        return name
+    return LOCAL + str(Path(name.removeprefix(LOCAL)).resolve())

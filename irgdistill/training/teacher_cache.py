@@ -105,13 +105,11 @@ class Cache:
 
     def adopt(self, config: Config) -> Config:
         """The same run on the cache's views. Raises UserError where the run asks for others."""
-        config = config.model_copy(deep=True)
         for name, key in (("views", "views"), ("view_seed", "seed")):
             asked, there = getattr(config.data, name), self.views[key]
             if asked not in (None, there):
                 raise UserError(f"data.{name} = {asked}, but the teacher cache {self.folder} was made with {there}")
-            setattr(config.data, name, there)
-        return config
+        return config.replaced({"data.views": self.views["views"], "data.view_seed": self.views["seed"]})
 
     def crop(self, student: InputSpec) -> InputSpec:
         """The crop that was cached, for a student that takes its images as `student` says."""

@@ -67,6 +67,13 @@ def test_the_memory_of_a_large_step_follows_from_small_ones(monkeypatch: pytest.
     assert found.step_images == 32 and found.step_rate > 0 and found.loader_rate > 0
 
 
+def test_trying_a_run_leaves_its_configuration_alone() -> None:
+    setup = prepare(load_config("quickstart", flags={"method": "none", "student.name": "cifar_resnet14_x0_5"}))
+    before = setup.config.model_dump()
+    try_run(setup, 4, LARGE)
+    assert setup.config.model_dump() == before
+
+
 def test_the_machine_alone(run: Run, tmp_path: Path) -> None:
     values = json.loads(run("doctor", "--json").out)
     assert torch.__version__.startswith(values["versions"]["torch"]) and values["fits"] is True

@@ -165,9 +165,9 @@ def size(count: float) -> str:
 
 def _plan(request: DoctorRequest, found: Findings) -> None:
     """Measure one process of the run, and judge. Raises UserError as the run would."""
-    config = request.config.model_copy(deep=True)
+    config = request.config
     if request.backend == "gloo":
-        config.runtime.device = "cpu"
+        config = config.replaced({"runtime.device": "cpu"})
     processes = max(torch.cuda.device_count(), 1) if request.gpus == "all" else int(request.gpus or 1)
     student, share = config.student, config.data.batch_size // processes
     fetched = [("student", student.name)] if student.pretrained and student.checkpoint is None else []

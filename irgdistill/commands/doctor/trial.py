@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,8 @@ class Trial:
 
 def try_run(setup: Setup, batch: int, available: int) -> Trial:
     """Try a run whose processes take `batch` images each. Raises UserError as the run would, OutOfMemoryError."""
-    config = setup.config
-    config.runtime.compile = False
-    config.optim.lr = 1e-12  # noise teaches nothing
+    # At a learning rate near 0 the noise teaches nothing.
+    setup = replace(setup, config=setup.config.replaced({"runtime.compile": False, "optim.lr": 1e-12}))
     trainer = Trainer(setup, RunFolder(Path("none")), Report(quiet=True))
     trainer.student.train()
     tried = _try_steps(trainer, batch, available // 2)

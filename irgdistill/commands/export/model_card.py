@@ -123,13 +123,16 @@ def _config(run: RunFolder, metadata: Mapping[str, Any]) -> Config | None:
         return None
     if (config.method, config.seed) != (metadata["method"], metadata["seed"]):
         return None  # of another run
-    data, teacher = config.data, config.teacher
-    data.source, data.root = data_name(metadata), Path("data")
-    teacher.name, config.student.name = public_name(teacher.name), public_name(config.student.name)
+    changed: dict[str, Any] = {
+        "data.source": data_name(metadata),
+        "data.root": Path("data"),
+        "teacher.name": public_name(config.teacher.name),
+        "student.name": public_name(config.student.name),
+    }
     for part, key in OUTSIDE.values():
         if (path := getattr(getattr(config, part), key)) is not None:
-            setattr(getattr(config, part), key, Path(path.name))
-    return config
+            changed[f"{part}.{key}"] = Path(path.name)
+    return config.replaced(changed)
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------

@@ -48,9 +48,9 @@ def known_networks(request: InspectRequest) -> Config:
 
     Reads no weights. Raises UserError: two students, a teacher that is not the run's, none at all.
     """
-    config = request.config.model_copy(deep=True)
+    config = request.config
     if request.target is not None:
-        _remember(request.target, request, config)
+        config = _remember(request.target, request, config)
     if config.teacher.name is None and config.teacher.checkpoint is None:
         raise UserError(
             f"{request.target} does not say where its teacher is, or had none: "
@@ -59,7 +59,7 @@ def known_networks(request: InspectRequest) -> Config:
     return config
 
 
-def _remember(target: str, request: InspectRequest, config: Config) -> None:
+def _remember(target: str, request: InspectRequest, config: Config) -> Config:
     given = [
         flag
         for flag, value in (
@@ -73,13 +73,7 @@ def _remember(target: str, request: InspectRequest, config: Config) -> None:
         raise UserError(f"{target} is the student: leave out {' and '.join(given)} (another one: --compare)")
     path = _checkpoint(target)
     metadata = _own_metadata(path)
-    config.student.name = metadata["architecture"]
-    config.student.args = {key: value for key, value in metadata["args"].items() if key != "img_size"}
-    if config.student.input_size is None:
-        config.student.input_size = tuple(metadata["input_size"])
     remembered = _run_of(path, metadata)
-    if config.matching == MatchingConfig():
-        config.matching = remembered.matching
     own, name = remembered.teacher, (metadata["teacher"] or {}).get("architecture")
     asked = config.teacher
     if asked.checkpoint is not None and asked.checkpoint.exists():
@@ -88,11 +82,17 @@ def _remember(target: str, request: InspectRequest, config: Config) -> None:
             _check_taught(target, metadata, theirs["architecture"])
     if asked.name is not None and ":" not in asked.name:  # what hf-hub:… holds is known once it is there
         _check_taught(target, metadata, asked.name.split(".")[0])
-    config.teacher = own.model_copy(
-        update={
-            "name": asked.name or own.name or (name if asked.checkpoint is None else None),
-            "checkpoint": asked.checkpoint or (None if asked.name is not None and name is None else own.checkpoint),
-            "input_size": asked.input_size or own.input_size,
+    return config.replaced(
+        {
+            "student.name": metadata["architecture"],
+            "student.args": {key: value for key, value in metadata["args"].items() if key != "img_size"},
+            "student.input_size": config.student.input_size or tuple(metadata["input_size"]),
+            "matching": remembered.matching if config.matching == MatchingConfig() else config.matching,
+            "teacher": own,
+            "teacher.name": asked.name or own.name or (name if asked.checkpoint is None else None),
+            "teacher.checkpoint": asked.checkpoint
+            or (None if asked.name is not None and name is None else own.checkpoint),
+            "teacher.input_size": asked.input_size or own.input_size,
         }
     )
 
