@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from irgdistill.commands.inspect.graph_images import RunLogger
 from irgdistill.commands.requests import DistillRequest, ResumeRequest
 from irgdistill.config import Config, dump, validate
 from irgdistill.errors import Interrupted, UserError
@@ -159,6 +160,8 @@ def _says_where_it_stands(folder: RunFolder, begun: bool) -> Iterator[None]:
 
 
 def _finish(trainer: Trainer) -> dict[str, Any] | None:
+    if trainer.world.main and trainer.config.runtime.loggers:
+        trainer.observers = [RunLogger(trainer.setup, trainer.folder.path, trainer.report, trainer.update)]
     summary = trainer.fit()
     trainer.report.result(
         f"best {score(summary)} at epoch {summary['epoch']} of {summary['epochs']}, "

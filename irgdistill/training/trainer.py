@@ -5,23 +5,37 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from irgdistill.commands.inspect.graph_images import Show, watched
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import Report, RunFolder, write_text
 from irgdistill.losses import Batch, gradient_shares
+from irgdistill.matching import Tapped
 from irgdistill.runtime import Signals, Stopped, World, read_later
 from irgdistill.training.checkpointing import Saved
 from irgdistill.training.evaluation import Metrics, evaluate
 from irgdistill.training.setup import Setup
 from irgdistill.training.state import metric, reason, score
+
+
+class Observer(Protocol):
+    """Watches a run while it trains; `fit` enters and leaves it."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+    def epoch_ended(self, teacher: Tapped | None, student: Tapped, epoch: int) -> None:
+        """After every evaluation, and once with `epoch` 0 before training."""
 
 
 class Trainer(Saved):
@@ -30,7 +44,7 @@ class Trainer(Saved):
     def __init__(self, setup: Setup, folder: RunFolder, report: Report, world: World | None = None) -> None:
         super().__init__(setup, folder, report, world or World())
         self.signals = Signals(patient=True)
-        self.show_graphs: Show = lambda teacher, student, epoch: None
+        self.observers: Sequence[Observer] = ()
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -107,10 +121,12 @@ class Trainer(Saved):
         with (
             self.signals,
             self.report.progress(epochs * self.batches, self._done()),
-            watched(self.setup, self.folder.path, self.report, self.update, self.world.main) as self.show_graphs,
+            ExitStack() as stack,
         ):
+            for observer in self.observers:
+                stack.enter_context(observer)
             if self.batch == 0:
-                self.show_graphs(self.teacher, self.deployed, self.epoch)
+                self._notify()
             while self.epoch < epochs:
                 if self.batch < self.batches:
                     self._train_epoch()
@@ -197,7 +213,7 @@ class Trainer(Saved):
         self.epoch, self.batch = self.epoch + 1, 0
         self.last = {"epoch": self.epoch, **{k: v for k, v in asdict(metrics).items() if v is not None}}
         self.report.record({"kind": "eval", **self.last})
-        self.show_graphs(self.teacher, self.deployed, self.epoch)
+        self._notify()
         better = not self.best or self.last[metric(self.last)] > self.best[metric(self.last)]
         if better:
             self.best = self.last
@@ -237,6 +253,10 @@ class Trainer(Saved):
                 f"make room, then: {self.folder.go_on}"
             ) from None
         return summary
+
+    def _notify(self) -> None:
+        for observer in self.observers:
+            observer.epoch_ended(self.teacher, self.deployed, self.epoch)
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 

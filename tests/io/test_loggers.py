@@ -257,7 +257,7 @@ def test_pictures_that_fail_end_nothing(
     monkeypatch.setattr("irgdistill.commands.inspect.figures.stage_figure", lambda *_: 1 / 0)
     options = ("--log", "tensorboard", "--epochs", 1, *PICTURES)
     result = run(*arguments(teacher, folder, tmp_path / "run", *options))
-    assert result.code == 0 and "no pictures of the graphs after epoch 1: division by zero" in result.err
+    assert result.code == 0 and "no images of the graphs after epoch 1: division by zero" in result.err
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
-"""What loggers are shown of a run: its records, and pictures of both networks' graphs of the same few images."""
+"""Logs a run: its records, and images of the graphs that both networks make of the same few inputs."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,39 +25,47 @@ if TYPE_CHECKING:  # it brings matplotlib, which few runs need
 IMAGES, NEIGHBOURS = 48, 5
 
 
-Show = Callable[[Tapped | None, Tapped, int], None]
+class RunLogger:
+    """Sends the records of a run, and images of its graphs, to the loggers of `--log`: an `Observer` of a trainer.
 
-
-@contextmanager
-def watched(setup: Setup, folder: Path, report: Report, step: int, main: bool) -> Iterator[Show]:
-    """While open, loggers get every record of `report` from update `step` on, in the first process alone.
-
-    Yields `show(teacher, student, epoch)`, which gives them pictures of the graphs when they are due.
+    `step`: the update from which records are sent again.
     """
-    runtime = setup.config.runtime
-    if not (main and runtime.loggers):
-        yield lambda teacher, student, epoch: None
-        return
-    config = setup.config.model_dump(mode="json")
-    loggers = Loggers(runtime.loggers, folder, step, config, dump(setup.config), report.recorded(), report.warn)
-    drawn: list[Snapshots] = []
 
-    def show(teacher: Tapped | None, student: Tapped, epoch: int) -> None:
-        every = runtime.graph_images_every
-        if teacher is None or not every or epoch % every or not loggers:
+    def __init__(self, setup: Setup, folder: Path, report: Report, step: int) -> None:
+        self.setup, self.folder, self.report, self.step = setup, folder, report, step
+        self._loggers: Loggers | None = None
+        self._snapshots: Snapshots | None = None
+
+    def __enter__(self) -> RunLogger:
+        setup, report = self.setup, self.report
+        config = setup.config.model_dump(mode="json")
+        self._loggers = Loggers(
+            setup.config.runtime.loggers,
+            self.folder,
+            self.step,
+            config,
+            dump(setup.config),
+            report.recorded(),
+            report.warn,
+        )
+        report.listener = self._loggers.record
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.report.listener = None
+        if self._loggers is not None:
+            self._loggers.close()
+
+    def epoch_ended(self, teacher: Tapped | None, student: Tapped, epoch: int) -> None:
+        """Send images of both networks' graphs, every `runtime.graph_images_every` epochs."""
+        every = self.setup.config.runtime.graph_images_every
+        if teacher is None or not every or epoch % every or not self._loggers:
             return
         try:
-            drawn[:] = drawn or [Snapshots(setup)]
-            loggers.images(drawn[0].take(teacher, student))
+            self._snapshots = self._snapshots or Snapshots(self.setup)
+            self._loggers.images(self._snapshots.take(teacher, student))
         except Exception as error:
-            report.warn(f"no pictures of the graphs after epoch {epoch}: {' '.join(str(error).split())[:200]}")
-
-    report.listener = loggers.record
-    try:
-        yield show
-    finally:
-        report.listener = None
-        loggers.close()
+            self.report.warn(f"no images of the graphs after epoch {epoch}: {' '.join(str(error).split())[:200]}")
 
 
 class Snapshots:
