@@ -35,7 +35,7 @@ from irgdistill.graph import edge_loss
 from irgdistill.io.console import Report
 from irgdistill.io.run_folder import RunFolder
 from irgdistill.models.build import build_network
-from irgdistill.runtime.distributed import World, joined
+from irgdistill.runtime.distributed import World, process_group
 from irgdistill.training.setup import prepare
 from irgdistill.training.trainer import Trainer
 
@@ -46,7 +46,7 @@ def _one(rank: int, size: int, threads: int, port: int, queue: Any, function: Ca
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(threads)
-    with joined("cpu", "gloo") as world:
+    with process_group("cpu", "gloo") as world:
         queue.put((rank, function(world, *args)))
 
 

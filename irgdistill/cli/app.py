@@ -31,7 +31,7 @@ from irgdistill.cli.options import (
 from irgdistill.cli.tools import doctor, evaluate, export, inspect_graph, models, presets
 from irgdistill.config import FLAGS
 from irgdistill.errors import Interrupted, UserError
-from irgdistill.runtime import Signals, Stopped, leave_word
+from irgdistill.runtime import Signals, Stopped, report_failure
 from irgdistill.version import __version__
 
 app = typer.Typer(
@@ -351,13 +351,13 @@ def main() -> None:
     except Interrupted as error:
         _die(str(error), error.code)
     except Exception as error:
-        if not leave_word(f"{type(error).__name__}: {error}\n{traceback.format_exc()}", 1):
+        if not report_failure(f"{type(error).__name__}: {error}\n{traceback.format_exc()}", 1):
             raise
         sys.exit(1)
 
 
 def _die(message: str, code: int) -> None:
     """Say why and leave; of the processes of a run only one speaks."""
-    if not leave_word(message, code) and os.environ.get("RANK", "0") == "0":
+    if not report_failure(message, code) and os.environ.get("RANK", "0") == "0":
         typer.echo(f"irgdistill: {message}", err=True)
     sys.exit(code)

@@ -19,7 +19,7 @@ from irgdistill.graph import unit
 from irgdistill.io import Report, read_tensors, save_tensors, write_text
 from irgdistill.matching import MAP_LAYOUTS, Output, Tap, Tapped, ends, match, tap_name
 from irgdistill.models import Network, build_network, build_teacher, fold_batch_norm
-from irgdistill.runtime import Stopped, autocast, choose_device, keep_memory, leave_to_parent
+from irgdistill.runtime import Stopped, autocast, choose_device, ignore_signals, keep_memory
 from irgdistill.training import (
     FORMAT,
     SHARD,
@@ -171,7 +171,7 @@ def _shard(
         sampler=keys,
         num_workers=config.data.workers,
         collate_fn=as_it_is,
-        worker_init_fn=leave_to_parent,
+        worker_init_fn=ignore_signals,
         multiprocessing_context="fork" if config.data.workers and images.held is not None else None,
         pin_memory=device.type == "cuda",
     )

@@ -17,7 +17,7 @@ from irgdistill.config import Config, dump, validate
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import Report, RunFolder
 from irgdistill.matching import print_plan
-from irgdistill.runtime import Stopped, World, joined, ranks, restarts, run_workers
+from irgdistill.runtime import Stopped, World, process_group, restart_count, run_workers, world_size
 from irgdistill.training import Parts, Setup, Trainer, check_processes, open_state, position, prepare, resolved, score
 
 
@@ -42,7 +42,7 @@ def start(request: DistillRequest) -> dict[str, Any] | None:
 
     The summary and the `folder` in the process that leads the run; None in others.
     """
-    restarted = restarts() > 0
+    restarted = restart_count() > 0
     config = _on_backend(resolved(request.config), request.backend)
     folder = RunFolder(request.output or _next_folder(config, last=restarted))
     if not restarted:
@@ -56,9 +56,9 @@ def start(request: DistillRequest) -> dict[str, Any] | None:
         setup = _ready(config, request.gpus, request.backend)
         if setup is None:
             return None
-        with joined(config.runtime.device, request.backend) as world:
-            folder = RunFolder(world.share(folder.path))
-            if world.share(restarted and folder.state.exists()):
+        with process_group(config.runtime.device, request.backend) as world:
+            folder = RunFolder(world.broadcast(folder.path))
+            if world.broadcast(restarted and folder.state.exists()):
                 return _go_on(folder, setup, world, open_state(folder)[0])
             trainer = Trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
             if world.main:
@@ -75,7 +75,7 @@ def start(request: DistillRequest) -> dict[str, Any] | None:
 def _ready(config: Config, gpus: str | None, backend: str | None, begun: bool = False) -> Setup | None:
     """What this process trains with; None: workers were started, and have done it. Raises UserError before that."""
     setup, workers = prepare(config, begun), _workers(config, gpus, backend)
-    check_processes(config, setup.splits, workers or ranks())
+    check_processes(config, setup.splits, workers or world_size())
     if not workers:
         return setup
     del setup
@@ -93,7 +93,7 @@ def _workers(config: Config, gpus: str | None, backend: str | None) -> int:
     there = torch.cuda.device_count()
     if backend == "nccl" and not there:
         raise UserError("--backend nccl: there is no GPU here; --backend gloo runs the processes on the CPU")
-    if gpus is None or ranks() > 1:
+    if gpus is None or world_size() > 1:
         return 0
     if config.runtime.device not in ("auto", "cpu", "cuda"):
         raise UserError(
@@ -130,7 +130,7 @@ def resume(request: ResumeRequest) -> dict[str, Any] | None:
         setup = _ready(_on_backend(validate(tree), request.backend), request.gpus, request.backend, begun=True)
         if setup is None:
             return None
-        with joined(setup.config.runtime.device, request.backend) as world:
+        with process_group(setup.config.runtime.device, request.backend) as world:
             return _go_on(folder, setup, world, state, request.previous)
 
 

@@ -28,7 +28,7 @@ from irgdistill.config import (
 )
 from irgdistill.errors import UserError, nearest
 from irgdistill.io import WEIGHTS, RunFolder
-from irgdistill.runtime import restarts
+from irgdistill.runtime import restart_count
 
 EXPORTS = ("hub", "onnx", "program", "timm")
 
@@ -58,7 +58,7 @@ class DistillRequest:
     def __post_init__(self) -> None:
         check_run(self.config)
         check_workers(self.gpus, self.backend)
-        if self.output is not None and not restarts():
+        if self.output is not None and not restart_count():
             RunFolder(self.output).refuse(self.overwrite)
 
 

@@ -22,7 +22,7 @@ from irgdistill.data.memory import fits
 from irgdistill.data.sampling import Order
 from irgdistill.data.splits import Splits
 from irgdistill.errors import UserError
-from irgdistill.runtime import World, cores, leave_to_parent
+from irgdistill.runtime import World, cores, ignore_signals
 
 WAITING, ENOUGH = 0.1, 10.0
 """Share of the time, and seconds, from which waiting for images is worth a word."""
@@ -62,7 +62,7 @@ class Loader:
             num_workers=workers,
             collate_fn=collate if self.stream else as_it_is,
             multiprocessing_context="fork" if forks else None,  # what is held is filled by all
-            worker_init_fn=leave_to_parent,
+            worker_init_fn=ignore_signals,
             drop_last=training,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0 and not self.stream,  # a stream learns its epoch when workers start

@@ -1,8 +1,9 @@
-from .batch_norm import synchronised
+from .batch_norm import sync_batch_norm
+from .compiler import compiler_settings
 from .device import autocast, choose_device, keep_memory, read_later
-from .distributed import World, joined, statistics_of
-from .environment import leave_word, ranks, restarts
-from .signals import Signals, Stopped, leave_to_parent
+from .distributed import World, process_group, running_statistics
+from .environment import report_failure, restart_count, world_size
+from .signals import Signals, Stopped, ignore_signals
 from .workers import cores, run_workers
 
 __all__ = [
@@ -11,15 +12,16 @@ __all__ = [
     "World",
     "autocast",
     "choose_device",
+    "compiler_settings",
     "cores",
-    "joined",
+    "ignore_signals",
     "keep_memory",
-    "leave_to_parent",
-    "leave_word",
-    "ranks",
+    "process_group",
     "read_later",
-    "restarts",
+    "report_failure",
+    "restart_count",
     "run_workers",
-    "statistics_of",
-    "synchronised",
+    "running_statistics",
+    "sync_batch_norm",
+    "world_size",
 ]

@@ -1,4 +1,4 @@
-"""Batch normalisation over all processes, on the CPU too."""
+"""Batch normalisation over all processes: torch's `SyncBatchNorm` on GPUs, `_Sync` on the CPU, which it lacks."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from torch import Tensor, nn
 
 from irgdistill.runtime.distributed import World
 
-# --- synchronised batch-norm ------------------------------------------------------------------------------------------
 
-
-def synchronised(model: nn.Module, world: World) -> nn.Module:
-    """The same network with batch-norm statistics over the images of all processes; state-dict keys do not change."""
+def sync_batch_norm(model: nn.Module, world: World) -> nn.Module:
+    """Compute batch-norm statistics over the images of all processes. The keys of the state dict do not change."""
     if world.size == 1:
         return model
     if next(model.parameters()).is_cuda:
         return cast(nn.Module, convert_sync_batchnorm(model))
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # The class is exchanged in place: parameters, buffers, hooks and the identity of the module stay.
             module.__class__ = _SyncAct if isinstance(module, BatchNormAct2d) else _Sync
             module.world = world  # type: ignore[assignment]
     return model
 
 
 class _Sync(nn.modules.batchnorm._BatchNorm):
-    """Batch-norm over all processes on the CPU, where torch's own does not run."""
+    """Batch normalisation over all processes on the CPU; torch's own runs on GPUs only."""
 
     world: World
 

@@ -1,4 +1,4 @@
-"""Where a run computes, and in which precision."""
+"""Device, memory and precision of a run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from irgdistill.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""mallopt(3): free memory above which some is given back, -1 never; how many allocations are mapped one by one"""
+"""Options of mallopt(3): the free memory above which some is returned to the system (-1: never), and the number of
+allocations that get a mapping of their own."""
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` (this process's GPU, else the CPU), or any torch device. Raises UserError when it is not there."""
+    """`auto` (this process's GPU, else the CPU), or any torch device. Raises UserError if it is not available."""
     if name == "auto":
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -30,22 +31,22 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def keep_memory(device: torch.device) -> None:
-    """A process that computes on the CPU keeps freed memory for the next tensor, as PyTorch does on GPUs; glibc only.
+    """Stop glibc from returning freed memory to the system, so that CPU tensors reuse it, as the CUDA allocator does.
 
-    For loops over batches of one size. glibc gives a large tensor back to the system when it is freed, and the next
-    one is made of pages that the system has to fill with zeros first: a tenth of a training step at 224 pixels or more.
-    Where MALLOC_MMAP_MAX_ or MALLOC_TRIM_THRESHOLD_ is set, that stands.
+    The system fills each new page with zeros, which takes a tenth of a training step at 224 pixels or more. This lasts
+    to the end of the process, so only commands call it, never the Python interface. Does nothing on other devices and
+    C libraries, or if MALLOC_MMAP_MAX_ or MALLOC_TRIM_THRESHOLD_ is set.
     """
     if device.type != "cpu" or {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # musl has none
+    if mallopt is not None:  # musl lacks it
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def autocast(amp: str, device: torch.device) -> Any:
-    """Reusable autocast context for a precision of `RuntimeConfig.amp`."""
+    """A reusable autocast context for a precision of `RuntimeConfig.amp`."""
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" else "none"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
@@ -53,14 +54,14 @@ def autocast(amp: str, device: torch.device) -> Any:
 
 
 def read_later(flag: Tensor) -> Callable[[], bool]:
-    """What asks for `flag`: it waits for what the device was given up to here, and not for what comes after."""
+    """Start an asynchronous copy of `flag`; the returned function waits for that copy only, and not for later work."""
     if flag.device.type != "cuda":
         return lambda: bool(flag)
-    copy, there = flag.to("cpu", non_blocking=True), torch.cuda.Event()
-    there.record(torch.cuda.current_stream(flag.device))
+    copy, copied = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(flag.device))
 
     def read() -> bool:
-        there.synchronize()
+        copied.synchronize()
         return bool(copy)
 
     return read

@@ -1,9 +1,9 @@
-"""Many processes: starting them, who is who, reductions, and a gather that carries the gradient.
+"""The processes of a run: rank and size, reductions, and a gather that carries the gradient.
 
-The only file that touches `torch.distributed`. Every loss is a mean over the images of one process, all processes hold
-equally many, and DDP takes the mean of their gradients: so a term that gathers features and gives the mean over its own
-rows is, over all processes, the mean over the whole relation graph, and its gradient is that of one process with all
-images. A `World` of one process does nothing and costs nothing.
+Only `runtime` touches `torch.distributed`. Every loss is a mean over the images of one process, all processes hold
+equally many, and DDP averages their gradients. So a term that gathers features and averages over its own rows is, over
+all processes, the mean over the whole relation graph, and its gradient equals that of one process with all images. A
+`World` of one process does nothing and costs nothing.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from irgdistill.runtime.environment import ranks, restarts
+from irgdistill.runtime.environment import restart_count, world_size
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and this one's place among them."""
+    """The processes of a run, and the rank of this one."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Place on this machine: the number of the GPU"""
+    """Rank on this machine: the number of its GPU."""
 
     @property
     def main(self) -> bool:
-        """Whether this is the one process that writes and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def rows(self, count: int) -> slice:
-        """Where this process's `count` images stand among those of all."""
+        """The rows of this process's `count` images among those of all processes."""
         return slice(self.rank * count, (self.rank + 1) * count)
 
     def gather(self, values: Tensor) -> Tensor:
-        """(b, …) of every process -> (size·b, …) on each, in the order of ranks, with gradient to each one's own."""
+        """(b, …) per process -> (size·b, …) on each, in the order of ranks; the gradient flows back to each process."""
         return values if self.size == 1 else cast(Tensor, _Gather.apply(values, self))
 
     def mean(self, values: Tensor) -> Tensor:
@@ -54,27 +54,27 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the processes, without gradient."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+        return self._reduce(values, dist.ReduceOp.SUM)
 
     def maximum(self, values: Tensor) -> Tensor:
         """Largest over the processes, elementwise, without gradient."""
-        return self._reduced(values, dist.ReduceOp.MAX)
+        return self._reduce(values, dist.ReduceOp.MAX)
 
-    def share(self, value: T) -> T:
-        """The first process's value."""
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def collect(self, value: T) -> list[T]:
-        """Every process's value, in the order of ranks."""
+        """The values of all processes, in the order of ranks."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def _reduced(self, values: Tensor, how: Any) -> Tensor:
+    def _reduce(self, values: Tensor, how: Any) -> Tensor:
         if self.size == 1 or values.is_meta:
             return values
         values = values.detach().contiguous().clone()
@@ -84,12 +84,12 @@ class World:
     # --- networks -----------------------------------------------------------------------------------------------------
 
     def wrap(self, network: nn.Module, unused: bool) -> nn.Module:
-        """DDP where there are several processes; `unused`: some parameters get no gradient."""
+        """Wrap in DDP if there are several processes. `unused`: some parameters get no gradient."""
         if self.size == 1:
             return network
         device = next(network.parameters()).device
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # what replaces broadcast_buffers is newer than torch 2.6
+            warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers; its replacement needs torch > 2.6
             return DistributedDataParallel(
                 network,
                 device_ids=[device] if device.type == "cuda" else None,
@@ -98,41 +98,41 @@ class World:
                 find_unused_parameters=unused,
             )
 
-    def local_gradients(self, network: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-        """While `wanted`, backward adds up gradients on each process without exchanging them."""
-        if wanted and isinstance(network, DistributedDataParallel):
+    def gradients(self, network: nn.Module, exchanged: bool) -> AbstractContextManager[None]:
+        """The context of a forward pass. Unless `exchanged`, its backward accumulates gradients in each process."""
+        if not exchanged and isinstance(network, DistributedDataParallel):
             return cast(AbstractContextManager[None], network.no_sync())
         return nullcontext()
 
     def average_statistics(self, model: nn.Module) -> None:
-        """Give every process the mean of all running means and variances."""
-        for name, buffer in statistics_of(model).items():
+        """Set the running means and variances of every process to their mean over processes."""
+        for name, buffer in running_statistics(model).items():
             assert buffer.is_floating_point(), name
             buffer.copy_(self.mean(buffer))
 
 
-def statistics_of(model: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances, by name: what processes see differently without synchronised batch-norm."""
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Running means and variances by name; without synchronised batch-norm they differ between processes."""
     return {name: b for name, b in model.named_buffers() if name.rpartition(".")[2] in ("running_mean", "running_var")}
 
 
 @contextmanager
-def joined(device: str, backend: str | None) -> Iterator[World]:
-    """The world that the environment describes, until the end of the block.
+def process_group(device: str, backend: str | None) -> Iterator[World]:
+    """Join the processes that the environment describes, until the end of the block.
 
-    CPU tensors travel by gloo, CUDA tensors by `backend` (nccl where there are GPUs). Raises RuntimeError where the
-    other processes do not answer.
+    CPU tensors use gloo, CUDA tensors `backend` (default nccl). Raises RuntimeError if the other processes do not
+    answer.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         yield World()
         return
-    world = World(int(os.environ["RANK"]), ranks(), int(os.environ.get("LOCAL_RANK", 0)))
+    world = World(int(os.environ["RANK"]), world_size(), int(os.environ.get("LOCAL_RANK", 0)))
     if device != "cpu" and torch.cuda.is_available() and backend != "gloo":
         torch.cuda.set_device(world.local_rank)
         backend = f"cpu:gloo,cuda:{backend or 'nccl'}"
-    # After a restart torchrun's store still holds the addresses of the processes that ended: a new part for each start.
+    # After an elastic restart the store still has the dead workers' addresses: use a new key prefix.
     store, rank, size = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"start-{restarts()}", store)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"start-{restart_count()}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend or "gloo", store=store, rank=rank, world_size=size)
     try:
         yield world
@@ -141,7 +141,7 @@ def joined(device: str, backend: str | None) -> Iterator[World]:
 
 
 class _Gather(torch.autograd.Function):
-    """Features of all processes; backward hands each process what all of them ask of its features."""
+    """Gather the rows of all processes; backward sums over the processes the gradient of each one's rows."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, world: World) -> Tensor:

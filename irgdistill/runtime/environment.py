@@ -1,4 +1,4 @@
-"""What a process that was started among others finds in its environment, and how it says why it ends."""
+"""The environment of a worker process, and how it reports its failure to the launcher."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import time
 from pathlib import Path
 
 FAILURES = "IRGDISTILL_FAILURES"
-"""Environment variable of a worker: the folder in which it says why it ended; the process that started it speaks."""
+"""Environment variable of a worker: the folder in which it reports a failure, for the launcher to print."""
 
 
-def ranks() -> int:
-    """How many processes this one was started among: by `torchrun`, or by `run_workers`."""
+def world_size() -> int:
+    """Number of processes of the run, started by `torchrun` or `run_workers`; 1 for a single process."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def restarts() -> int:
-    """How often `torchrun --max-restarts` has started these processes anew."""
+def restart_count() -> int:
+    """How often `torchrun --max-restarts` has restarted the processes of the run."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def leave_word(message: str, code: int) -> bool:
-    """In a worker, write why it ends, for the process that started it; False elsewhere."""
+def report_failure(message: str, code: int) -> bool:
+    """Write the failure to the launcher's folder. Returns False if this is not a worker."""
     folder, rank = os.environ.get(FAILURES), int(os.environ.get("RANK", 0))
     if folder is None:
         return False

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: taken at a moment that loses nothing, or at once."""
+"""SIGINT and SIGTERM: handled between two updates, or at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
-    """A signal ends the command at once. No `except Exception` on the way takes it for an error."""
+    """A signal ends the command at once. Derives from BaseException, so that no `except Exception` catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -21,11 +21,11 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """A context in which SIGINT and SIGTERM raise `Stopped`; if it is `patient`, the first is only noted in `asked`."""
+    """A context in which SIGINT and SIGTERM raise `Stopped`; if `patient`, the first is only stored in `received`."""
 
     def __init__(self, patient: bool = False) -> None:
         self.patient = patient
-        self.asked: int | None = None
+        self.received: int | None = None
 
     def __enter__(self) -> Signals:
         self._owner = os.getpid()
@@ -38,16 +38,16 @@ class Signals:
 
     def _take(self, number: int, _frame: Any) -> None:
         if os.getpid() != self._owner:
-            return  # a forked loader process: its parent decides
-        first, self.asked = self.asked is None, number
+            return  # a forked loader worker: its parent handles the signal
+        first, self.received = self.received is None, number
         if not (first and self.patient):
             raise Stopped(number)
 
     @contextmanager
     def impatient(self) -> Iterator[None]:
-        """Within, the first signal raises `Stopped` too: for work that can be left at any point."""
-        if self.asked is not None:
-            raise Stopped(self.asked)
+        """A context in which the first signal raises `Stopped` too, for work that can be abandoned at any point."""
+        if self.received is not None:
+            raise Stopped(self.received)
         before, self.patient = self.patient, False
         try:
             yield
@@ -55,10 +55,10 @@ class Signals:
             self.patient = before
 
 
-def leave_to_parent(_worker: int) -> None:
-    """In a loader process: a signal to all processes of a job is its parent's to answer, which needs it to the end.
+def ignore_signals(_worker: int) -> None:
+    """Ignore SIGINT and SIGTERM in a loader worker: the parent handles them and still needs the worker.
 
-    The SIGTERM by which the parent itself ends it still counts (where the system tells the sender).
+    A SIGTERM sent by the parent still ends it, on systems that tell the sender.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

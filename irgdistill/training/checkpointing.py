@@ -16,7 +16,7 @@ from irgdistill.config import dump
 from irgdistill.errors import UserError
 from irgdistill.io import Report, RunFolder, write_text
 from irgdistill.models import describe, timm_config
-from irgdistill.runtime import World, statistics_of
+from irgdistill.runtime import World, running_statistics
 from irgdistill.training.components import Parts
 from irgdistill.training.setup import Setup
 from irgdistill.training.state import Saver, best_on_disk, mean_of, other_state, random_states, restore_random_states
@@ -69,7 +69,7 @@ class Saved(Parts):
             if (self.epoch, self.batch) == (0, 0):  # the first state was saved before the first record
                 self._record_teacher()
             self._repair()
-        self.best = self.world.share(self.best)
+        self.best = self.world.broadcast(self.best)
 
     def _record_teacher(self) -> None:
         if self.tried is not None:
@@ -142,7 +142,7 @@ class Saved(Parts):
         processes = self.world.collect(self._own())
         if self.world.main:
             self.saver.save(lambda: self._state(processes))
-        self.saver.error = self.world.share(self.saver.error)
+        self.saver.error = self.world.broadcast(self.saver.error)
 
     def _state(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -179,7 +179,7 @@ class Saved(Parts):
             "random": random_states(),
             "bad_images": self.bad.names,
             "sums": {name: value.cpu() for name, value in self.sums.items()},
-            "statistics": [{k: v.cpu() for k, v in statistics_of(model).items()} for model in self._unshared()],
+            "statistics": [{k: v.cpu() for k, v in running_statistics(model).items()} for model in self._unshared()],
         }
 
     def _restore_own(self, processes: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from irgdistill.io import Report
 from irgdistill.losses import Learner, build_loss
 from irgdistill.matching import Tapped, has_unused_parameters
 from irgdistill.models import fold_batch_norm
-from irgdistill.runtime import World, autocast, choose_device, keep_memory, synchronised
+from irgdistill.runtime import World, autocast, choose_device, keep_memory, sync_batch_norm
 from irgdistill.training.evaluation import evaluate
 from irgdistill.training.optimization import build_mix, build_optimizer, build_scheduler
 from irgdistill.training.setup import Setup
@@ -66,13 +66,13 @@ class Parts:
         model = self._place(setup.student.model)
         self.ema = None if config.optim.ema is None else ModelEmaV3(model, decay=config.optim.ema, use_warmup=True)
         if config.runtime.sync_bn:
-            model = synchronised(model, self.world)
+            model = sync_batch_norm(model, self.world)
         view = setup.student.view().to(self.device)
         self.tapped = Tapped(model, view, channels_last=last, **self.loss.where("student"))
         network = self._compiled(self.tapped, config.runtime.compile_mode)
         self.adapters = self.loss.adapters().to(self.device)
         if config.runtime.sync_bn and list(self.adapters.parameters()):
-            synchronised(self.adapters, self.world)
+            sync_batch_norm(self.adapters, self.world)
         learner = Learner(network, self.adapters) if len(self.adapters) else network
         unused = self.world.size > 1 and (
             setup.untaught_logits or has_unused_parameters(self.tapped, setup.student.input.shape)

@@ -57,7 +57,7 @@ class Trainer(Saved):
             torch.compiler.cudagraph_mark_step_begin()  # what recorded graphs gave may be overwritten from here on
         images, targets = self._mixed(images, labels)
         boundary = (self.batch + 1) % self.accumulate == 0
-        with self.world.local_gradients(self.student, wanted=not boundary), self.autocast:
+        with self.world.gradients(self.student, exchanged=boundary), self.autocast:
             with torch.no_grad():
                 teacher = None if self.teacher is None else self.teacher(images)
             if self.cache is not None and cached is not None:
@@ -262,7 +262,7 @@ class Trainer(Saved):
 
     def _pause(self) -> None:
         """Between two updates: stop if a signal asked any process for it, save if it is time."""
-        here = [self.signals.asked or 0, int(self.saver.due(self.update))]
+        here = [self.signals.received or 0, int(self.saver.due(self.update))]
         asked, due = self.world.maximum(torch.tensor(here)).tolist()
         if asked:
             self._stop(asked)

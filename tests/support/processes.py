@@ -13,7 +13,7 @@ import torch
 
 from irgdistill.config import load_config
 from irgdistill.io import Report, RunFolder
-from irgdistill.runtime import World, joined
+from irgdistill.runtime import World, process_group
 from irgdistill.training import Trainer, prepare
 
 
@@ -21,7 +21,7 @@ def _one(rank: int, size: int, port: int, path: str, function: Callable[..., Any
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    with joined("cpu", "gloo") as world:
+    with process_group("cpu", "gloo") as world:
         torch.save(function(world, *args), f"{path}/{rank}.pt")
 
 

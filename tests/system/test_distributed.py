@@ -19,7 +19,7 @@ from irgdistill.graph import edge_loss, transformation_loss
 from irgdistill.io.console import Report
 from irgdistill.io.run_folder import RunFolder
 from irgdistill.models.build import build_network
-from irgdistill.runtime.batch_norm import synchronised
+from irgdistill.runtime.batch_norm import sync_batch_norm
 from irgdistill.runtime.distributed import World
 from irgdistill.training.evaluation import evaluate
 from irgdistill.training.setup import prepare
@@ -233,7 +233,7 @@ def _statistics(world: World, name: str) -> dict[str, Any]:
     model = build_network(name, num_classes=3).model.double().train()
     keys = list(model.state_dict())
     images = torch.randn(8, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    model = synchronised(model, world)
+    model = sync_batch_norm(model, world)
     assert list(model.state_dict()) == keys
     logits = model(images[world.rows(8 // world.size)])
     (logits.square().mean() / world.size).backward()
@@ -262,7 +262,7 @@ def _run(world: World, flags: dict[str, Any], folder: Path, stop: int | None, re
 
         def counted(*args: Any) -> Any:
             if trainer.update == stop and world.rank == world.size - 1:  # one process alone is told to stop
-                trainer.signals.asked = 15
+                trainer.signals.received = 15
             return step(*args)
 
         trainer.train_step = counted  # type: ignore[method-assign]
