@@ -39,9 +39,10 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from irgdistill.config.input_spec import InputSpec
 from irgdistill.config.loading import load_config
 from irgdistill.config.schema import Config
-from irgdistill.data.dataset import BadImages
+from irgdistill.data.dataset import UnreadableImages
 from irgdistill.data.loader import train_loader
 from irgdistill.data.sources.open import open_splits
 from irgdistill.data.splits import Splits
@@ -96,7 +97,7 @@ def three_steps(teacher_name: str, student_name: str, splits: Splits) -> dict[st
     plan = match(teacher.levels(), student.levels())
     without = {"losses.transform.weight": 0.0} if not any(pair.transformation() for pair in plan.pairs) else {}
     config = load_config(flags={**FLAGS, "method": "irg+kd", **without})
-    images, targets = _batch(config, splits, max(teacher.size, student.size), student.interpolation, student.mean)
+    images, targets = _batch(config, splits, student.input.covering(teacher.input))
     tapped_teacher = Tapped(teacher.model, teacher.view(), plan.teacher_taps()).requires_grad_(False)
     tapped = Tapped(student.model, student.view(), plan.student_taps(config.losses.edges.blocks))
     _calibrate(tapped_teacher, images)
@@ -130,7 +131,7 @@ def three_steps(teacher_name: str, student_name: str, splits: Splits) -> dict[st
         "teacher": teacher_name,
         "student": student_name,
         "params": [parameters(teacher.model), parameters(student.model)],
-        "sizes": ["x".join(map(str, network.size)) for network in (teacher, student)],
+        "sizes": ["x".join(map(str, network.input.size)) for network in (teacher, student)],
         "stages": [f"{pair.name}: {pair.teacher.exit.module} -> {pair.student.exit.module}" for pair in plan.pairs],
         "layouts": [pair.exit.layout for pair in (plan.pairs[-1].teacher, plan.pairs[-1].student)],
         "untrained": round(untrained.item(), 5),
@@ -143,10 +144,10 @@ def three_steps(teacher_name: str, student_name: str, splits: Splits) -> dict[st
     }
 
 
-def _batch(config: Config, splits: Splits, size: tuple[int, int], interpolation: str, mean: Any) -> Any:
+def _batch(config: Config, splits: Splits, crop: InputSpec) -> Any:
     """The first training batch of the project's own loader."""
-    cpu, bad = torch.device("cpu"), BadImages(0)
-    loader = train_loader(splits, config.data, config.augment, size, interpolation, mean, cpu, SEED, bad)
+    cpu, bad = torch.device("cpu"), UnreadableImages(0)
+    loader = train_loader(splits, config.data, config.augment, crop, cpu, SEED, bad)
     return next(loader.epoch())
 
 

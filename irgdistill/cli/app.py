@@ -185,11 +185,11 @@ def distill(
         else ResumeRequest(resume, given, previous_state, gpus, backend)
     )
     from irgdistill.commands import distill as run
-    from irgdistill.io import hushed
+    from irgdistill.io import quiet_console
 
     remember_names()
     summary = None
-    with hushed(quiet):
+    with quiet_console(quiet):
         if isinstance(request, ResumeRequest):
             summary = run.resume(request)
         elif dry_run:
@@ -250,9 +250,9 @@ def compare(
         finished=finished,
     )
     from irgdistill.commands.compare.run import compare as run
-    from irgdistill.io import hushed
+    from irgdistill.io import quiet_console
 
-    with hushed(quiet):
+    with quiet_console(quiet):
         run(request)
 
 
@@ -285,9 +285,9 @@ def cache_teacher(
     config = load_config(options["preset"], list(options["settings"] or ()), settings_of(options))
     request = CacheRequest(config, output, views, store, logits)
     from irgdistill.commands.cache_teacher import cache_teacher as run
-    from irgdistill.io import hushed
+    from irgdistill.io import quiet_console
 
-    with hushed(quiet):
+    with quiet_console(quiet):
         run(request)
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from irgdistill.commands.requests import CacheRequest
 from irgdistill.config import Config
-from irgdistill.data import BadImages, as_it_is, train_images
+from irgdistill.data import UnreadableImages, no_collate, train_images
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.graph import unit
 from irgdistill.io import Report, read_tensors, save_tensors, write_text
@@ -55,7 +55,7 @@ def cache_teacher(request: CacheRequest) -> None:
     seed = config.seed if config.data.view_seed is None else config.data.view_seed
     views = describe_views(config.augment, crop, count, seed)
     report = Report()
-    bad = BadImages(config.data.max_bad_images, report.warn)
+    bad = UnreadableImages(config.data.max_bad_images, report.warn)
     images = train_images(splits, config.data, config.augment, crop, seed, bad)
     taps, attended = _taps(config, teacher, student)
     about: dict[str, Any] = {
@@ -170,7 +170,7 @@ def _shard(
         batch_size=config.data.eval_batch_size,
         sampler=keys,
         num_workers=config.data.workers,
-        collate_fn=as_it_is,
+        collate_fn=no_collate,
         worker_init_fn=ignore_signals,
         multiprocessing_context="fork" if config.data.workers and images.held is not None else None,
         pin_memory=device.type == "cuda",

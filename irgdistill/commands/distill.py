@@ -46,7 +46,7 @@ def start(request: DistillRequest) -> dict[str, Any] | None:
     config = _on_backend(resolved(request.config), request.backend)
     folder = RunFolder(request.output or _next_folder(config, last=restarted))
     if not restarted:
-        folder.refuse_to_lose(
+        folder.check_inputs(
             {
                 "--teacher-checkpoint": config.teacher.checkpoint,
                 "--student-checkpoint": config.student.checkpoint,
@@ -155,7 +155,7 @@ def _says_where_it_stands(folder: RunFolder, begun: bool) -> Iterator[None]:
     except Stopped as stop:
         left = "nothing was trained yet"
         if folder.state.exists() and folder.state.stat().st_mtime_ns != before:
-            left = f"what was saved is safe; go on with: {folder.go_on}"
+            left = f"what was saved is safe; go on with: {folder.resume_command}"
         raise Interrupted(128 + stop.number, f"{stop}; {left}") from None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from irgdistill.commands.requests import EvalRequest
 from irgdistill.config import Config, DataConfig, data_of
-from irgdistill.data import BadImages, eval_loader, open_splits
+from irgdistill.data import UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import Report, table
 from irgdistill.matching import Tapped
@@ -54,7 +54,7 @@ def _evaluate(network: Network, teacher: Network | None, data: DataConfig, confi
         )
     if network.classes is not None and network.classes != splits.classes:
         raise UserError(f"the class names of {data.source} are not those that {network.name} was trained on")
-    bad = BadImages(data.max_bad_images, Report().warn)
+    bad = UnreadableImages(data.max_bad_images, Report().warn)
     crop = network.input.covering(None if teacher is None else teacher.input)
     loader = eval_loader(splits, data, crop, device, bad)
     plain = [None if n is None else Tapped(n.model.to(device), n.view().to(device)).eval() for n in (network, teacher)]

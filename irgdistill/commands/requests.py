@@ -27,7 +27,7 @@ from irgdistill.config import (
     load_config,
 )
 from irgdistill.errors import UserError, nearest
-from irgdistill.io import WEIGHTS, RunFolder
+from irgdistill.io import WEIGHTS, RunFolder, check_loggers
 from irgdistill.runtime import restart_count
 
 EXPORTS = ("hub", "onnx", "program", "timm")
@@ -57,9 +57,10 @@ class DistillRequest:
 
     def __post_init__(self) -> None:
         check_run(self.config)
+        check_loggers(self.config.runtime.loggers)
         check_workers(self.gpus, self.backend)
         if self.output is not None and not restart_count():
-            RunFolder(self.output).refuse(self.overwrite)
+            RunFolder(self.output).check_overwrite(self.overwrite)
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,13 @@ class ResumeRequest:
         fixed = sorted(set(self.changes) - MOVABLE)
         if fixed:
             raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(MOVABLE))}")
+        check_loggers(self.changes.get("runtime.loggers") or ())
         check_workers(self.gpus, self.backend)
         folder = RunFolder(self.path)
         if folder.summary.exists():
             raise UserError(f"{self.path} holds a finished run; there is nothing to resume")
         if not folder.state.exists() and not folder.previous_state.exists():
-            raise UserError(folder.unsaved())
+            raise UserError(folder.explain_missing_state())
 
 
 @dataclass(frozen=True)

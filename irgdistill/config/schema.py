@@ -356,8 +356,8 @@ class RuntimeConfig(Section):
     """Updates between two records in metrics.jsonl."""
     share_every: Annotated[int, Field(ge=0)] = 200
     """Updates between two samples of each term's share of the student's gradient norm; 0 is off."""
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where the records of metrics.jsonl go as well."""
+    loggers: tuple[str, ...] = ()
+    """Loggers that also get the records of metrics.jsonl: `tensorboard`, `wandb`."""
     graph_images_every: Annotated[int, Field(ge=0)] = 0
     """Epochs between two pictures of both networks' graphs for the loggers; 0 is off."""
     save_every_steps: Annotated[int, Field(ge=0)] = 0

@@ -96,7 +96,7 @@ def train_transform(config: AugmentConfig, input_spec: InputSpec) -> Any:
         ) from None
     steps = compose.transforms
     if crop in ("pad", "none"):
-        fit = fit_to(input_spec)
+        fit = resize_to(input_spec)
         steps[:1] = [fit] if crop == "none" else [fit, transforms.RandomCrop(size, padding_of(config, size))]
     if config.erase > 0:
         fill = tuple(round(255 * value) for value in input_spec.mean)
@@ -104,7 +104,7 @@ def train_transform(config: AugmentConfig, input_spec: InputSpec) -> Any:
     return transforms.Compose(steps)
 
 
-def fit_to(input_spec: InputSpec) -> Any:
+def resize_to(input_spec: InputSpec) -> Any:
     return transforms.Resize(input_spec.size, transforms.InterpolationMode(input_spec.interpolation))
 
 
@@ -126,7 +126,7 @@ def eval_transform(input_spec: InputSpec) -> Any:
     )
 
 
-def then_pixels(fit: Any) -> Any:
+def to_uint8(fit: Any) -> Any:
     """The same, PIL -> uint8 (3, H, W)."""
     return lambda image: pixels_of(fit(image))
 
@@ -136,7 +136,7 @@ def seed_words(seed: int, key: int) -> Any:
     return np.random.SeedSequence((seed, key)).generate_state(2)
 
 
-def under(seed: int, key: int, transform: Any, image: Image.Image) -> Tensor:
+def transform_seeded(seed: int, key: int, transform: Any, image: Image.Image) -> Tensor:
     """What `transform` makes of an image under the generators of this key."""
     with _seeded(seed, key):
         return cast(Tensor, transform(image))

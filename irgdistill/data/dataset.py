@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from irgdistill.data.augmentation import under
-from irgdistill.data.memory import Held
+from irgdistill.data.augmentation import transform_seeded
+from irgdistill.data.memory import ImageMemory
 from irgdistill.data.splits import Source
 from irgdistill.errors import UserError
 
 
-class BadImages:
+class UnreadableImages:
     """Unreadable images, named once each; workers report through a queue, `collect` warns in the main process."""
 
     def __init__(self, limit: int, warn: Callable[[str], None] = lambda line: None) -> None:
@@ -49,7 +49,7 @@ class Images(Dataset[Any]):
     """
 
     def __init__(
-        self, source: Source, indices: Sequence[int], transform: Any, seed: int, bad: BadImages, training: bool
+        self, source: Source, indices: Sequence[int], transform: Any, seed: int, bad: UnreadableImages, training: bool
     ) -> None:
         self.source = source
         self.indices = indices
@@ -58,13 +58,13 @@ class Images(Dataset[Any]):
         self.queue = bad.queue
         self.limit = bad.limit
         self.training = training
-        self.held: Held | None = None
+        self.held: ImageMemory | None = None
         self.answers: Callable[[Sequence[int]], Tensor] | None = None
         self.whole: Callable[[Tensor, Sequence[int]], Tensor] | None = None
 
     def hold(self, size: tuple[int, int], fit: Any, whole: Callable[[Tensor, Sequence[int]], Tensor] | None) -> None:
         """Keep every image as `fit` gives it, PIL -> `size`; `whole` then takes the place of `transform`."""
-        self.held = Held(len(self), size, lambda position: self._read(position, fit))
+        self.held = ImageMemory(len(self), size, lambda position: self._read(position, fit))
         self.whole = whole
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class Images(Dataset[Any]):
 
     def __getitem__(self, key: int) -> tuple[Tensor, int] | None:
         for position in self._candidates(key):
-            found = self._read(position, lambda image: under(self.seed, key, self.transform, image))
+            found = self._read(position, lambda image: transform_seeded(self.seed, key, self.transform, image))
             if found is not None:
                 return found
         return None

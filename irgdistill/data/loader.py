@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from irgdistill.config import AugmentConfig, DataConfig, InputSpec
-from irgdistill.data.augmentation import batched, eval_transform, fit_to, then_pixels, train_transform
-from irgdistill.data.dataset import BadImages, Images, collate
+from irgdistill.data.augmentation import batched, eval_transform, resize_to, to_uint8, train_transform
+from irgdistill.data.dataset import Images, UnreadableImages, collate
 from irgdistill.data.memory import fits
-from irgdistill.data.sampling import Order
+from irgdistill.data.sampling import EpochSampler
 from irgdistill.data.splits import Splits
 from irgdistill.errors import UserError
 from irgdistill.runtime import World, cores, ignore_signals
@@ -42,7 +42,7 @@ class Loader:
         device: torch.device,
         seed: int,
         training: bool,
-        bad: BadImages,
+        bad: UnreadableImages,
         world: World | None = None,
         views: int | None = None,
         balance: Tensor | None = None,
@@ -53,14 +53,14 @@ class Loader:
         self.bad = bad
         self.stream = isinstance(images, IterableDataset)
         own_order = training and not self.stream
-        self.order = Order(len(images), batch_size, seed, world, balance, views) if own_order else None
+        self.order = EpochSampler(len(images), batch_size, seed, world, balance, views) if own_order else None
         forks = workers > 0 and getattr(images, "held", None) is not None
         self.loader = DataLoader(
             images,
             batch_size=batch_size // world.size if training else batch_size,
             sampler=self.order,
             num_workers=workers,
-            collate_fn=collate if self.stream else as_it_is,
+            collate_fn=collate if self.stream else no_collate,
             multiprocessing_context="fork" if forks else None,  # what is held is filled by all
             worker_init_fn=ignore_signals,
             drop_last=training,
@@ -135,7 +135,7 @@ class Loader:
         return f"training waited for images {share:.0%} of the time: {advice} (--workers {workers}, {count} cores)"
 
 
-def as_it_is(batch: Any) -> Any:
+def no_collate(batch: Any) -> Any:
     """What `Images` gives is a batch already."""
     return batch
 
@@ -146,13 +146,13 @@ def train_images(
     augment: AugmentConfig,
     crop: InputSpec,
     seed: int,
-    bad: BadImages,
+    bad: UnreadableImages,
 ) -> Images:
     """Augmented training images, by key; small ones are held in memory."""
     images = Images(splits.train, splits.train_indices, train_transform(augment, crop), seed, bad, True)
     whole = batched(augment, crop.size, seed)
     if whole is not None and fits(len(images), crop.size, config.hold_gib, config.workers):
-        images.hold(crop.size, then_pixels(fit_to(crop)), whole)
+        images.hold(crop.size, to_uint8(resize_to(crop)), whole)
     return images
 
 
@@ -163,7 +163,7 @@ def train_loader(
     crop: InputSpec,
     device: torch.device,
     seed: int,
-    bad: BadImages,
+    bad: UnreadableImages,
     world: World | None = None,
     answers: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> Loader:
@@ -189,7 +189,7 @@ def eval_loader(
     config: DataConfig,
     crop: InputSpec,
     device: torch.device,
-    bad: BadImages,
+    bad: UnreadableImages,
     limit: int | None = None,
     world: World | None = None,
 ) -> Loader:

@@ -24,7 +24,7 @@ FORKS = "fork" in multiprocessing.get_all_start_methods()
 UNKNOWN, THERE, UNREADABLE = range(3)
 
 
-class Held:
+class ImageMemory:
     """Images (N, 3, H, W) uint8 and labels (N,), each read once, when it is first asked for.
 
     In anonymous shared memory, which the loader's processes (forked) fill together.

@@ -12,7 +12,7 @@ from irgdistill.errors import UserError
 from irgdistill.runtime import World
 
 
-class Order(torch.utils.data.Sampler[int]):
+class EpochSampler(torch.utils.data.Sampler[int]):
     """Keys of one epoch's whole batches, shuffled by (seed, epoch), from a batch on: this process's part of each.
 
     With `labels` (length,) every class is drawn equally often.

@@ -109,7 +109,7 @@ def hold_out(source: Source, labels: Sequence[int], classes: list[str], fraction
     return Splits(source, source, classes, sorted(train), sorted(val))
 
 
-def balanced_part(splits: Splits, count: int) -> list[int]:
+def balanced_subset(splits: Splits, count: int) -> list[int]:
     """`count` of the training images, as many of each class as can be; depends on the images' order alone."""
     if splits.streaming:
         raise UserError(f"data.train_images = {count}: a stream has no list of images to choose from")

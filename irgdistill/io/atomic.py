@@ -1,4 +1,7 @@
-"""Atomic writes: a file or folder is written whole or not at all."""
+"""Atomic writes: a file or folder is written whole or not at all.
+
+The standard library has `os.replace` alone: it does not sync to disk, keep the previous file or replace a folder.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from irgdistill.io.run_folder import TEMPORARY
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
-    """`write` fills a temporary file, which then takes the place of `path` in one step and survives a power cut.
+    """Let `write` fill a temporary file, sync it to disk, then move it to `path` in one step.
 
-    What was at `path` stays under the name `previous`, if that is given. After an OSError all is as it was before.
+    The file that was at `path` is kept as `previous`, if that is given. An OSError changes nothing.
     """
-    folder = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")  # a folder, as `write` may make further files
+    folder = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")  # a folder: `write` may create several files
     try:
         folder.mkdir(exist_ok=True)
         temporary = folder / path.name
@@ -31,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], previous: Path
 
 
 def _keep(path: Path, previous: Path, link: Path) -> None:
-    """A second name for what is at `path`, so that there is a file under both names at any moment."""
+    """Rename `path` to `previous` through a hard link, so that both names exist at any moment."""
     try:
         os.link(path, link)
     except OSError:  # a file system without hard links
@@ -40,7 +43,7 @@ def _keep(path: Path, previous: Path, link: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -55,13 +58,14 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` fills a temporary folder, which then takes the place of `path`. After an error all is as it was."""
-    around = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    new, old = around / path.name, around / "old"
+    """Let `write` fill a temporary folder, then move it to `path`. An error changes nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    new, old = temporary / path.name, temporary / "old"
     try:
         new.mkdir(parents=True)
         write(new)
@@ -77,5 +81,5 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
                 old.rename(path)
             raise
     finally:
-        shutil.rmtree(around, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     sync(path.parent)

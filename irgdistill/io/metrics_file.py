@@ -1,4 +1,4 @@
-"""metrics.jsonl: records appended a line each, through full disks and back to where a state was saved."""
+"""metrics.jsonl: appends one record per line, survives a full disk and returns to a saved position."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from irgdistill.io.atomic import sync
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, of none where it is missing; damaged lines are left out."""
+    """Records of a file; [] if it is missing. Damaged lines are skipped."""
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
@@ -22,8 +22,8 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [record for record in found if isinstance(record, dict) and "kind" in record]
 
 
-class Journal:
-    """Lines of one file. What cannot be written is kept and tried again with the next line."""
+class MetricsFile:
+    """Records of one file. Those that cannot be written are kept and tried again with the next."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self.path = path
@@ -32,18 +32,20 @@ class Journal:
         self._length = self._checksum = 0
         self._failed = False
 
-    def append(self, line: str) -> None:
-        """Add one line; says so once when the disk does not take it."""
-        self._waiting += line.encode() + b"\n"
+    def append(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Add one record, its numbers rounded to 7 digits -> the record as written. Warns once if the disk is full."""
+        rounded: Mapping[str, Any] = _rounded(record)
+        self._waiting += json.dumps(rounded).encode() + b"\n"
         try:
             self._flush()
         except OSError as error:
             if not self._failed:
-                self._warn(f"{self.path} cannot be written ({error.strerror}); its records are kept and tried again")
+                self._warn(f"{self.path} cannot be written ({error.strerror}); its records are kept and written later")
             self._failed = True
+        return rounded
 
     def mark(self) -> dict[str, int]:
-        """Length in bytes and CRC-32 of what is now safely on disk. Raises OSError when something is not."""
+        """Length in bytes and CRC-32 of the file, now safely on disk. Raises OSError."""
         self._flush()
         if self._length:
             sync(self.path)
@@ -51,7 +53,7 @@ class Journal:
         return {"bytes": self._length, "crc32": self._checksum}
 
     def rewind(self, mark: Mapping[str, int]) -> None:
-        """Forget what was written after `mark`. A file that is not the one of then is kept as it is, with a warning."""
+        """Drop what was written after `mark`. Warns about a file that does not begin as it did then, and keeps it."""
         content = self.path.read_bytes() if self.path.exists() else b""
         kept = content[: mark["bytes"]]
         if len(kept) < mark["bytes"] or zlib.crc32(kept) != mark["crc32"]:
@@ -74,3 +76,11 @@ class Journal:
         self._length += len(self._waiting)
         self._checksum = zlib.crc32(self._waiting, self._checksum)
         self._waiting, self._failed = b"", False
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return value

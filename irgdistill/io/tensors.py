@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, and tensors with metadata and a checksum as safetensors."""
+"""Tensors with metadata and a checksum, as safetensors written atomically."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from irgdistill.errors import UserError
 from irgdistill.io.atomic import write_atomically
 
 FORMAT = 2
+"""Version of the files that this package writes; it reads those up to it."""
 
 
 KEY, CHECKSUM = "irgdistill", "checksum"
+"""Keys of the metadata and the checksum in a safetensors header."""
 
 
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], previous: Path | None = None
 ) -> None:
-    """Tensors as safetensors, `metadata` as JSON in the header, with a checksum of both. Raises OSError."""
+    """Write tensors as safetensors, with `metadata` as JSON and a checksum of both in the header. Raises OSError."""
     own = own_copies(tensors)
     header = _header(json.dumps(dict(metadata)), own)
 
@@ -44,7 +46,7 @@ def save_tensors(
 
 
 def own_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, each with memory of its own."""
+    """Contiguous copies on the CPU that share no memory."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -53,7 +55,7 @@ def _header(text: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of a text and of every tensor's name, type, shape and bytes; any single flipped bit changes it."""
+    """CRC-32, as 8 hex digits, of a text and of every tensor's name, dtype, shape and bytes."""
     value = zlib.crc32(text.encode())
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
@@ -62,12 +64,12 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint of ours says about itself; None for other safetensors. Raises UserError when unreadable."""
+    """Metadata that `save_tensors` wrote; None for other safetensors files. Raises UserError if unreadable."""
     return _read(path, tensors=False)[1]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors and metadata (None for a file that is not ours). Raises UserError when unreadable, or changed since."""
+    """Tensors and metadata (None for other safetensors files). Raises UserError if unreadable or damaged."""
     return _read(path, tensors=True)
 
 
@@ -79,7 +81,7 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] 
             header = file.metadata() or {}
             values = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file: {error}") from None
+        raise UserError(f"{path} is truncated or not a safetensors file: {error}") from None
     if KEY not in header:
         return values, None
     try:
@@ -92,5 +94,5 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] 
             f"{path} was written by a newer irgdistill (format {metadata['format']}, this one reads {FORMAT})"
         )
     if tensors and header != _header(header[KEY], values):
-        raise UserError(f"{path} is damaged: its content is not what its checksum was taken of")
+        raise UserError(f"{path} is damaged: its content does not match its checksum")
     return values, metadata

@@ -9,7 +9,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from irgdistill.data import BadImages, eval_loader, train_loader
+from irgdistill.data import UnreadableImages, eval_loader, train_loader
 from irgdistill.errors import UserError
 from irgdistill.io import Report
 from irgdistill.losses import Learner, build_loss
@@ -114,7 +114,7 @@ class Parts:
 
     def _build_loaders(self) -> None:
         setup, config, student = self.setup, self.config, self.setup.student
-        self.bad = BadImages(config.data.max_bad_images, self.report.warn)
+        self.bad = UnreadableImages(config.data.max_bad_images, self.report.warn)
         self.cache = setup.cache if config.uses_teacher else None
         if self.cache is not None:
             self.cache.open(self.loss.where("teacher"))

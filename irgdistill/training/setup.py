@@ -10,7 +10,7 @@ from timm.layers import use_reentrant_ckpt
 from timm.utils import random_seed
 
 from irgdistill.config import LOGIT_TERMS, STAGE_TERMS, Config, InputSpec, check_run
-from irgdistill.data import BadImages, Splits, balanced_weights, open_splits, train_images
+from irgdistill.data import Splits, UnreadableImages, balanced_weights, open_splits, train_images
 from irgdistill.errors import UserError
 from irgdistill.matching import Plan, match
 from irgdistill.models import LOCAL, Network, build_booster, build_student, build_teacher, resolve_student
@@ -121,7 +121,7 @@ def _check_cache(cache: Cache, config: Config, splits: Splits, student: Network,
         )
     crop, count, seed = cache.crop(student.input), cache.views["views"], cache.views["seed"]
     cache.check_same("views", describe_views(config.augment, crop, count, seed))
-    images = train_images(splits, config.data, config.augment, crop, seed, BadImages(config.data.max_bad_images))
+    images = train_images(splits, config.data, config.augment, crop, seed, UnreadableImages(config.data.max_bad_images))
     cache.check_same("data", describe_data(images, splits, count))
     if config.uses_teacher:
         cache.check_terms(config.losses.weights(), plan)

@@ -136,7 +136,7 @@ def other_state(folder: RunFolder, previous: bool) -> str:
         return "there is no other state to go on from"
     if previous:
         return f"the newer state is whole ({position(state)}): leave out --previous-state"
-    return f"the state before it is whole ({position(state)}): {folder.go_on} --previous-state"
+    return f"the state before it is whole ({position(state)}): {folder.resume_command} --previous-state"
 
 
 def _check_same(config: Config, remembered: Config, folder: RunFolder) -> None:

@@ -250,7 +250,7 @@ class Trainer(Saved):
         except OSError as error:
             raise UserError(
                 f"trained to the end, but not all is saved ({reason(error)}): {self.saver.saved}; "
-                f"make room, then: {self.folder.go_on}"
+                f"make room, then: {self.folder.resume_command}"
             ) from None
         return summary
 
@@ -278,7 +278,7 @@ class Trainer(Saved):
             saved = f"but this could not be saved ({reason(self.saver.error)}): {self.saver.saved}"
         raise Interrupted(
             128 + number,
-            f"stopped at {where}, {saved}; go on with: {self.folder.go_on}",
+            f"stopped at {where}, {saved}; go on with: {self.folder.resume_command}",
         )
 
     def _done(self) -> int:

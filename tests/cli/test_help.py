@@ -18,7 +18,7 @@ from support import Run
 
 from irgdistill.cli import options as cli_options
 from irgdistill.cli.app import app
-from irgdistill.io.console import Report, hushed, table
+from irgdistill.io.console import Report, quiet_console, table
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 PANELS = {"Networks", "Data", "Matching", "Method", "Training", "Run", "Result"}
@@ -117,15 +117,15 @@ def test_quiet_and_json_leave_results_and_warnings(run: Run, tmp_path: Path) -> 
     assert failed.code == 2 and "optim.lr" in failed.err and not failed.out
 
 
-def test_hushed_is_over_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
-    with hushed():
+def test_quiet_console_is_over_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
+    with quiet_console():
         report = Report()
         report.line("a line")
         report.warn("a warning")
         report.result("a result")
         table("a table", ["column"], [["cell"]], stdout=False)
         table("results", ["column"], [["cell"]])
-        with hushed(False):
+        with quiet_console(False):
             report.line("another line")
     report.line("a last line")
     shown = capsys.readouterr()
@@ -180,8 +180,8 @@ def test_progress_keeps_a_value_with_its_name(monkeypatch: pytest.MonkeyPatch) -
     report.console = Console(width=40, force_terminal=True, file=open(os.devnull, "w"))  # noqa: SIM115
     with report.progress(10, 0):
         report.advance(5, "epoch 1/2  top-1 50.00 (best 60.00)", {"loss": 1.0, "transform": 0.123, "edges": 2.0}, 100)
-        assert report._progress is not None
-        assert report._progress.below.splitlines() == [
+        assert report._bar is not None
+        assert report._bar.below.splitlines() == [
             "top-1 50.00 (best 60.00)  loss 1",
             "transform 0.123  edges 2  100 img/s",
         ]

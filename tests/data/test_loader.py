@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import network, write_images
+from support import input_spec, write_images
 from torchvision import datasets
 
+from irgdistill.config.input_spec import InputSpec
 from irgdistill.config.schema import AugmentConfig, DataConfig
-from irgdistill.data.dataset import BadImages, Images
+from irgdistill.data.dataset import Images, UnreadableImages
 from irgdistill.data.loader import Loader, eval_loader, train_loader
 from irgdistill.data.memory import fits
-from irgdistill.data.sampling import Order
+from irgdistill.data.sampling import EpochSampler
 from irgdistill.data.sources.open import open_splits
 from irgdistill.data.sources.timm_dataset import CoarseCifar100
 from irgdistill.errors import UserError
@@ -28,17 +29,15 @@ MEAN = (0.5, 0.5, 0.5)
 CPU = torch.device("cpu")
 
 
-def loader(config: DataConfig, bad: BadImages | None = None, seed: int = 0, **augment: object) -> Loader:
+def loader(config: DataConfig, bad: UnreadableImages | None = None, seed: int = 0, **augment: object) -> Loader:
     return train_loader(
         open_splits(config),
         config,
         AugmentConfig(**augment),  # type: ignore[arg-type]
-        (16, 16),
-        "bilinear",
-        MEAN,
+        InputSpec((16, 16), MEAN, MEAN, "bilinear", 1.0),
         CPU,
         seed,
-        bad or BadImages(10),
+        bad or UnreadableImages(10),
     )
 
 
@@ -193,7 +192,7 @@ def test_evaluation_from_memory_is_evaluation_from_files(folder: Path) -> None:
     batches = []
     for gib in (0, 1):
         config = DataConfig(source=str(folder), eval_batch_size=5, workers=0, hold_gib=gib)
-        source = eval_loader(open_splits(config), config, network(12, "bicubic", 0.8), CPU, BadImages(1))
+        source = eval_loader(open_splits(config), config, input_spec(12, "bicubic", 0.8), CPU, UnreadableImages(1))
         batches.append([batch for _ in range(2) for batch in source.epoch()])
     assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(*batches, strict=True))
 
@@ -248,12 +247,12 @@ def test_loading_leaves_the_runs_random_states_alone(folder: Path) -> None:
 
 
 def test_every_image_once_an_epoch_in_an_order_of_its_own() -> None:
-    order = Order(100, 10, seed=1, world=World())
+    order = EpochSampler(100, 10, seed=1, world=World())
     first = list(order)
     order.epoch = 1
     second = [key - 100 for key in order]
     assert sorted(first) == sorted(second) == list(range(100)) and first != second
-    assert list(Order(100, 10, seed=2, world=World())) != first
+    assert list(EpochSampler(100, 10, seed=2, world=World())) != first
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -261,7 +260,7 @@ def test_unreadable_images_are_named_replaced_and_counted(folder: Path, workers:
     for name in ("003.png", "007.png"):
         (folder / "train" / "red" / name).write_bytes(b"not an image")
     said: list[str] = []
-    bad = BadImages(2, said.append)
+    bad = UnreadableImages(2, said.append)
     source = loader(DataConfig(source=str(folder), batch_size=24, workers=workers), bad)
     batches = list(source.epoch(0))
     bad.collect()
@@ -273,7 +272,7 @@ def test_unreadable_images_are_named_replaced_and_counted(folder: Path, workers:
 def test_too_many_unreadable_images_stop(folder: Path) -> None:
     for i in range(3):
         (folder / "train" / "red" / f"{i:03d}.png").write_bytes(b"")
-    source = loader(DataConfig(source=str(folder), batch_size=24, workers=0), BadImages(2))
+    source = loader(DataConfig(source=str(folder), batch_size=24, workers=0), UnreadableImages(2))
     with pytest.raises(UserError, match=r"3 unreadable images, 2 allowed \(--max-bad-images\)"):
         for epoch in range(2):
             list(source.epoch(epoch))
@@ -282,8 +281,8 @@ def test_too_many_unreadable_images_stop(folder: Path) -> None:
 def test_evaluation_leaves_unreadable_images_out(folder: Path) -> None:
     (folder / "val" / "blue" / "001.png").write_bytes(b"x")
     config = DataConfig(source=str(folder), eval_batch_size=5)
-    bad = BadImages(1)
-    source = eval_loader(open_splits(config), config, network(16), CPU, bad)
+    bad = UnreadableImages(1)
+    source = eval_loader(open_splits(config), config, input_spec(16), CPU, bad)
     assert sum(len(labels) for _, labels in source.epoch()) == 23
     bad.collect()
     assert len(bad.names) == 1
@@ -291,7 +290,7 @@ def test_evaluation_leaves_unreadable_images_out(folder: Path) -> None:
 
 def test_a_limited_evaluation_is_spread_over_the_classes(folder: Path) -> None:
     config = DataConfig(source=str(folder))
-    source = eval_loader(open_splits(config), config, network(16), CPU, BadImages(0), limit=6)
+    source = eval_loader(open_splits(config), config, input_spec(16), CPU, UnreadableImages(0), limit=6)
     labels = torch.cat([labels for _, labels in source.epoch()])
     assert torch.bincount(labels).tolist() == [2, 2, 2]
 
@@ -337,7 +336,7 @@ def test_an_image_too_many_in_a_row_is_left_out() -> None:
         def describe(self, index: int) -> str:
             return f"image {index}"
 
-    bad = BadImages(3)
+    bad = UnreadableImages(3)
     images = Images(Broken(), range(10), None, 0, bad, training=True)  # type: ignore[arg-type]
     assert images[0] is None
     with pytest.raises(UserError, match="4 unreadable images"):

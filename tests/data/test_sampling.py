@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from support import Run, interrupted, write_images
+from support import Run, input_spec, interrupted, write_images
 
 from irgdistill.config.schema import AugmentConfig, DataConfig, LossesConfig
-from irgdistill.data.dataset import BadImages
+from irgdistill.data.dataset import UnreadableImages
 from irgdistill.data.loader import Loader, train_loader
-from irgdistill.data.sampling import Order, balanced_weights, draw_balanced
+from irgdistill.data.sampling import EpochSampler, balanced_weights, draw_balanced
 from irgdistill.data.sources.open import open_splits
 from irgdistill.errors import UserError
 from irgdistill.losses.objective import build_loss
@@ -61,7 +61,7 @@ def test_which_classes_have_one_more_is_drawn_too() -> None:
 
 
 def order(rank: int = 0, size: int = 1, epoch: int = 2, start: int = 0, seed: int = 5) -> list[int]:
-    made = Order(80, 12, seed, World(rank, size), LABELS)
+    made = EpochSampler(80, 12, seed, World(rank, size), LABELS)
     made.epoch, made.start = epoch, start
     keys = list(made)
     assert len(keys) == len(made)
@@ -90,7 +90,7 @@ def uneven(tmp_path: Path) -> Path:
 def loader(data: Path, workers: int = 0) -> Loader:
     config = DataConfig(source=str(data), batch_size=12, workers=workers, balanced=True)
     splits = open_splits(config)
-    return train_loader(splits, config, AugmentConfig(), (16, 16), "bilinear", (0.5,) * 3, CPU, 0, BadImages(0))
+    return train_loader(splits, config, AugmentConfig(), input_spec(16), CPU, 0, UnreadableImages(0))
 
 
 def test_workers_change_nothing_and_an_image_that_comes_again_is_augmented_anew(uneven: Path) -> None:

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import Run, network, write_images
+from support import Run, input_spec, write_images
 from torchvision import datasets as torchvision_datasets
 
 from irgdistill.config.schema import AugmentConfig, DataConfig
-from irgdistill.data.dataset import BadImages
+from irgdistill.data.dataset import UnreadableImages
 from irgdistill.data.loader import eval_loader, train_loader
 from irgdistill.data.sources import timm_dataset as named
 from irgdistill.data.sources.open import open_splits
@@ -232,9 +232,7 @@ def stream(shards: Path, workers: int, epoch: int, start: int = 0) -> list[list[
     config = DataConfig(source=f"wds/{shards}", batch_size=24, workers=workers)
     augment = AugmentConfig(crop="none", hflip=0)
     splits = open_splits(config)
-    loader = train_loader(
-        splits, config, augment, (16, 16), "bilinear", (0.5,) * 3, torch.device("cpu"), 0, BadImages(0)
-    )
+    loader = train_loader(splits, config, augment, input_spec(16), torch.device("cpu"), 0, UnreadableImages(0))
     return [images.float().mean((1, 2, 3)).tolist() for images, _ in list(loader.epoch(epoch, start))[: 3 - start]]
 
 
@@ -250,7 +248,7 @@ def test_a_stream_can_be_entered_anywhere(shards: Path, workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_a_stream_is_validated_once(shards: Path, workers: int) -> None:
     config = DataConfig(source=f"wds/{shards}", batch_size=24, workers=workers)
-    loader = eval_loader(open_splits(config), config, network(16), torch.device("cpu"), BadImages(0))
+    loader = eval_loader(open_splits(config), config, input_spec(16), torch.device("cpu"), UnreadableImages(0))
     for _ in range(2):
         labels = torch.cat([labels for _, labels in loader.epoch()])
         assert torch.bincount(labels).tolist() == [8, 8, 8]
@@ -372,5 +370,5 @@ def test_images_are_those_of_the_shards(shards: Path) -> None:
         member = next(m for m in file if m.name.endswith("png"))
         expected = np.asarray(Image.open(file.extractfile(member)))  # type: ignore[arg-type]
     config = DataConfig(source=f"wds/{shards}", batch_size=24, workers=0)
-    loader = eval_loader(open_splits(config), config, network(16), torch.device("cpu"), BadImages(0))
+    loader = eval_loader(open_splits(config), config, input_spec(16), torch.device("cpu"), UnreadableImages(0))
     assert np.array_equal(next(loader.epoch())[0][0].permute(1, 2, 0).numpy(), expected)

@@ -19,7 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import SMALL, Run
 
-from irgdistill.io import loggers
+from irgdistill.io.loggers import base
+from irgdistill.io.loggers.tensorboard import TensorBoard
+from irgdistill.plugins import import_plugin, snapshot
 from irgdistill.training.trainer import Trainer
 
 pytest.importorskip("tensorboard")
@@ -243,11 +245,11 @@ def test_a_logger_that_fails_ends_nothing(
     def fail(*_: object) -> None:
         raise OSError("the disk is full\nand more")
 
-    monkeypatch.setattr(loggers.TensorBoard, broken, fail)
+    monkeypatch.setattr(TensorBoard, broken, fail)
     options = ("--log", "tensorboard", "--epochs", 1, *PICTURES)
     result = run(*arguments(teacher, folder, tmp_path / "run", *options))
     assert result.code == 0, result.err
-    assert result.err.count("warning: --log tensorboard failed and is left out from here on (the disk is full and") == 1
+    assert result.err.count("warning: --log tensorboard failed and is not used any more (the disk is full and") == 1
     assert len([key for key in expected(tmp_path / "run") if key[0] == "train/loss"]) == 3
 
 
@@ -276,11 +278,53 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+PLUGIN = """
+import json
+from irgdistill.io import logger
+
+@logger("lines")
+class Lines:
+    since = 0
+
+    def __init__(self, folder, step, config, text):
+        self.path = folder / "lines.jsonl"
+
+    def scalars(self, kind, values, step):
+        with open(self.path, "a") as file:
+            for name, value in values.items():
+                file.write(json.dumps([f"{kind}/{name}", step, value]) + "\\n")
+
+    def images(self, pictures, step):
+        pass
+
+    def close(self):
+        self.path.with_name("closed").touch()
+"""
+
+
+def test_a_plugin_file_adds_a_logger(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines.py").write_text(PLUGIN)
+    restore = snapshot()
+    try:
+        import_plugin(tmp_path / "lines.py")
+        result = run(*arguments(teacher, folder, tmp_path / "run", "--log", "lines"))
+        assert result.code == 0 and "warning" not in result.err, result.err
+        wrong = run(*arguments(teacher, folder, tmp_path / "other", "--log", "line"))
+        assert wrong.code == 2 and "expected tensorboard or wandb or lines; did you mean lines?" in wrong.err
+    finally:
+        restore()
+    lines = map(json.loads, (tmp_path / "run" / "lines.jsonl").read_text().splitlines())
+    assert {(name, step): value for name, step, value in lines} == expected(tmp_path / "run")
+    assert (tmp_path / "run" / "closed").exists()
+    again = run(*arguments(teacher, folder, tmp_path / "other", "--log", "wandbs"))
+    assert "expected tensorboard or wandb;" in again.err, "the plug-in is gone"
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_named_before_training(
     run: Run, teacher: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(loggers, "find_spec", lambda package: None if package == name else find_spec(package))
+    monkeypatch.setattr(base, "find_spec", lambda package: None if package == name else find_spec(package))
     result = run(*arguments(teacher, folder, tmp_path / "run", "--log", name))
     assert result.code == 2 and result.err.count("\n") == 1
     assert f"--log {name} needs the package {name}: pip install 'irgdistill[{name}]'" in result.err

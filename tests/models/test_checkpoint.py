@@ -81,7 +81,7 @@ def test_truncated_files_are_one_line(tmp_path: Path, size: int) -> None:
     save(tmp_path / "c.safetensors")
     path = tmp_path / "cut.safetensors"
     path.write_bytes((tmp_path / "c.safetensors").read_bytes()[:size])
-    with pytest.raises(UserError, match="truncated or no safetensors file") as error:
+    with pytest.raises(UserError, match="truncated or not a safetensors file") as error:
         restore(path)
     assert "\n" not in str(error.value)
 
@@ -123,7 +123,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
 def test_a_file_of_ours_has_a_checksum(tmp_path: Path) -> None:
     header = {"irgdistill": json.dumps({"format": 2})}
     save_file({"x": torch.ones(1)}, tmp_path / "new.safetensors", metadata=header)
-    with pytest.raises(UserError, match="is damaged: its content is not what its checksum was taken of"):
+    with pytest.raises(UserError, match="is damaged: its content does not match its checksum"):
         read_tensors(tmp_path / "new.safetensors")
 
 
@@ -206,7 +206,7 @@ def test_another_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     folder.create(overwrite=False)
     folder.config.write_text("seed: 0")
-    with pytest.raises(UserError, match="files of a run that cannot go on; give another --output or --overwrite"):
+    with pytest.raises(UserError, match="files of a run that cannot be resumed; give another --output or --overwrite"):
         folder.create(overwrite=False)
     folder.state.write_text("")
     with pytest.raises(UserError, match=r"unfinished run; .*--resume"):

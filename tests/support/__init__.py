@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from irgdistill.config import InputSpec
+
 os.environ["IRGDISTILL_CACHE"] = tempfile.mkdtemp(prefix="irgdistill-")
 SUPPORT = Path(__file__).resolve().parent
 SHARED = SUPPORT.parents[2] / "shared"
@@ -31,12 +33,10 @@ def shared(name: str) -> Path:
     return path
 
 
-def network(size: int, interpolation: str = "bilinear", crop_pct: float = 1.0) -> Any:
-    """A network that takes images so; it has no weights."""
-    from irgdistill.models.build import build_network
-
-    how = {"interpolation": interpolation, "crop_pct": crop_pct}
-    return build_network("cifar_resnet14_x0_5", input_size=(size, size), preprocessing=how, meta=True)
+def input_spec(size: int, interpolation: str = "bilinear", crop_pct: float = 1.0) -> InputSpec:
+    """Square images, with the mean and standard deviation that most timm networks have."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return InputSpec((size, size), mean, std, interpolation, crop_pct)
 
 
 @dataclass

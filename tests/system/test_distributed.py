@@ -13,7 +13,7 @@ from support.processes import in_ranks, trainer_of
 from torch import Tensor
 
 from irgdistill.config.loading import load_config
-from irgdistill.data.sampling import Order
+from irgdistill.data.sampling import EpochSampler
 from irgdistill.errors import UserError
 from irgdistill.graph import edge_loss, transformation_loss
 from irgdistill.io.console import Report
@@ -94,7 +94,7 @@ def test_batches_of_all_processes_are_those_of_one(batch_size: int, sizes: tuple
     def batches(size: int, start: int) -> list[list[list[int]]]:
         parts = []
         for rank in range(size):
-            order = Order(50, batch_size, seed=3, world=World(rank, size))
+            order = EpochSampler(50, batch_size, seed=3, world=World(rank, size))
             order.epoch, order.start = 2, start
             keys, share = list(order), batch_size // size
             assert len(order) == len(keys)

@@ -482,7 +482,7 @@ def test_two_processes_do_not_share_a_run(run: Run, begin: Run, stopped: Path) -
     other = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout is not None and other.stdout.readline() == b"mine\n"
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
-    busy = f"another process is at work in {stopped}; wait for it or stop it first"
+    busy = f"another process is using {stopped}; wait for it or stop it first"
     assert busy in one_line(run("distill", "--resume", stopped), 2)
     assert busy in one_line(begin("--overwrite", "--output", stopped), 2)
     assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
@@ -501,7 +501,7 @@ def test_before_the_first_state_there_is_nothing_to_resume(run: Run, begin: Run,
     (tmp_path / "run/state/.state.safetensors.99.tmp").mkdir(parents=True)
     (tmp_path / "run/state/lock").touch()
     line = one_line(run("distill", "--resume", tmp_path / "run"), 2)
-    assert "was stopped before anything was trained; give the command that began it again" in line
+    assert "was stopped before its first update; run the command that started it again" in line
     assert begin().code == 0 and ends_like(whole, tmp_path / "run")
 
 

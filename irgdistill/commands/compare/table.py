@@ -20,7 +20,7 @@ from irgdistill.commands.compare.curves import curves_figure
 from irgdistill.commands.compare.statistics import mean_and_deviation, paired_interval
 from irgdistill.commands.inspect.figures import render
 from irgdistill.config import Config
-from irgdistill.data import BadImages, Loader, eval_loader, open_splits
+from irgdistill.data import Loader, UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import Report, RunFolder, records, table, write_atomically, write_text
 from irgdistill.matching import Tapped
@@ -68,7 +68,7 @@ def tell(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) ->
     students = {run: restore(run.folder.last)[0] for run in runs}
     student, device = students[runs[0]], choose_device(config.runtime.device)
     crop = student.input.covering(None if teacher is None else teacher.input)
-    bad = BadImages(config.data.max_bad_images, Report().warn)
+    bad = UnreadableImages(config.data.max_bad_images, Report().warn)
     loader = eval_loader(open_splits(config.data, val_only=True), config.data, crop, device, bad)
     labels = torch.cat([labels.cpu() for _, labels in loader.epoch()])
     predicted = {run: _predict(network, loader, config.runtime.amp) for run, network in students.items()}

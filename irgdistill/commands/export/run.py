@@ -19,7 +19,7 @@ from irgdistill.commands.export.model_card import write_card
 from irgdistill.commands.export.programs import Logits, export_program, facts, plain, write_onnx, write_program
 from irgdistill.commands.requests import ExportRequest
 from irgdistill.config import data_of
-from irgdistill.data import BadImages, eval_loader, open_splits
+from irgdistill.data import UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import Report, find_checkpoint, write_atomically, write_folder
 from irgdistill.models import Network, described, open_network
@@ -109,7 +109,7 @@ def _check_images(request: ExportRequest, network: Network, metadata: dict[str, 
     try:
         data = data_of(request.target, metadata, request.data, set(request.given))
         data = data.model_copy(update={"download": False})
-        bad = BadImages(data.max_bad_images, Report().warn)
+        bad = UnreadableImages(data.max_bad_images, Report().warn)
         splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
         loader = eval_loader(splits, data, network.input, torch.device("cpu"), bad, limit=request.check_images)
         batches, count = [], 0

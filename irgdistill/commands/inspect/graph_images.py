@@ -13,7 +13,7 @@ from PIL import Image
 
 from irgdistill.commands.inspect.measures import LOGITS, Graph, Stage, draw_evenly, graph_of, likeness, look, stages_of
 from irgdistill.config import dump
-from irgdistill.data import BadImages, Unlabelled, eval_loader
+from irgdistill.data import Unlabelled, UnreadableImages, eval_loader
 from irgdistill.io import Loggers, Report
 from irgdistill.matching import Tapped
 from irgdistill.training import Setup
@@ -86,7 +86,7 @@ class Snapshots:
 
         setup, plan, network = self.setup, self.setup.plan, self.setup.student
         data = setup.config.data.model_copy(update={"workers": 0, "eval_batch_size": IMAGES})
-        device, bad = next(student.parameters()).device, BadImages(data.max_bad_images)
+        device, bad = next(student.parameters()).device, UnreadableImages(data.max_bad_images)
         loader = eval_loader(self.splits, data, setup.student.input.covering(setup.crop), device, bad)
         training = student.model.training
         tapped = [

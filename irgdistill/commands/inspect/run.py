@@ -39,7 +39,7 @@ from irgdistill.commands.inspect.page import build_page
 from irgdistill.commands.inspect.terminal import show
 from irgdistill.commands.requests import InspectRequest
 from irgdistill.config import Config
-from irgdistill.data import BadImages, eval_loader
+from irgdistill.data import UnreadableImages, eval_loader
 from irgdistill.errors import UserError
 from irgdistill.io import Report, table, write_atomically, write_text
 from irgdistill.matching import Tapped, print_plan
@@ -102,7 +102,7 @@ class Inspection:
         wanted = len(meeting.splits.val_indices)
         if wanted < self.request.images:
             self.report.warn(f"only {wanted} images in the {self.request.split} split of {meeting.data.source}")
-        self.bad = BadImages(meeting.data.max_bad_images, self.report.warn)
+        self.bad = UnreadableImages(meeting.data.max_bad_images, self.report.warn)
         crop = student.input.covering(teacher.input)
         loader = eval_loader(meeting.splits, meeting.data, crop, device, self.bad)
         plan = meeting.plan

@@ -12,7 +12,7 @@ from irgdistill.data.sources.digits import DigitsSource
 from irgdistill.data.sources.folder import open_folder, open_unlabelled_folder
 from irgdistill.data.sources.timm_dataset import open_named
 from irgdistill.data.sources.unlabelled import Unlabelled
-from irgdistill.data.splits import Splits, TimmSource, balanced_part, hold_out
+from irgdistill.data.splits import Splits, TimmSource, balanced_subset, hold_out
 from irgdistill.errors import UserError
 
 
@@ -26,7 +26,7 @@ def open_splits(config: DataConfig, val_only: bool = False, classes: Sequence[st
     if config.labels and len(splits.classes) < 2:
         raise UserError(f"{config.source} has one class, {splits.classes[0]!r}: there is nothing to tell apart")
     if config.train_images is not None and not val_only:
-        splits.train_indices = balanced_part(splits, config.train_images)
+        splits.train_indices = balanced_subset(splits, config.train_images)
     return splits
 
 
