@@ -310,7 +310,7 @@ def test_a_plugin_file_adds_a_logger(run: Run, teacher: Path, folder: Path, tmp_
         result = run(*arguments(teacher, folder, tmp_path / "run", "--log", "lines"))
         assert result.code == 0 and "warning" not in result.err, result.err
         wrong = run(*arguments(teacher, folder, tmp_path / "other", "--log", "line"))
-        assert wrong.code == 2 and "expected tensorboard or wandb or lines; did you mean lines?" in wrong.err
+        assert wrong.code == 2 and "expected lines or tensorboard or wandb; did you mean lines?" in wrong.err
     finally:
         restore()
     lines = map(json.loads, (tmp_path / "run" / "lines.jsonl").read_text().splitlines())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from irgdistill.errors import UserError
-from irgdistill.io import tensors as files
+from irgdistill.io.atomic import write_atomically, write_text
 from irgdistill.io.run_folder import RunFolder
 from irgdistill.io.tensors import read_metadata, read_tensors, save_tensors
 from irgdistill.models import checkpoint
@@ -37,7 +37,7 @@ def test_a_checkpoint_describes_itself(tmp_path: Path) -> None:
     assert set(load_file(tmp_path / "c.safetensors")) == set(model.state_dict())
     network, metadata = restore(tmp_path / "c.safetensors")
     assert network.architecture == "cifar_resnet14_x0_5" and network.classes == CLASSES
-    assert network.size == (24, 24) and network.num_classes == 3
+    assert network.input.size == (24, 24) and network.num_classes == 3
     assert metadata["mean"] == pytest.approx([0.485, 0.456, 0.406])
     for key, value in network.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
@@ -136,14 +136,14 @@ def test_foreign_safetensors_have_no_metadata(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    files.write_text(path, "old")
+    write_text(path, "old")
 
     def fail(temporary: Path) -> None:
         temporary.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        files.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -156,7 +156,7 @@ def test_the_previous_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr(os, "link", refuse)
     for number in range(3):
-        files.write_atomically(tmp_path / "f", lambda p, n=number: p.write_text(str(n)), tmp_path / "g")  # type: ignore[misc]
+        write_atomically(tmp_path / "f", lambda p, n=number: p.write_text(str(n)), tmp_path / "g")  # type: ignore[misc]
     assert (tmp_path / "f").read_text() == "2" and (tmp_path / "g").read_text() == "1"
     assert {path.name for path in tmp_path.iterdir()} == {"f", "g"}
 
