@@ -35,7 +35,7 @@ from torchvision import datasets, transforms
 from irgdistill.config.loading import load_config
 from irgdistill.io.console import Report
 from irgdistill.io.run_folder import RunFolder
-from irgdistill.losses.similarity import rkd_loss
+from irgdistill.losses.terms.similarity import rkd_loss
 from irgdistill.models.build import build_network
 from irgdistill.models.checkpoint import restore
 from irgdistill.training.setup import prepare

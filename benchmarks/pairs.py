@@ -46,8 +46,8 @@ from irgdistill.data.dataset import UnreadableImages
 from irgdistill.data.loader import train_loader
 from irgdistill.data.sources.open import open_splits
 from irgdistill.data.splits import Splits
+from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss
-from irgdistill.losses.term import Batch
 from irgdistill.matching.plan import match
 from irgdistill.matching.taps import Tapped
 from irgdistill.models.build import build_network, parameters

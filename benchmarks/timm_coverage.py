@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from irgdistill.config.loading import validate
 from irgdistill.config.schema import LossesConfig, MatchingConfig
 from irgdistill.errors import UserError
+from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss
-from irgdistill.losses.term import Batch
 from irgdistill.matching.levels import Level, find_levels
 from irgdistill.matching.plan import Plan, match
 from irgdistill.matching.taps import Output, Tapped

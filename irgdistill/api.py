@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from irgdistill.commands.distill import start
 from irgdistill.commands.requests import DistillRequest
-from irgdistill.config import FLAGS, STAGE_TERMS, Config, load_config
+from irgdistill.config import FLAGS, STAGE_KINDS, Config, load_config
 from irgdistill.errors import UserError, nearest
 from irgdistill.losses import Batch, Learner, build_loss
 from irgdistill.matching import Output, Plan, Tap, Tapped
@@ -97,17 +97,18 @@ class Distiller(nn.Module):
             if not key.startswith(("losses.", "matching.")):
                 raise UserError(f"{key!r} does not define the loss: settings take keys of losses and matching")
         self.config = load_config(flags={**(settings or {}), "method": method})
-        weights = self.config.losses.weights()
         self.plan: Plan | None = None
         """The stages that meet; None where no term compares stages."""
-        if weights["rocket"] > 0:
-            raise UserError("rocket trains a second network from scratch: irgdistill distill --method rocket builds it")
+        for name in self.config.losses.comparing("booster"):
+            raise UserError(
+                f"{name} trains a second network from scratch: irgdistill distill --method {name} builds it"
+            )
         if self.config.uses_teacher:
             if teacher is None:
                 raise UserError(f"method {method!r} needs a teacher")
             own = _network(student, "student")
             check_classes(self.config, _network(teacher, "teacher"), [str(i) for i in range(own.num_classes)])
-            if any(weights[name] > 0 for name in STAGE_TERMS):
+            if self.config.losses.comparing(*STAGE_KINDS):
                 self.plan = match(teacher, student, **self.config.matching.model_dump())
         self.student = student
         self.loss = build_loss(self.config.losses, self.plan)

@@ -92,11 +92,13 @@ def snapshot() -> Callable[[], None]:
     return restore
 
 
-def import_plugin(path: str | Path, sha256: str | None = None) -> tuple[Path, str]:
-    """Import a Python file that registers terms, methods, data sources or loggers -> absolute path, SHA-256.
+def import_plugin(
+    path: str | Path, sha256: str | None = None, check: Callable[[], object] = lambda: None
+) -> tuple[Path, str]:
+    """Import a Python file that registers something -> absolute path, SHA-256. The same content is imported once.
 
-    The same content is imported once. With `sha256` the file must have that content. Raises UserError: no such file,
-    other content, a name that is taken, a file that does not import; nothing of it stays registered.
+    With `sha256` the file must have that content; `check` is called after the import. Raises UserError: no such file,
+    other content, a file that does not import, or as `check`; then nothing of it stays registered.
     """
     path = Path(path).resolve()
     if not path.is_file():
@@ -108,6 +110,7 @@ def import_plugin(path: str | Path, sha256: str | None = None) -> tuple[Path, st
         restore = snapshot()
         try:
             _import(path, f"irgdistill_plugin_{found[:16]}")
+            check()
         except Exception as error:
             restore()
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -26,7 +26,7 @@ from irgdistill.config import (
     check_workers,
     load_config,
 )
-from irgdistill.errors import UserError, nearest
+from irgdistill.errors import UserError
 from irgdistill.io import WEIGHTS, RunFolder, check_loggers
 from irgdistill.runtime import restart_count
 
@@ -113,8 +113,7 @@ class CompareRequest:
         if not self.methods:
             raise UserError("--methods names no method")
         for method in self.methods:
-            if method not in METHODS:
-                raise UserError(f"unknown method {method!r}{nearest(method, METHODS)} (known: {', '.join(METHODS)})")
+            METHODS.find(method)
         if not self.config(self.methods[0]).data.labels:
             raise UserError("data.labels = false: compare ranks methods by accuracy, and one of them may be none")
         for method in () if self.finished else self.methods:
@@ -122,7 +121,7 @@ class CompareRequest:
 
     def config(self, method: str, seed: int | None = None) -> Config:
         """Of one run. A weight that is set holds for the methods that have its term; the others stay without it."""
-        others = {term for terms in METHODS.values() for term in terms} - set(METHODS[method])
+        others = {term for known in METHODS.values() for term in known.weights} - set(METHODS[method].weights)
         flags = {**(self.flags or {}), "method": method, **{f"losses.{name}.weight": 0.0 for name in others}}
         if seed is not None:
             flags["seed"] = seed

@@ -1,10 +1,7 @@
 from .checks import (
     BUILTIN,
-    LOGIT_TERMS,
     PREFIXES,
-    STAGE_TERMS,
     STREAMS,
-    WHOLE_MAPS,
     check_files,
     check_run,
     check_source,
@@ -14,20 +11,21 @@ from .checks import (
     check_workers,
 )
 from .explain import keys
+from .fields import Fade, OneOf, Probability, Section, Weight
 from .flags import FLAGS
 from .input_spec import InputSpec
-from .loading import data_of, dump, load_config, preset_files, presets, read_yaml, validate
-from .methods import METHODS
+from .loading import data_of, dump, load_config, load_plugin, preset_files, presets, read_yaml, validate
+from .losses import LossesConfig
+from .methods import METHODS, STAGE_KINDS, TEACHER_KINDS, TERMS, Kind, Method, TermSettings, TermSpec, method, term
 from .schema import (
     MOVABLE,
     STORES,
     AugmentConfig,
     Config,
     DataConfig,
-    Fade,
-    LossesConfig,
     MatchingConfig,
     OptimConfig,
+    PluginConfig,
     Preprocessing,
     RuntimeConfig,
     ScheduleConfig,
@@ -37,26 +35,35 @@ from .schema import (
 __all__ = [
     "BUILTIN",
     "FLAGS",
-    "LOGIT_TERMS",
     "METHODS",
     "MOVABLE",
     "PREFIXES",
-    "STAGE_TERMS",
+    "STAGE_KINDS",
     "STORES",
     "STREAMS",
-    "WHOLE_MAPS",
+    "TEACHER_KINDS",
+    "TERMS",
     "AugmentConfig",
     "Config",
     "DataConfig",
     "Fade",
     "InputSpec",
+    "Kind",
     "LossesConfig",
     "MatchingConfig",
+    "Method",
+    "OneOf",
     "OptimConfig",
+    "PluginConfig",
     "Preprocessing",
+    "Probability",
     "RuntimeConfig",
     "ScheduleConfig",
+    "Section",
     "StudentConfig",
+    "TermSettings",
+    "TermSpec",
+    "Weight",
     "check_files",
     "check_run",
     "check_source",
@@ -68,8 +75,11 @@ __all__ = [
     "dump",
     "keys",
     "load_config",
+    "load_plugin",
+    "method",
     "preset_files",
     "presets",
     "read_yaml",
+    "term",
     "validate",
 ]

@@ -19,20 +19,6 @@ PREFIXES = ("torch/", "hfds/", *STREAMS)
 """How a data set string of timm begins."""
 
 
-LOGIT_TERMS = ("kd", "logits", "dkd")
-
-
-LABEL_TERMS = ("ce", "dkd", "rocket")
-
-
-STAGE_TERMS = ("edges", "transform", "attention", "fitnet", "at", "fsp", "rkd", "sp", "pkt")
-"""Terms that compare matched stages."""
-
-
-WHOLE_MAPS = ("fitnet", "fsp", "sp")
-"""Of these the terms that compare more than pooled features and attention maps."""
-
-
 def check_run(config: Config, begun: bool = False) -> None:
     """Raises UserError for what a run cannot do without; one that has `begun` needs fewer files."""
     if config.student.name is None and config.student.checkpoint is None:
@@ -42,9 +28,9 @@ def check_run(config: Config, begun: bool = False) -> None:
     elif not any(weight > 0 for weight in config.losses.weights().values()):
         raise UserError("no loss term has a weight: nothing would be learnt")
     check_source(config.data)
-    hints = [f"losses.{name}" for name, weight in config.losses.weights().items() if weight > 0 and name != "ce"]
-    if (config.uses_teacher and config.teacher.cache is None) or "losses.rocket" in hints:
-        check_teacher(config, f"method {config.method!r}" if config.method != "none" else ", ".join(hints))
+    if (config.uses_teacher and config.teacher.cache is None) or config.losses.comparing("booster"):
+        hints = ", ".join(f"losses.{name}" for name in config.losses.hints())
+        check_teacher(config, f"method {config.method!r}" if config.method != "none" else hints)
     if not begun:
         check_files(config.student.checkpoint, config.teacher.checkpoint, config.teacher.cache)
 
@@ -70,7 +56,7 @@ def check_teacher(config: Config, who: str) -> None:
 
 def check_without_labels(config: Config) -> None:
     """Raises UserError for what needs labels, all of it in one line."""
-    used = [f"losses.{name}" for name in LABEL_TERMS if config.losses.weights()[name] > 0]
+    used = [f"losses.{name}" for name in config.losses.comparing("labels")]
     used += ["losses.ce.class_weights"] * (config.losses.ce.class_weights != "none")
     used += ["--label-smoothing"] * (config.losses.ce.label_smoothing > 0)
     used += ["--balanced"] * config.data.balanced
@@ -80,8 +66,7 @@ def check_without_labels(config: Config) -> None:
         raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out ({methods})")
     if not config.uses_teacher:
         raise UserError(f"--no-labels: method {config.method!r} learns from labels alone; {methods}")
-    on = [name for name, weight in config.losses.weights().items() if weight > 0]
-    lasting = [name for name in on if name in LOGIT_TERMS] or on
+    lasting = config.losses.comparing("logits") or config.losses.hints()
     if all(name in config.losses.fades() for name in lasting):
         fades = " and ".join(f"losses.{name}.fade" for name in lasting)
         raise UserError(f"--no-labels: nothing would teach the student to the end; leave out {fades}")

@@ -13,8 +13,9 @@ import yaml
 from pydantic import ValidationError
 
 from irgdistill.config.explain import explain, keys
-from irgdistill.config.schema import Config, DataConfig
+from irgdistill.config.schema import Config, DataConfig, PluginConfig, refresh
 from irgdistill.errors import UserError, nearest
+from irgdistill.plugins import import_plugin
 
 
 def load_config(
@@ -32,16 +33,49 @@ def load_config(
             value = text
         _assign(tree, path.strip(), value)
     for path, value in (flags or {}).items():
-        _assign(tree, path, value)
+        _assign(tree, path, [*_listed(tree.get(path)), *_listed(value)] if path == "plugins" else value)
     return validate(tree)
 
 
 def validate(tree: Mapping[str, Any], where: str = "") -> Config:
-    """Tree of plain values -> Config. Raises UserError naming field, value and what is allowed."""
+    """Tree of plain values -> Config, once its plugins are imported, which may add to what is allowed.
+
+    Raises UserError naming field, value and what is allowed, or as `load_plugin`.
+    """
+    tree = dict(tree)
+    if plugins := _listed(tree.get("plugins")):
+        try:
+            loaded = [_load(entry) for entry in plugins]
+        except UserError as error:
+            raise UserError(f"{where}{error}") from None
+        tree["plugins"] = [entry for i, entry in enumerate(loaded) if entry not in loaded[:i]]
     try:
-        return Config.model_validate(dict(tree))
+        return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(where + explain(error.errors())) from None
+
+
+def load_plugin(path: str | Path, sha256: str | None = None) -> PluginConfig:
+    """Import a Python file that registers terms, methods, data sources or loggers.
+
+    With `sha256` it must have that content. Raises UserError: no such file, other content, a name that is taken, a file
+    that does not import; then nothing of it stays registered.
+    """
+    found, checksum = import_plugin(path, sha256, check=refresh)
+    return PluginConfig(path=found, sha256=checksum)
+
+
+def _load(entry: Any) -> Any:
+    """An entry of `plugins`, imported -> the same with its checksum; what is no such entry is left to validation."""
+    if isinstance(entry, (str, Path)):
+        return load_plugin(entry).model_dump(mode="json")
+    if isinstance(entry, Mapping) and isinstance(entry.get("path"), (str, Path)):
+        return {**entry, **load_plugin(entry["path"], entry.get("sha256")).model_dump(mode="json")}
+    return entry
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def dump(config: Config) -> str:

@@ -5,14 +5,14 @@ A loss weight left unset takes the value that the method gives it (`METHODS`); `
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from irgdistill.config.methods import FADES, METHODS
+from irgdistill.config.fields import Names, OneOf, Probability, Range, Section, Size, Weight
+from irgdistill.config.losses import LossesConfig, declare_terms
+from irgdistill.config.methods import METHODS, TEACHER_KINDS
 
 MOVABLE = {
     *("data.source", "data.root", "data.workers", "data.hold_gib", "teacher.checkpoint", "teacher.cache"),
@@ -22,80 +22,11 @@ MOVABLE = {
 """What may change when a run goes on: where things are and when it is saved, never what is computed."""
 
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    Method = str
-else:
-    Method = Literal[tuple(METHODS)]
-
-
-def _size(value: Any) -> Any:
-    """224, "224", "256x192" or [256, 192] -> (height, width)."""
-    if isinstance(value, str):
-        if not re.fullmatch(r"\d+(x\d+)?", value.lower()):
-            raise ValueError("expected pixels, such as 224 or 256x192")
-        value = [int(part) for part in value.lower().split("x")]
-    if isinstance(value, int):
-        value = [value]
-    if isinstance(value, list) and len(value) == 1:
-        value = value * 2
-    return value
-
-
-def _names(value: Any) -> Any:
-    """ "a,b" -> ["a", "b"]."""
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-
-
-def _in_order(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError("the weight falls from the first share to the second, which cannot be the smaller")
-    return value
-
-
-def _rising(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError("the first cannot be the larger")
-    return value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
-
-
-Pixels = Annotated[int, Field(ge=1)]
-
-
-Size = Annotated[tuple[Pixels, Pixels], BeforeValidator(_size)]
-
-
-Positive = Annotated[float, Field(gt=0)]
-
-
-Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
-
-
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-Fade = Annotated[tuple[Probability, Probability], BeforeValidator(_names), AfterValidator(_in_order)]
-
-
-class Section(BaseModel):
-    """Settings that are validated once and do not change afterwards; `replaced` makes a changed copy."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    def replaced(self, values: Mapping[str, Any]) -> Self:
-        """Copy with `values`, {"key.path": value}, which are not validated again."""
-        changed: dict[str, Any] = {}
-        for path, value in values.items():
-            name, _, below = path.partition(".")
-            changed[name] = changed.get(name, getattr(self, name)).replaced({below: value}) if below else value
-        return self.model_copy(update=changed)
+class PluginConfig(Section):
+    path: Path
+    """The Python file, absolute."""
+    sha256: str
+    """Checksum of its content; a file with another content is refused."""
 
 
 class TeacherConfig(Section):
@@ -136,7 +67,7 @@ class StudentConfig(Section):
     """Height and width in pixels; default: the network's own."""
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass instead of keeping them; batch norm then counts each batch twice."""
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `timm.create_model`, such as drop_path_rate."""
 
 
@@ -255,85 +186,6 @@ class ScheduleConfig(Section):
     """Factor of each decay of `step` and `multistep`; the power of `poly`, as in timm."""
 
 
-class TermConfig(Section):
-    weight: Weight | None = None
-    """Factor of this term's mean; unset: what the method gives it."""
-    fade: Fade | None = None
-    """Shares of the training between which the weight falls to 0, `[0.3, 0.6]`; unset: as the method has it; `[1, 1]`:
-    never. What has faded out is no longer computed, but for terms that train something beside the student."""
-
-
-class CrossEntropyConfig(Section):
-    weight: Weight = 1.0
-    """Factor of its mean."""
-    label_smoothing: Probability = 0.0
-    """Share of each target that is spread evenly over the classes."""
-    class_weights: Literal["balanced", "none"] | tuple[Weight, ...] = "none"
-    """Of this term's classes: `balanced` (inverse frequency, mean 1 over the training images), or one each."""
-
-
-class KDConfig(TermConfig):
-    temperature: Annotated[float, Field(gt=0)] = 4.0
-    """Softening of both softmaxes; the term is multiplied by its square."""
-
-
-class EdgesConfig(TermConfig):
-    blocks: Annotated[int, Field(ge=1)] = 1
-    """1: one-to-one; K: the teacher's last block against each of the student's last K blocks of the last stage."""
-
-
-class DKDConfig(TermConfig):
-    temperature: Annotated[float, Field(gt=0)] | None = None
-    """As that of `kd`; unset: the same."""
-    beta: Weight = 2.0
-    """Factor of the divergence among the other classes, beside that of the target; the authors' for CIFAR ResNets."""
-
-
-class RKDConfig(TermConfig):
-    angle: Weight = 2.0
-    """Factor of the angles beside the distances; 0 saves their B³ numbers."""
-
-
-class LossesConfig(Section):
-    ce: CrossEntropyConfig = CrossEntropyConfig()
-    """Cross-entropy with the labels."""
-    kd: KDConfig = KDConfig()
-    """Soft targets (Hinton et al. 2015)."""
-    logits: TermConfig = TermConfig()
-    """Mean squared error of the logits: the vertex part of IRG."""
-    edges: EdgesConfig = EdgesConfig()
-    """Edge matrices of the last stage."""
-    transform: TermConfig = TermConfig()
-    """Transformations between the first and last block of every stage, averaged over the stages."""
-    attention: TermConfig = TermConfig()
-    """Attention maps of every stage (Zagoruyko & Komodakis 2017), whatever their size."""
-    dkd: DKDConfig = DKDConfig()
-    """Decoupled targets (Zhao et al. 2022)."""
-    fitnet: TermConfig = TermConfig()
-    """The middle stage's map through a 1×1 convolution (Romero et al. 2015)."""
-    at: TermConfig = TermConfig()
-    """Attention maps of every stage as their authors weigh them: a mean over positions."""
-    fsp: TermConfig = TermConfig()
-    """FSP matrices of every stage (Yim et al. 2017)."""
-    rocket: TermConfig = TermConfig()
-    """Logits of a network like the teacher that is trained from scratch beside the student (Zhou et al. 2018)."""
-    rkd: RKDConfig = RKDConfig()
-    """Distances and angles between images (Park et al. 2019)."""
-    sp: TermConfig = TermConfig()
-    """Similarities between images (Tung & Mori 2019)."""
-    pkt: TermConfig = TermConfig()
-    """Probabilities of neighbours (Passalis & Tefas 2018)."""
-
-    def weights(self) -> dict[str, float]:
-        """Every term with its weight, in the order of declaration; 0 is off."""
-        return {name: getattr(self, name).weight or 0.0 for name in type(self).model_fields}
-
-    def fades(self) -> dict[str, Fade]:
-        """Terms that fade out, and when."""
-        given = {name: getattr(self, name).fade for name in type(self).model_fields if name != "ce"}
-        return {name: fade for name, fade in given.items() if fade is not None}
-
-
 class RuntimeConfig(Section):
     device: str = "auto"
     """`auto`: CUDA where there is one, else the CPU."""
@@ -369,10 +221,12 @@ class RuntimeConfig(Section):
 class Config(Section):
     """Everything that defines a run."""
 
-    method: Method = "irg+kd+at"
+    method: Annotated[str, BeforeValidator(OneOf(METHODS))] = "irg+kd+at"
     """Which hints are on; see `METHODS`."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Initial weights, data order and augmentation."""
+    plugins: tuple[PluginConfig, ...] = ()
+    """Python files that register terms, methods, data sources or loggers: paths, or a path with its sha256."""
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     matching: MatchingConfig = MatchingConfig()
@@ -380,28 +234,28 @@ class Config(Section):
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    losses: LossesConfig = LossesConfig()
+    losses: LossesConfig = Field(default_factory=LossesConfig)
     runtime: RuntimeConfig = RuntimeConfig()
 
     @model_validator(mode="after")
     def _fill_weights(self) -> Config:
-        given, fades = METHODS[self.method], FADES.get(self.method, {})
-        unset: dict[str, Any] = {}
-        if not self.data.labels and "weight" not in self.losses.ce.model_fields_set:
-            unset["ce.weight"] = 0.0
-        for name in type(self.losses).model_fields:
-            term = getattr(self.losses, name)
-            if term.weight is None:
-                unset[f"{name}.weight"] = given.get(name, 0.0)
-            if name in fades and term.fade is None:
-                unset[f"{name}.fade"] = fades[name]
-        object.__setattr__(self, "losses", self.losses.replaced(unset))  # frozen from here on
+        filled = self.losses.filled(METHODS[self.method], self.data.labels)
+        object.__setattr__(self, "losses", filled)  # frozen from here on
         return self
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether any term needs the trained teacher; `rocket` takes its architecture only."""
-        return any(weight > 0 for name, weight in self.losses.weights().items() if name not in ("ce", "rocket"))
+        """Whether any term compares outputs of the trained teacher."""
+        return bool(self.losses.comparing(*TEACHER_KINDS))
+
+
+def refresh() -> None:
+    """Bring the section `losses` up to date with the registered terms. Raises UserError for a method without them."""
+    if declare_terms():
+        Config.model_rebuild(force=True)
+
+
+refresh()
 
 
 STORES = ("fp16", "fp32")

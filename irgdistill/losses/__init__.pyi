@@ -1,7 +1,22 @@
-from .learner import Learner
-from .logits import soft_targets
-from .objective import DistillLoss, build_loss, gradient_shares
-from .relations import LEAST_MOVEMENT
-from .term import Batch
+from .adapters import Learner
+from .base import Batch, Skip, Term, TermContext, TermSettings, method, term
+from .objective import DistillLoss, StepLosses, build_loss, gradient_shares
+from .terms.logits import soft_targets
+from .terms.relations import LEAST_MOVEMENT
 
-__all__ = ["LEAST_MOVEMENT", "Batch", "DistillLoss", "Learner", "build_loss", "gradient_shares", "soft_targets"]
+__all__ = [
+    "LEAST_MOVEMENT",
+    "Batch",
+    "DistillLoss",
+    "Learner",
+    "Skip",
+    "StepLosses",
+    "Term",
+    "TermContext",
+    "TermSettings",
+    "build_loss",
+    "gradient_shares",
+    "method",
+    "soft_targets",
+    "term",
+]

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from irgdistill.config import Fade, LossesConfig
-from irgdistill.losses.learner import Learner
-from irgdistill.losses.logits import CrossEntropy, DecoupledTargets, LogitRegression, SoftTargets
-from irgdistill.losses.maps import Attention, FlowMatrices, Hint, attended
-from irgdistill.losses.relations import Edges, Transformations
-from irgdistill.losses.rocket import BoosterLabels, Rocket
-from irgdistill.losses.similarity import Probabilities, Relational, Similarity
-from irgdistill.losses.term import Batch, Term
+from irgdistill.config import TERMS, Fade, LossesConfig
+from irgdistill.losses.base import Batch, Skip, Term, TermContext
 from irgdistill.matching import Plan, Tap, Tapped
 from irgdistill.runtime import World
-
-__all__ = ["Batch", "DistillLoss", "Learner", "Term", "build_loss", "gradient_shares"]
 
 
 class StepLosses(NamedTuple):
@@ -37,16 +29,27 @@ class StepLosses(NamedTuple):
 class DistillLoss:
     """The weighted sum of terms. Raw values are kept apart from what is summed."""
 
-    def __init__(self, terms: dict[str, Term], weights: dict[str, float], fades: Mapping[str, Fade]) -> None:
+    def __init__(
+        self,
+        terms: dict[str, Term],
+        weights: Mapping[str, float],
+        fades: Mapping[str, Fade],
+        notes: Sequence[str] = (),
+        trains_classifier: bool = True,
+    ) -> None:
         self.terms = terms
         self.fades = fades
+        self.notes = notes
+        """A sentence for each term that was skipped, and one if nothing trains the classifier."""
+        self.trains_classifier = trains_classifier
+        """Whether any term reaches the student's classifier; otherwise it keeps its initial weights."""
         self._weights = {name: weights[name] for name in terms}
         self._raw: Callable[[Batch, Iterable[str] | None], dict[str, Tensor]] = self
 
     def weights(self, progress: float = 0.0) -> dict[str, float]:
-        """Of every term, once `progress`, a share from 0 to 1, of the training is done.
+        """Weight of every term at `progress`, the share of the training that is done, 0 to 1.
 
-        Faded terms are left out, but for those that train something: DDP expects a gradient, if one of zeros.
+        Faded terms are skipped, except those that train something: DDP expects a gradient from them, if one of zeros.
         """
         weights = {}
         for name, weight in self._weights.items():
@@ -57,7 +60,7 @@ class DistillLoss:
         return weights
 
     def losses(self, batch: Batch, progress: float = 0.0) -> StepLosses:
-        """Total, raw values and weights once `progress`, a share from 0 to 1, of the training is done."""
+        """Total, raw values and weights at `progress`, the share of the training that is done, 0 to 1."""
         weights = self.weights(progress)
         raw = self._raw(batch, tuple(weights))
         return StepLosses(self.total(raw, weights), raw, weights)
@@ -65,29 +68,29 @@ class DistillLoss:
     def compile(self) -> None:
         """Run the terms through `torch.compile`.
 
-        Not for several processes, whose terms communicate, and without CUDA graphs, whose outputs do not outlive the
-        next step.
+        Not for several processes, whose terms communicate. It records no CUDA graphs: their outputs would not outlive
+        the next step.
         """
         self._raw = torch.compile(self)
 
     def __call__(self, batch: Batch, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Raw value of every term, or of those named, a scalar each."""
+        """Raw value of every term, or of those in `names`, a scalar each."""
         return {name: self.terms[name](batch) for name in names or self.terms}
 
     def total(self, raw: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-        """The objective, by what `weights` gave for now."""
+        """The objective, with the weights that `weights` returned."""
         zero = next(iter(raw.values())).new_zeros(())
         return sum((weights[name] * value for name, value in raw.items()), start=zero)
 
     def where(self, role: Literal["teacher", "student"]) -> dict[str, list[Tap]]:
-        """What the terms need of one network: `taps`, `maps` and `energies` of `Tapped`."""
+        """The `taps`, `maps` and `energies` of `Tapped` that the terms need of one network."""
         return {
             kind: list(dict.fromkeys(tap for term in self.terms.values() for tap in getattr(term, f"{role}_{kind}")))
             for kind in ("taps", "maps", "energies")
         }
 
     def adapters(self) -> nn.ModuleDict:
-        """What is trained beside the student, by term."""
+        """Networks that are trained beside the student, by term."""
         return nn.ModuleDict({name: term.adapter for name, term in self.terms.items() if term.adapter is not None})
 
 
@@ -99,51 +102,30 @@ def build_loss(
     labels: bool = True,
     class_weights: Tensor | None = None,
 ) -> DistillLoss:
-    """Cross-entropy and the terms with a weight.
+    """The terms with a weight; with `labels` also those that compare the labels alone, whatever their weight.
 
-    Transformations are left out where no stage of the plan has them, and beside relations so is attention.
-
-    Relations span the images of all processes of `world`; `booster` is the network that `rocket` trains beside the
-    student. Without `labels` there is no cross-entropy; with `class_weights` (K,) it is weighted. Raises UserError
-    where a term finds no stage that it could compare.
+    Relations span the images of all processes of `world`. `booster` is the network that is trained beside the student;
+    `class_weights` (K,) weigh the labels. A term that does not apply to these networks is skipped, see
+    `DistillLoss.notes`. Raises UserError if a term finds no stage that it could compare.
     """
-    weights = config.weights()
-    on = {name for name, weight in weights.items() if weight > 0}
-    terms: dict[str, Term] = {"ce": CrossEntropy(config.ce.label_smoothing, class_weights)} if labels else {}
-    if "kd" in on:
-        terms["kd"] = SoftTargets(config.kd.temperature)
-    if "logits" in on:
-        terms["logits"] = LogitRegression()
-    if on & {"edges", "transform"}:
-        assert plan is not None
-        if "edges" in on:
-            terms["edges"] = Edges(plan, config.edges.blocks, world)
-        stages = [ends for pair in plan.pairs if (ends := pair.transformation()) is not None]
-        if "transform" in on and stages:
-            terms["transform"] = Transformations(stages, world)
-    if "dkd" in on:
-        terms["dkd"] = DecoupledTargets(config.dkd.temperature or config.kd.temperature, config.dkd.beta)
-    if plan is not None:
-        if on & {"edges", "transform"} and not attended(plan):
-            on -= {"attention"}
-        terms |= {name: build() for name, build in _of_stages(config, plan, world).items() if name in on}
-    if "rocket" in on:
-        assert booster is not None
-        terms |= {"rocket": Rocket(booster), "booster": BoosterLabels(config.ce.label_smoothing)}
-    return DistillLoss(terms, {**weights, "booster": 1.0}, config.fades())
-
-
-def _of_stages(config: LossesConfig, plan: Plan, world: World | None) -> dict[str, Callable[[], Term]]:
-    """How the other terms on matched stages are made."""
-    return {
-        "fitnet": lambda: Hint(plan),
-        "at": lambda: Attention(plan, over_positions=True),
-        "attention": lambda: Attention(plan, over_positions=False),
-        "fsp": lambda: FlowMatrices(plan),
-        "rkd": lambda: Relational(plan, config.rkd.angle, world),
-        "sp": lambda: Similarity(plan, world),
-        "pkt": lambda: Probabilities(plan, world),
-    }
+    weights, notes, terms = config.weights(), list[str](), dict[str, Term]()
+    kinds = {name: TERMS[name].compares for name in weights}
+    weighted = {name: kinds[name] for name, weight in weights.items() if weight > 0}
+    context = TermContext(config, world or World(), plan, booster, class_weights, weighted)
+    for name in kinds:
+        if not (labels if kinds[name] == {"labels"} else name in weighted):
+            continue
+        try:
+            terms[name] = TERMS[name].cls(getattr(config, name), context)
+        except Skip as reason:
+            notes.append(str(reason))
+            continue
+        for companion, beside in terms[name].companions.items():
+            terms[companion], weights[companion] = beside, 1.0
+    trained = labels or any(kinds[name] & {"logits", "booster"} for name in terms if name in kinds)
+    if not trained:
+        notes.append("no term on logits: the classifier keeps its initial weights, only relations are learned")
+    return DistillLoss(terms, weights, config.fades(), notes, trained)
 
 
 def gradient_shares(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from irgdistill.config import LOGIT_TERMS, Config
+from irgdistill.config import Config
 from irgdistill.data import Splits
 from irgdistill.errors import UserError
 from irgdistill.io import check_loggers
@@ -28,8 +28,7 @@ def check_logging(config: Config, splits: Splits) -> None:
 
 def check_classes(config: Config, teacher: Network, classes: list[str]) -> None:
     """Terms on logits need the same classes in the same order; relation terms need none. Raises UserError."""
-    weights = config.losses.weights()
-    used = [name for name in LOGIT_TERMS if weights[name] > 0]
+    used = config.losses.comparing("logits")
     if not used:
         return
     remedy = "relation terms need no shared classes: " + " ".join(f"--set losses.{name}.weight=0" for name in used)

@@ -45,12 +45,8 @@ class Parts:
             config.data.labels,
             None if setup.class_weights is None else torch.tensor(setup.class_weights, device=self.device),
         )
-        if config.losses.weights()["transform"] > 0 and "transform" not in self.loss.terms:
-            report.warn("no transformation term: no matched stage has two taps of equal width in both networks")
-        if config.losses.weights()["attention"] > 0 and "attention" not in self.loss.terms:
-            report.warn("no attention term: no matched stage has a feature map in both networks")
-        if setup.untaught_logits:
-            report.warn("no term on logits: the student's classifier stays as it began, only relations are learnt")
+        for note in self.loss.notes:
+            report.warn(note)
         if config.runtime.compile and self.world.size == 1:
             self._prepare_compiler()
             self.loss.compile()
@@ -75,7 +71,7 @@ class Parts:
             sync_batch_norm(self.adapters, self.world)
         learner = Learner(network, self.adapters) if len(self.adapters) else network
         unused = self.world.size > 1 and (
-            setup.untaught_logits or has_unused_parameters(self.tapped, setup.student.input.shape)
+            not self.loss.trains_classifier or has_unused_parameters(self.tapped, setup.student.input.shape)
         )
         self.student = self.world.wrap(learner, unused)
         self.deployed = network if self.ema is None else Tapped(self.ema.module, view, (), last)

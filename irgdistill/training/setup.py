@@ -9,7 +9,7 @@ from pathlib import Path
 from timm.layers import use_reentrant_ckpt
 from timm.utils import random_seed
 
-from irgdistill.config import LOGIT_TERMS, STAGE_TERMS, Config, InputSpec, check_run
+from irgdistill.config import STAGE_KINDS, Config, InputSpec, check_run
 from irgdistill.data import Splits, UnreadableImages, balanced_weights, open_splits, train_images
 from irgdistill.errors import UserError
 from irgdistill.matching import Plan, match
@@ -41,12 +41,6 @@ class Setup:
     """Where the student's weights come from, in words; empty for random ones."""
 
     @property
-    def untaught_logits(self) -> bool:
-        """Whether no term reaches the student's classifier."""
-        weights = self.config.losses.weights()
-        return not self.config.data.labels and not any(weights[name] > 0 for name in LOGIT_TERMS)
-
-    @property
     def classes(self) -> list[str]:
         return self.splits.classes
 
@@ -72,10 +66,10 @@ def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
     if config.student.grad_checkpointing:
         _checkpoint_blocks(student)
     plan = None
-    if teacher is not None and any(config.losses.weights()[name] > 0 for name in STAGE_TERMS):
+    if teacher is not None and config.losses.comparing(*STAGE_KINDS):
         plan = match(teacher.levels(), student.levels(), config.matching)
         check_input_sizes(teacher, student, plan)
-    booster = build_booster(config, len(splits.classes)) if config.losses.weights()["rocket"] > 0 else None
+    booster = build_booster(config, len(splits.classes)) if config.losses.comparing("booster") else None
     crop = student.input.covering(*(network.input for network in (teacher, booster) if network is not None))
     if cache is not None:
         crop = cache.crop(student.input)
@@ -124,7 +118,7 @@ def _check_cache(cache: Cache, config: Config, splits: Splits, student: Network,
     images = train_images(splits, config.data, config.augment, crop, seed, UnreadableImages(config.data.max_bad_images))
     cache.check_same("data", describe_data(images, splits, count))
     if config.uses_teacher:
-        cache.check_terms(config.losses.weights(), plan)
+        cache.check_terms(config.losses, plan)
 
 
 def weigh_classes(config: Config, splits: Splits) -> list[float] | None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irgdistill.config import STORES, WHOLE_MAPS, AugmentConfig, Config, InputSpec
+from irgdistill.config import STORES, TERMS, AugmentConfig, Config, InputSpec, LossesConfig
 from irgdistill.data import Images, Splits, crop_of, padding_of
 from irgdistill.errors import UserError
 from irgdistill.io import checksum, read_tensors
@@ -126,21 +126,23 @@ class Cache:
         network.name, network.classes = self.about["name"], self.about["classes"]
         return network
 
-    def check_terms(self, weights: Mapping[str, float], plan: Plan | None) -> None:
-        """Raises UserError where the run needs what is not cached."""
-        maps = [name for name in WHOLE_MAPS if weights[name] > 0]
+    def check_terms(self, losses: LossesConfig, plan: Plan | None) -> None:
+        """Raises UserError if a term needs what is not cached."""
+        maps = losses.comparing("maps")
         if maps:
             raise UserError(
                 f"{' and '.join(maps)} compare{'s' * (len(maps) == 1)} whole maps, of which a teacher cache keeps only "
                 "means over positions and over channels: leave out --teacher-cache"
             )
-        if weights["logits"] > 0 and self.about["storage"]["logits"] != "all":
+        whole = [name for name in losses.comparing("logits") if TERMS[name].all_logits]
+        if whole and self.about["storage"]["logits"] != "all":
+            unset = " ".join(f"--set losses.{name}.weight=0" for name in whole)
             raise UserError(
-                f"logits needs every logit, and {self.folder} keeps the {self.about['storage']['logits']} largest: "
-                "--set losses.logits.weight=0, or a cache made with --logits all"
+                f"{' and '.join(whole)} need{'s' * (len(whole) == 1)} every logit, and {self.folder} keeps the "
+                f"{self.about['storage']['logits']} largest: {unset}, or a cache made with --logits all"
             )
         missing = [name for tap in (plan.teacher_taps() if plan else ()) if (name := tap_name(tap)) not in self.taps]
-        if plan is not None and (weights["at"] > 0 or weights["attention"] > 0):
+        if plan is not None and losses.comparing("energies"):
             exits = [pair.teacher.exit for pair in plan.pairs]
             attended = self.about["attention"]
             missing += [name for tap in exits if tap.layout in MAP_LAYOUTS and (name := tap_name(tap)) not in attended]

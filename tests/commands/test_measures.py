@@ -28,8 +28,8 @@ from irgdistill.commands.inspect.measures import (
 )
 from irgdistill.config.schema import LossesConfig
 from irgdistill.errors import UserError
+from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss
-from irgdistill.losses.term import Batch
 from irgdistill.matching.plan import match
 from irgdistill.matching.taps import Tapped
 from irgdistill.models.build import build_network

@@ -18,8 +18,8 @@ from irgdistill.data.loader import Loader, train_loader
 from irgdistill.data.sampling import EpochSampler, balanced_weights, draw_balanced
 from irgdistill.data.sources.open import open_splits
 from irgdistill.errors import UserError
+from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss
-from irgdistill.losses.term import Batch
 from irgdistill.matching.taps import Output
 from irgdistill.runtime.distributed import World
 

@@ -17,8 +17,8 @@ from irgdistill.data.sources.open import open_splits
 from irgdistill.data.sources.unlabelled import UNLABELLED
 from irgdistill.errors import UserError
 from irgdistill.io.tensors import read_metadata
+from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss
-from irgdistill.losses.term import Batch
 from irgdistill.matching.taps import Output
 
 CLASSES = ["blue", "green", "red"]

@@ -19,13 +19,13 @@ from torch import Tensor
 from irgdistill.config.loading import load_config
 from irgdistill.config.methods import METHODS
 from irgdistill.errors import UserError
-from irgdistill.losses.learner import Learner
-from irgdistill.losses.logits import decoupled_targets
-from irgdistill.losses.maps import attention_distance, attention_loss, fsp_loss, hint_loss
+from irgdistill.losses.adapters import Learner
+from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss
-from irgdistill.losses.rocket import rocket_hint
-from irgdistill.losses.similarity import probability_loss, rkd_loss, similarity_loss
-from irgdistill.losses.term import Batch
+from irgdistill.losses.terms.logits import decoupled_targets
+from irgdistill.losses.terms.maps import attention_distance, attention_loss, fsp_loss, hint_loss
+from irgdistill.losses.terms.rocket import rocket_hint
+from irgdistill.losses.terms.similarity import probability_loss, rkd_loss, similarity_loss
 from irgdistill.matching.levels import Level, Tap
 from irgdistill.matching.plan import Pair, Plan
 from irgdistill.matching.pooling import energy, feature_map, pool
@@ -449,7 +449,7 @@ def test_every_method_trains(
     assert result.code == 0, result.err
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "train"]
-    term = next(iter(METHODS[method]))
+    term = next(iter(METHODS[method].weights))
     assert set(steps[0]["terms"]) == {"ce", term, *(["booster"] if method == "rocket" else [])}
     assert all(math.isfinite(step["loss"]) for step in steps) and steps[0]["terms"][term] > 0
     import timm

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from irgdistill.config.loading import load_config
 from irgdistill.config.schema import LossesConfig
 from irgdistill.graph import edge_loss, edge_matrix, transformation_loss, transformation_vector
-from irgdistill.losses.logits import logit_regression, soft_targets
+from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss, gradient_shares
-from irgdistill.losses.term import Batch
+from irgdistill.losses.terms.logits import logit_regression, soft_targets
 from irgdistill.matching.levels import Level, Tap
 from irgdistill.matching.plan import Pair, Plan
 from irgdistill.matching.taps import Output

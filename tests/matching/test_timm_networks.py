@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from irgdistill.config.loading import validate
+from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss
-from irgdistill.losses.term import Batch
 from irgdistill.matching.levels import Level
 from irgdistill.matching.plan import match
 from irgdistill.matching.taps import Tapped

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from irgdistill.config.loading import validate
+from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss
-from irgdistill.losses.term import Batch
 from irgdistill.matching.levels import find_levels
 from irgdistill.matching.plan import Plan, match
 from irgdistill.matching.taps import Output, Tapped

@@ -101,7 +101,7 @@ def test_edges_in_blocks(run: Run, recipe: tuple[object, ...], tmp_path: Path, m
         assert rows == slice(0, len(student)), "of one process"
         return graph.relation_loss(graph.edge_matrix(student), graph.edge_matrix(teacher))
 
-    monkeypatch.setattr("irgdistill.losses.relations.edge_loss", whole)
+    monkeypatch.setattr("irgdistill.graph.edge_loss", whole)
     torch.testing.assert_close(losses(run, tmp_path / "whole", *recipe, "--lr", 1e-4), blocks, rtol=1e-4, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ from irgdistill.config.loading import load_config
 from irgdistill.errors import UserError
 from irgdistill.io.console import Report
 from irgdistill.io.run_folder import RunFolder
-from irgdistill.losses.logits import soft_targets
+from irgdistill.losses.terms.logits import soft_targets
 from irgdistill.training import teacher_cache as cache
 from irgdistill.training.setup import prepare
 from irgdistill.training.teacher_cache import Cache, pack_logits, unpack_logits

@@ -1,20 +1,27 @@
 """Terms on relations between the images of a batch, by other measures than IRG's: RKD, SP, PKT.
 
-All look at the last matched stage. The batch is that of all processes of `world`: each gives the mean over its own rows
-(see losses/relation.py). B images, b of them here, D features.
+All compare the last matched stage. The batch is that of all processes of `world`: each gives the mean over its own rows
+(see `relations`). B images, b of them here, D features.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from irgdistill.graph import edge_matrix, unit, widen
-from irgdistill.losses.maps import mappable
-from irgdistill.losses.term import Batch, Term
-from irgdistill.matching import Plan, tap_name
-from irgdistill.runtime import World
+from irgdistill import matching
+from irgdistill.config import Weight
+from irgdistill.lazy import lazy
+from irgdistill.losses.base import Batch, Term, TermContext, TermSettings, term
+from irgdistill.losses.terms.maps import mappable
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+
+    from irgdistill import graph
+else:
+    torch, F, graph = lazy("torch"), lazy("torch.nn.functional"), lazy("irgdistill.graph")
 
 EVERY = slice(None)
 
@@ -24,7 +31,7 @@ def distances(features: Tensor) -> Tensor:
 
     The mean carries its gradient, as in the authors' code. Equal features give zeros with zero gradient.
     """
-    squared = edge_matrix(features)  # over their maximum, which cancels
+    squared = graph.edge_matrix(features)  # over their maximum, which cancels
     there = squared > 0
     lengths = torch.where(there, torch.where(there, squared, 1).sqrt(), 0)
     return lengths / (lengths.sum() / there.sum().clamp(min=1)).where(there.any(), 1)
@@ -32,8 +39,8 @@ def distances(features: Tensor) -> Tensor:
 
 def angles(features: Tensor, rows: slice = EVERY) -> Tensor:
     """(B, D) -> (b, B, B): cosine of the angle at image i between images j and k. Park et al. 2019, equation 8."""
-    x = widen(features)
-    directions = unit(x[None, :] - x[rows, None])
+    x = graph.widen(features)
+    directions = graph.unit(x[None, :] - x[rows, None])
     return directions @ directions.transpose(1, 2)
 
 
@@ -42,16 +49,16 @@ def rkd_loss(student: Tensor, teacher: Tensor, angle: float = 2.0, rows: slice =
 
     Park et al. 2019, equations 7 and 9. Features (B, D) and (B, D'); memory grows with b·B².
     """
-    distance = F.smooth_l1_loss(distances(student)[rows], distances(teacher)[rows].to(widen(student)))
+    distance = F.smooth_l1_loss(distances(student)[rows], distances(teacher)[rows].to(graph.widen(student)))
     if angle == 0:
         return distance
-    return distance + angle * F.smooth_l1_loss(angles(student, rows), angles(teacher, rows).to(widen(student)))
+    return distance + angle * F.smooth_l1_loss(angles(student, rows), angles(teacher, rows).to(graph.widen(student)))
 
 
 def similarity_matrix(features: Tensor, rows: slice = EVERY) -> Tensor:
     """(B, …) -> (b, B): products of flattened features, each row of unit length. Tung & Mori 2019, equation 2."""
-    x = widen(features.flatten(1))
-    return unit(x[rows] @ x.T)
+    x = graph.widen(features.flatten(1))
+    return graph.unit(x[rows] @ x.T)
 
 
 def similarity_loss(student: Tensor, teacher: Tensor, rows: slice = EVERY) -> Tensor:
@@ -68,7 +75,7 @@ def probabilities(features: Tensor, rows: slice = EVERY) -> Tensor:
 
     As in the authors' code an image counts as its own neighbour.
     """
-    x = unit(widen(features))
+    x = graph.unit(graph.widen(features))
     kernel = (x[rows] @ x.T + 1).clamp(min=0) / 2
     return kernel / kernel.sum(1, keepdim=True)
 
@@ -82,42 +89,52 @@ def probability_loss(student: Tensor, teacher: Tensor, rows: slice = EVERY, eps:
     return (p * ((p + eps) / (q + eps)).log()).sum(1).mean()
 
 
-class _LastStage(Term):
-    """A term on the last stage's features of all processes."""
+class LastStage(Term):
+    """A term on the last matched stage, over the images of all processes."""
 
-    def __init__(self, plan: Plan, world: World | None = None) -> None:
-        self.teacher, self.student = plan.pairs[-1].teacher.exit, plan.pairs[-1].student.exit
-        self.world = world or World()
+    def __init__(self, settings: TermSettings, context: TermContext) -> None:
+        self.settings, self.world = settings, context.world
+        self.teacher, self.student = context.plan.pairs[-1].teacher.exit, context.plan.pairs[-1].student.exit
 
     def gathered(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> tuple[Tensor, Tensor, slice]:
-        """What both networks have at this stage, over all images, and the rows of this process's."""
-        own, other = student[tap_name(self.student)], teacher[tap_name(self.teacher)]
+        """Both networks' values at this stage, of all images, and the rows of this process."""
+        own, other = student[matching.tap_name(self.student)], teacher[matching.tap_name(self.teacher)]
         return self.world.gather(own), self.world.gather(other), self.world.rows(len(own))
 
 
-class _PooledLastStage(_LastStage):
-    def __init__(self, plan: Plan, world: World | None = None) -> None:
-        super().__init__(plan, world)
+class PooledLastStage(LastStage):
+    """The same on pooled features."""
+
+    def __init__(self, settings: TermSettings, context: TermContext) -> None:
+        super().__init__(settings, context)
         self.teacher_taps, self.student_taps = (self.teacher,), (self.student,)
 
 
-class Relational(_PooledLastStage):
-    """`rkd_loss` of the pooled features. Weight 25 with `angle` 2: the authors' 25 on distances, 50 on angles."""
+@term("rkd", weight=25.0, compares="features", source="Park et al. 2019", place=11)
+class Relational(PooledLastStage):
+    """Distances and angles between images (Park et al. 2019).
 
-    def __init__(self, plan: Plan, angle: float = 2.0, world: World | None = None) -> None:
-        super().__init__(plan, world)
-        self.angle = angle
+    `rkd_loss` of the pooled features. Weight 25 with `angle` 2: the authors' 25 on distances, 50 on angles.
+    """
+
+    class Settings(TermSettings):
+        angle: Weight = 2.0
+        """Factor of the angles beside the distances; 0 saves their B³ numbers."""
 
     def __call__(self, batch: Batch) -> Tensor:
         student, teacher, rows = self.gathered(batch.student.features, batch.teacher.features)
-        return rkd_loss(student, teacher, self.angle, rows)
+        return rkd_loss(student, teacher, self.settings.angle, rows)
 
 
-class Similarity(_LastStage):
-    """`similarity_loss` of the whole maps. Weight 3000: the paper's gamma, which is on the same mean."""
+@term("sp", weight=3000.0, compares="maps", source="Tung & Mori 2019", place=12)
+class Similarity(LastStage):
+    """Similarities between images (Tung & Mori 2019).
 
-    def __init__(self, plan: Plan, world: World | None = None) -> None:
-        super().__init__(plan, world)
+    `similarity_loss` of the whole maps. Weight 3000: the paper's gamma, which is on the same mean.
+    """
+
+    def __init__(self, settings: TermSettings, context: TermContext) -> None:
+        super().__init__(settings, context)
         self.teacher_maps, self.student_maps = (self.teacher,), (self.student,)
         mappable([(self.teacher, self.student)], "sp")
 
@@ -126,8 +143,12 @@ class Similarity(_LastStage):
         return similarity_loss(student, teacher, rows)
 
 
-class Probabilities(_PooledLastStage):
-    """`probability_loss` of the pooled features. Weight 470: RepDistiller's 30,000 on the mean over (64, 64)."""
+@term("pkt", weight=470.0, compares="features", source="Passalis & Tefas 2018", place=13)
+class Probabilities(PooledLastStage):
+    """Probabilities of neighbours (Passalis & Tefas 2018).
+
+    `probability_loss` of the pooled features. Weight 470: RepDistiller's 30,000 on the mean over (64, 64).
+    """
 
     def __call__(self, batch: Batch) -> Tensor:
         student, teacher, rows = self.gathered(batch.student.features, batch.teacher.features)

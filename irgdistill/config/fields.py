@@ -1,0 +1,95 @@
+"""Types of settings' values, and the base class of a section. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticKnownError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Validator of a name that must be registered in `names`; reports the names as a literal type does."""
+
+    names: Mapping[str, Any]
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, str) and value in self.names:
+            return value
+        *most, last = (repr(name) for name in self.names)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(most)} or {last}"})
+
+
+def _size(value: Any) -> Any:
+    """224, "224", "256x192" or [256, 192] -> (height, width)."""
+    if isinstance(value, str):
+        if not re.fullmatch(r"\d+(x\d+)?", value.lower()):
+            raise ValueError("expected pixels, such as 224 or 256x192")
+        value = [int(part) for part in value.lower().split("x")]
+    if isinstance(value, int):
+        value = [value]
+    if isinstance(value, list) and len(value) == 1:
+        value = value * 2
+    return value
+
+
+def _names(value: Any) -> Any:
+    """ "a,b" -> ["a", "b"]."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+def _in_order(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("the weight falls from the first share to the second, which cannot be the smaller")
+    return value
+
+
+def _rising(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("the first cannot be the larger")
+    return value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+
+
+Pixels = Annotated[int, Field(ge=1)]
+
+
+Size = Annotated[tuple[Pixels, Pixels], BeforeValidator(_size)]
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
+
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+Fade = Annotated[tuple[Probability, Probability], BeforeValidator(_names), AfterValidator(_in_order)]
+
+
+class Section(BaseModel):
+    """Settings that are validated once and do not change afterwards; `replaced` makes a changed copy."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def replaced(self, values: Mapping[str, Any]) -> Self:
+        """Copy with `values`, {"key.path": value}, which are not validated again."""
+        changed: dict[str, Any] = {}
+        for path, value in values.items():
+            name, _, below = path.partition(".")
+            changed[name] = changed.get(name, getattr(self, name)).replaced({below: value}) if below else value
+        return self.model_copy(update=changed)

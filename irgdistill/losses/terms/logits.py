@@ -1,0 +1,130 @@
+"""Terms on logits: cross-entropy, soft targets, regression, decoupled targets. All are means over the images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from irgdistill.config import Probability, Section, Weight
+from irgdistill.lazy import lazy
+from irgdistill.losses.base import Batch, Term, TermContext, TermSettings, term
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+
+    from irgdistill import graph
+else:
+    torch, F, graph = lazy("torch"), lazy("torch.nn.functional"), lazy("irgdistill.graph")
+
+
+def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over images; both (B, K). Hinton et al. 2015, section 2."""
+    log_p = F.log_softmax(graph.widen(teacher) / temperature, dim=1)
+    log_q = F.log_softmax(graph.widen(student) / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def logit_regression(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error over (B, K). Ba & Caruana 2014; the vertex part of L_IRG."""
+    return F.mse_loss(graph.widen(student), graph.widen(teacher))
+
+
+def decoupled_targets(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 4.0, beta: float = 2.0
+) -> Tensor:
+    """T²·(TCKD + beta·NCKD), mean over images; logits (B, K), labels (B,). Zhao et al. 2022, equation 7, alpha 1.
+
+    TCKD is the divergence of (target, all others) as two classes, NCKD that among the other classes alone. The authors
+    raise the weight over the first 20 epochs; here it is constant.
+    """
+    target, place = labels[:, None], torch.arange(student.shape[1] - 1, device=labels.device)
+    rest = place + (place >= target)
+    parts = []
+    for logits in (graph.widen(teacher), graph.widen(student)):
+        log = F.log_softmax(logits / temperature, dim=1)
+        binary = torch.cat([log.gather(1, target), log.gather(1, rest).logsumexp(1, keepdim=True)], dim=1)
+        parts.append((binary, F.log_softmax(logits.gather(1, rest) / temperature, dim=1)))
+    (teacher_binary, teacher_others), (student_binary, student_others) = parts
+    tckd = F.kl_div(student_binary, teacher_binary, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)
+    return temperature**2 * (tckd + beta * nckd)
+
+
+@term("ce", compares="labels", place=0)
+class CrossEntropy(Term):
+    """Cross-entropy with the labels: class indices (B,) or mixed probabilities (B, K).
+
+    With class weights (K,), each image's loss is multiplied by the weight of its class and the mean is taken over the
+    images: torch's own weighted mean would depend on how a batch is split among processes.
+    """
+
+    class Settings(Section):
+        weight: Weight = 1.0
+        """Factor of its mean."""
+        label_smoothing: Probability = 0.0
+        """Share of each target that is spread evenly over the classes."""
+        class_weights: Literal["balanced", "none"] | tuple[Weight, ...] = "none"
+        """Weights of the classes: `balanced` (inverse frequency, mean 1 over the training images), or one each."""
+
+    def __init__(self, settings: Settings, context: TermContext) -> None:
+        self.label_smoothing, self.class_weights = settings.label_smoothing, context.class_weights
+
+    def __call__(self, batch: Batch) -> Tensor:
+        logits, smoothing = graph.widen(batch.student.logits), self.label_smoothing
+        if self.class_weights is None:
+            return F.cross_entropy(logits, batch.targets, label_smoothing=smoothing)
+        weights = self.class_weights.to(logits)
+        return F.cross_entropy(logits, batch.targets, weights, reduction="none", label_smoothing=smoothing).mean()
+
+
+@term("kd", compares="logits", source="Hinton et al. 2015", place=1)
+class SoftTargets(Term):
+    """Soft targets (Hinton et al. 2015)."""
+
+    class Settings(TermSettings):
+        temperature: Annotated[float, Field(gt=0)] = 4.0
+        """Divisor of the logits in both softmaxes; the term is multiplied by its square."""
+
+    def __init__(self, settings: Settings, context: TermContext) -> None:
+        self.temperature = settings.temperature
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return soft_targets(batch.student.logits, batch.teacher.logits, self.temperature)
+
+
+@term("logits", weight=0.5, compares="logits", all_logits=True, source="Ba & Caruana 2014", place=2)
+class LogitRegression(Term):
+    """Mean squared error of the logits: the vertex part of IRG.
+
+    Weight 0.5: half of the mean is the limit of soft targets of weight 1 at a high temperature (Hinton et al. 2015,
+    equation 4).
+    """
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return logit_regression(batch.student.logits, batch.teacher.logits)
+
+
+@term("dkd", weight=1.0, compares=("logits", "labels"), source="Zhao et al. 2022", place=6)
+class DecoupledTargets(Term):
+    """Decoupled targets (Zhao et al. 2022).
+
+    The target of a mixed image is the class with the largest share. Weight 1 is the paper's alpha; beta 2 is the
+    authors' for ResNet-56 -> ResNet-20 (up to 8 for wider networks).
+    """
+
+    class Settings(TermSettings):
+        temperature: Annotated[float, Field(gt=0)] | None = None
+        """Divisor of the logits in both softmaxes; default: that of `kd`."""
+        beta: Weight = 2.0
+        """Factor of the divergence among the other classes, beside that of the target; the authors' for CIFAR
+        ResNets."""
+
+    def __init__(self, settings: Settings, context: TermContext) -> None:
+        self.temperature, self.beta = settings.temperature or context.losses.kd.temperature, settings.beta
+
+    def __call__(self, batch: Batch) -> Tensor:
+        labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
+        return decoupled_targets(batch.student.logits, batch.teacher.logits, labels, self.temperature, self.beta)
