@@ -75,7 +75,7 @@ def trainer(world: World, batch: int, folder: Path) -> Trainer:
         "teacher.checkpoint": str(folder / "teacher.safetensors"),
         "data.source": "digits",
         "data.batch_size": batch,
-        "runtime.share_every": 0,
+        "runtime.gradient_shares_every": 0,
         "runtime.device": "cpu",
         "runtime.amp": "bf16",
         "runtime.channels_last": True,

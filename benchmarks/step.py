@@ -55,7 +55,7 @@ def trainer_of(
         "method": method, "teacher.name": teacher, "teacher.checkpoint": weights, "student.name": student,
         "student.input_size": size, "data.source": "digits", "data.val_fraction": 0.1, "data.batch_size": batch,
         "data.workers": 0, "optim.lr": 1e-3, "runtime.device": device, "runtime.amp": amp,
-        "runtime.channels_last": True, "runtime.share_every": 0, "runtime.compile": compiled,
+        "runtime.channels_last": True, "runtime.gradient_shares_every": 0, "runtime.compile": compiled,
     }  # fmt: skip
     config = load_config(flags={name: value for name, value in flags.items() if value is not None})
     return Trainer(prepare(config), RunFolder(Path(tempfile.mkdtemp())), Report(quiet=True))

@@ -1,4 +1,4 @@
-"""The Python interface: a run in one call, or the loss for a training loop of one's own.
+"""The Python interface: a run in one call, or the loss for your own training loop.
 
     from irgdistill import Distiller
     distiller = Distiller(teacher, student, method="irg+kd+at")  # two timm models
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from irgdistill.commands.distill import start
 from irgdistill.commands.requests import DistillRequest
-from irgdistill.config import FLAGS, STAGE_KINDS, Config, load_config
-from irgdistill.errors import UserError, nearest
+from irgdistill.config import STAGE_KINDS, Config, load_config, values_of
+from irgdistill.errors import UserError
 from irgdistill.losses import Batch, Learner, build_loss
 from irgdistill.matching import Output, Plan, Tap, Tapped
 from irgdistill.matching import match as match_levels
@@ -36,10 +36,10 @@ def distill(
 ) -> dict[str, Any]:
     """Train a student as `irgdistill distill` does, in this process -> the run's summary and its `folder`.
 
-    `config` as `load_config` makes it; or the command's own `options`, such as `student="resnet18"`,
-    `data="./imagenet"`, `epochs=10`, `preset="quickstart"`, `settings=["data.train_images=1000"]`.
-    Raises UserError for bad input, before anything is trained where it can be known by then; `errors.Interrupted` at a
-    signal, once all is saved.
+    `config` as `load_config` returns it; or the command's own `options`, such as `student="resnet18"`,
+    `data="./imagenet"`, `epochs=10`, `no_labels=True`, `preset="quickstart"`, `settings=["data.train_images=1000"]`.
+    Raises UserError for bad input, if possible before anything is trained; `errors.Interrupted` after a signal, once
+    everything is saved.
     """
     if config is None:
         config = _config_of(options)
@@ -51,32 +51,28 @@ def distill(
 
 
 def _config_of(options: Mapping[str, Any]) -> Config:
-    keys = {name.rstrip("_"): key for name, key in FLAGS.items()}
-    others = ("preset", "settings")
-    for name in options:
-        if name not in keys and name not in others:
-            raise UserError(f"distill has no option {name!r}{nearest(name, [*keys, *others])}")
-    flags = {keys[name]: value for name, value in options.items() if name in keys and value is not None}
-    return load_config(options.get("preset"), options.get("settings"), flags)
+    given = dict(options)
+    preset, settings = given.pop("preset", None), given.pop("settings", None)
+    return load_config(preset, settings, values_of(given))
 
 
 def match(teacher: nn.Module, student: nn.Module, **overrides: Any) -> Plan:
-    """The stages of two timm models that meet. `overrides`: keys of the section `matching` (levels, skip, taps_…).
+    """Match the stages of two timm models. `overrides`: keys of the section `matching` (levels, skip, taps_…).
 
-    Runs on shapes alone; the models may be on any device and stay as they are. Raises UserError: no timm model, no
-    stage that can be tapped, an override that names what is not there.
+    Uses shapes alone; the models may be on any device and do not change. Raises UserError: not a timm model, no stage
+    that can be tapped, an override that names an unknown block or resolution.
     """
     config = load_config(flags={f"matching.{name}": value for name, value in overrides.items()}).matching
     return match_levels(_network(teacher, "teacher").levels(), _network(student, "student").levels(), config)
 
 
 class Distiller(nn.Module):
-    """Teacher, student and the loss between them, for a training loop of one's own.
+    """Teacher, student and the loss between them, for your own training loop.
 
-    `parameters()`, `state_dict()` and `train()` are those of the student and of what some methods train beside it
-    (`adapters`: the convolutions of `fitnet` and `fsp`); the teacher moves along with `to()`, is frozen, and runs in
-    eval mode. Taps stand on the networks during a call only. Relations span the images of one call, under DDP those of
-    each process for itself; one image alone has none.
+    `parameters()`, `state_dict()` and `train()` cover the student and the `adapters` that some methods train beside it
+    (the convolutions of `fitnet` and `fsp`). The teacher is frozen, runs in eval mode, and moves along with `to()`.
+    Hooks are on the networks during a call only. Relations span the images of one call, under DDP those of each
+    process; a single image has none.
     """
 
     def __init__(
@@ -89,8 +85,8 @@ class Distiller(nn.Module):
         """`teacher`, `student`: timm models; `teacher` None for the method `none`.
 
         `settings`: keys of the configuration that define the loss, such as `{"losses.kd.temperature": 2,
-        "matching.skip": [4]}`. Raises UserError: unknown method or key, no timm model, networks that do not match,
-        classes that differ where their logits would be compared.
+        "matching.skip": [4]}`. Raises UserError: unknown method or key, not a timm model, networks that do not match,
+        different classes if a term compares logits.
         """
         super().__init__()
         for key in settings or {}:
@@ -98,7 +94,7 @@ class Distiller(nn.Module):
                 raise UserError(f"{key!r} does not define the loss: settings take keys of losses and matching")
         self.config = load_config(flags={**(settings or {}), "method": method})
         self.plan: Plan | None = None
-        """The stages that meet; None where no term compares stages."""
+        """The matched stages; None if no term compares stages."""
         for name in self.config.losses.comparing("booster"):
             raise UserError(
                 f"{name} trains a second network from scratch: irgdistill distill --method {name} builds it"
@@ -122,8 +118,8 @@ class Distiller(nn.Module):
         """images (B, 3, H, W), normalised; labels (B,) class indices or (B, K) probabilities -> loss, terms.
 
         The loss is a scalar, Σ weight · term; the terms are the raw means by name, detached. `teacher_images`
-        (B, 3, H', W'): the same crops at the size and normalisation that the teacher expects, where these are others.
-        `progress`: the share of the training that is done, 0 to 1, by which hints fade out.
+        (B, 3, H', W'): the same crops at the teacher's size and normalisation, if these differ. `progress`: share of
+        the training that is done, 0 to 1, by which hints fade out.
         """
         student = _look(self.student, images, self.loss.where("student"), self.adapters)
         teacher = None
@@ -145,7 +141,7 @@ class Distiller(nn.Module):
 def _look(
     model: nn.Module, images: Tensor, where: Mapping[str, Sequence[Tap]], adapters: nn.ModuleDict | None = None
 ) -> Output:
-    """One forward with taps, which are gone after it."""
+    """One forward pass with taps, which are removed after it."""
     last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     tapped = Tapped(model, None, channels_last=last, **where)
     try:
@@ -156,7 +152,7 @@ def _look(
 
 
 def _network(model: nn.Module, role: str) -> Network:
-    """A timm model as matching sees it. Raises UserError for one that is none."""
+    """Wrap a timm model. Raises UserError for any other module."""
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
-        raise UserError(f"the {role}, {type(model).__name__}, is no timm model: make it with timm.create_model")
+        raise UserError(f"the {role}, {type(model).__name__}, is not a timm model: make it with timm.create_model")
     return Network.of(model)

@@ -1,17 +1,26 @@
-"""How a command ends early: bad input is one line and exit code 2, a signal its own code."""
+"""Errors that end a command: bad input is one line and exit code 2, a signal has its own code."""
 
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: what was given, what is allowed, the remedy."""
+    """Bad input: options, settings, files. The message is one line: what was given, what is allowed, the remedy."""
+
+
+class DataError(UserError):
+    """Data that cannot be read: a missing or damaged file, too many unreadable images."""
+
+
+class TrainingError(UserError):
+    """An accident while training, such as a loss that is not finite or a full disk."""
 
 
 class Interrupted(Exception):
-    """The command ends early with exit code `code`: a signal asked for it, or a worker failed. The message says why."""
+    """Ends the command early with exit code `code`, after a signal or a worker's failure. The message is the reason."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -23,3 +32,14 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     lowered = {name.lower(): name for name in allowed}
     close = difflib.get_close_matches(given.lower(), lowered, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(lowered[name] for name in close)}?" if close else ""
+
+
+def one_line(error: object, length: int | None = None) -> str:
+    """The message of `error` on one line, cut to `length` characters at a word."""
+    text = " ".join(str(error).split())
+    return text if length is None else textwrap.shorten(text, length, placeholder="…")
+
+
+def os_reason(error: OSError) -> str:
+    """The reason of a failed system call with its file, such as `No such file or directory: a/b`."""
+    return f"{error.strerror or one_line(error)}" + (f": {error.filename}" if error.filename else "")

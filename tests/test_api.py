@@ -96,7 +96,7 @@ def test_the_loss_is_the_trainers(method: str, tmp_path: Path) -> None:
     torch.save(network("cifar_resnet20", 1).state_dict(), weights)
     flags = {"method": method, "student.name": "cifar_resnet14_x0_5", "runtime.device": "cpu", "data.batch_size": 32}
     flags |= {"teacher.name": "cifar_resnet20", "teacher.checkpoint": weights, "losses.edges.blocks": 2}
-    flags |= {"runtime.fold": False}  # the bare model is not
+    flags |= {"runtime.fold_batch_norm": False}  # the bare model is not
     setup = prepare(load_config("quickstart", flags=flags))
     trainer = Trainer(setup, RunFolder(tmp_path / "run"), Report(quiet=True))
     assert setup.teacher is not None
@@ -165,7 +165,7 @@ def test_the_plan_of_two_models() -> None:
         (lambda: Distiller(network(), network(), settings={"optim.lr": 1}), "'optim.lr' does not define the loss"),
         (lambda: Distiller(None, network()), "method 'irg\\+kd\\+at' needs a teacher"),
         (lambda: Distiller(network(), network(), "rocket"), "irgdistill distill --method rocket"),
-        (lambda: Distiller(nn.Linear(2, 2), network()), "the teacher, Linear, is no timm model"),
+        (lambda: Distiller(nn.Linear(2, 2), network()), "the teacher, Linear, is not a timm model"),
         (lambda: Distiller(timm.create_model("cifar_resnet20", num_classes=7), network()), "7 classes"),
         (lambda: distill(stduent="resnet18"), "no option 'stduent'; did you mean student"),
         (lambda: distill(load_config(), epochs=3), "not both: leave out epochs"),

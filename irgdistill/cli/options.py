@@ -1,101 +1,178 @@
-"""What the commands share: the table of options, panels, completion of values. Starts without torch."""
+"""Options of the commands, made from the schema of the settings, and the list of commands. Starts without torch."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from itertools import pairwise
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
-from irgdistill.config import FLAGS
+from irgdistill.cli.completion import complete_method, complete_network
+from irgdistill.config import PANELS, RESULT, Config, Flag, Setting, load_config, options, settings, values_of
 from irgdistill.errors import UserError, nearest
 
-NETWORKS, DATA, MATCHING, METHOD, TRAINING, RUNTIME = "Networks", "Data", "Matching", "Method", "Training", "Run"
+COMPLETION = {"method": complete_method, "network": complete_network}
 
 
-RESULT = "Result"
+@dataclass(frozen=True)
+class Declaration:
+    """A command as its file declares it."""
+
+    name: str
+    order: int
+    """Its place in the help."""
+    examples: Sequence[str]
+    function: Callable[..., None]
+    passes_on: bool
+    """The command also takes the options of `distill`, by `options_of_distill`."""
 
 
-def option(group: str, *names: str, help: str, complete: Callable[[str], list[str]] | None = None) -> Any:
-    """An option in the panel `group`; `complete` gives the values that begin like the one being typed."""
-    return typer.Option(*names, help=help, rich_help_panel=group, show_default=False, autocompletion=complete)
+COMMANDS: list[Declaration] = []
 
 
-def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of `distill` -> {"key.path": value} of what was given. Raises UserError for two starts."""
-    if params["student_pretrained"] and params["student_checkpoint"]:
-        raise UserError("--student-pretrained and --student-checkpoint: a student starts from one or the other")
-    given = {name: value for name, value in params.items() if name in FLAGS and value not in (None, (), [])}
-    flags = {FLAGS[name]: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    if params["skip_teacher_check"]:
-        flags["teacher.check"] = False
-    if params["no_labels"]:
-        flags["data.labels"] = False
-    return flags
+Function = Callable[..., None]
 
 
-def options_of_distill(context: typer.Context, command: str, refused: tuple[str, ...]) -> dict[str, Any]:
-    """What `command` was given beside its own options, read as `distill` reads it. Raises UserError for `refused`."""
+def command(name: str, order: int, examples: Sequence[str], passes_on: bool = False) -> Callable[[Function], Function]:
+    """Register a function of this package as the command `name`."""
+
+    def register(function: Function) -> Function:
+        COMMANDS.append(Declaration(name, order, examples, function, passes_on))
+        return function
+
+    return register
+
+
+def option(panel: str, *names: str, help: str, complete: Callable[[str], list[str]] | None = None) -> Any:
+    """An option in a panel of the help; `complete` returns the values that begin with the one being typed."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, autocompletion=complete)
+
+
+Quiet = Annotated[bool, option(RESULT, "--quiet", help="Print results, warnings and errors only.")]
+
+
+Json = Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")]
+
+
+def with_settings(chosen: Mapping[str, str | Flag | None] | None = None) -> Callable[[Function], Function]:
+    """Give a command the options of the `chosen` settings; its parameter `given` takes {"key.path": value}.
+
+    `chosen`: key -> another help text, another flag, or None for the flag of the schema; default: every setting that
+    has a flag.
+    """
+    known = {setting.key: setting for setting in settings()}
+    taken = [_with_flag(known[key], flag) for key, flag in chosen.items()] if chosen else list(options().values())
+    names = {setting.flag.parameter: setting for setting in taken if setting.flag is not None}
+
+    def decorate(function: Function) -> Function:
+        def call(**params: Any) -> None:
+            function(given=values_of({name: params.pop(name) for name in names}, names), **params)
+
+        own = [item for item in inspect.signature(function, eval_str=True).parameters.values() if item.name != "given"]
+        parameters = sorted([*map(_parameter, names.values()), *own], key=_panel)
+        signature = inspect.Signature([item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in parameters])
+        call.__doc__, call.__module__ = function.__doc__, function.__module__
+        call.__annotations__ = {item.name: item.annotation for item in parameters}
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _with_flag(setting: Setting, flag: str | Flag | None) -> Setting:
+    if isinstance(flag, str):
+        assert setting.flag is not None, setting.key
+        flag = replace(setting.flag, help=flag)
+    return setting if flag is None else replace(setting, flag=flag)
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    """The parameter from which typer makes the option of a setting; its value is None if it is not given."""
+    flag = setting.flag
+    assert flag is not None
+    complete = None if flag.completion is None else COMPLETION[flag.completion]
+    info = option(flag.panel, flag.name, help=_help(flag, setting.default), complete=complete)
+    type_: Any = _type(setting.field.annotation, flag.repeated)
+    annotation: Any = Annotated[type_ | None, info]
+    return inspect.Parameter(flag.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _help(flag: Flag, default: Any) -> str:
+    if isinstance(default, bool) or default in (None, ()) or "default:" in flag.help:
+        return flag.help
+    shown = f"{default:g}" if isinstance(default, float) else default
+    return f"{flag.help.rstrip('.')} (default: {shown})."
+
+
+def _type(annotation: Any, repeated: bool) -> Any:
+    """The type of an option's value: what the command line converts itself; the schema does the rest."""
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0], repeated)
+    if get_origin(annotation) in (Union, UnionType):
+        return _type(next(part for part in get_args(annotation) if part is not type(None)), repeated)
+    if repeated:
+        return list[_type(get_args(annotation)[0], False)]  # type: ignore[misc]
+    return annotation if annotation in (bool, int, float, Path) else str
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    """Place of the panel in the help; arguments and the context come first."""
+    for item in getattr(parameter.annotation, "__metadata__", ()):
+        if (panel := getattr(item, "rich_help_panel", None)) is not None:
+            return PANELS.index(panel)
+    return -1
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Options of `distill` that another command was given."""
+
+    values: Mapping[str, Any]
+    """By their names in Python."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """{"key.path": value} of the settings among them."""
+        return values_of({name: self.values[name] for name in options()})
+
+    @property
+    def settings(self) -> list[str]:
+        """Values of --set."""
+        return list(self.values["settings"] or ())
+
+    def config(self) -> Config:
+        return load_config(self.values["preset"], self.settings, self.given)
+
+
+def options_of_distill(context: typer.Context, name: str, refused: Sequence[str]) -> DistillOptions:
+    """Parse what the command `name` was given besides its own options as `distill` parses it.
+
+    Raises UserError for an option in `refused`.
+    """
     assert context.parent is not None
     parser = context.parent.command.get_command(context.parent, "distill")  # type: ignore[attr-defined]
     try:
-        options: dict[str, Any] = parser.make_context(command, list(context.args), parent=context.parent).params
+        values: dict[str, Any] = parser.make_context(name, list(context.args), parent=context.parent).params
     except Exception as caught:
         error: Any = caught
-        if not hasattr(error, "possibilities"):
+        if not is_unknown_option(error):
             raise
-        own = [name for parameter in (*context.command.params, *parser.params) for name in parameter.opts]
-        known = [name for name in own if name.strip("-").replace("-", "_") not in refused]
+        own = [option for parameter in (*context.command.params, *parser.params) for option in parameter.opts]
+        known = [option for option in own if option.strip("-").replace("-", "_") not in refused]
         raise UserError(f"no option {error.option_name}{nearest(error.option_name, known)}") from None
-    for name in refused:
-        if options[name]:
-            raise UserError(f"{command} does not take --{name.replace('_', '-')}")
-    return options
+    for option in refused:
+        if values[option]:
+            raise UserError(f"{name} does not take --{option.replace('_', '-')}")
+    return DistillOptions(values)
 
 
-def examples(*lines: str) -> str:
-    """What stands below a command's help."""
-    return "\n\n".join((f"Example{'s' * (len(lines) > 1)}:", *lines))
-
-
-class Command(TyperCommand):
-    """Its help wastes no column on a narrow terminal."""
-
-    def format_help(self, context: Any, formatter: Any) -> None:
-        from typer import rich_utils
-
-        rich_utils.STYLE_OPTIONS_TABLE_PADDING = (0, 1, 0, 0)  # type: ignore[assignment]
-        super().format_help(context, formatter)
-
-
-class Commands(TyperGroup):
-    """Of an unknown command it names the nearest."""
-
-    def get_command(self, context: Any, name: str) -> Any:
-        found = super().get_command(context, name)
-        if found is None and not context.resilient_parsing:
-            known = ", ".join(self.commands)
-            raise UserError(f"no command {name!r}{nearest(name, self.commands)} (known: {known})")
-        return found
-
-
-def usage(error: Any) -> str:
-    """A mistake in the options in one line: what was given, the nearest names, where they are listed."""
-    message = " ".join(error.format_message().split()).rstrip(".")
-    if hasattr(error, "possibilities"):
-        known = [name for parameter in error.ctx.command.params for name in parameter.opts]
-        return f"no option {error.option_name}{nearest(error.option_name, known)}"
-    given = _given(getattr(error, "param", None))
-    if given and ": " in message:
-        message = f"{given}: {message.partition(': ')[2]}"
-    return f"{message[:1].lower()}{message[1:]}"
-
-
-def _given(parameter: Any) -> str:
-    """An option with its value, as the command line has it; empty for what is not there."""
-    words = [word for argument in sys.argv[1:] for word in argument.split("=", 1)]
-    names = [] if parameter is None else parameter.opts
-    return next((f"{word} {value}" for word, value in pairwise(words) if word in names), "")
+def is_unknown_option(error: Any) -> bool:
+    """Whether a parser's error is click's NoSuchOption, which has no public place in typer."""
+    return hasattr(error, "possibilities") and hasattr(error, "option_name")

@@ -83,7 +83,7 @@ def cache_teacher(request: CacheRequest) -> None:
     model = teacher.model.to(device)
     if config.runtime.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if config.runtime.fold:
+    if config.runtime.fold_batch_norm:
         fold_batch_norm(model.eval(), teacher.input.size, {tap.module for tap in taps})
     network = Tapped(model, teacher.view().to(device), taps, config.runtime.channels_last, energies=attended)
     network.requires_grad_(False).eval()

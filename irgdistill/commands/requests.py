@@ -1,7 +1,6 @@
-"""What each command was asked for. A request that its words, or the files they name, tell to be impossible is not made.
+"""Validated arguments of each command. Constructing one raises UserError if the options, or their files, cannot work.
 
-Imports no torch, so that a mistake in a command is told at once. What only the networks and images can tell is told by
-the rooms that open them.
+Imports no torch, so that a mistake is reported at once. Checks that need the networks or the images come later.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from typing import Any
 
 from irgdistill.config import (
     METHODS,
-    MOVABLE,
     STORES,
     Config,
     DataConfig,
+    changeable_on_resume,
     check_files,
     check_run,
     check_source,
@@ -36,16 +35,16 @@ EXPORTS = ("hub", "onnx", "program", "timm")
 FIGURES = ("png", "svg", "pdf")
 
 
-MOST = 2048
-"""Images of one inspection: its report holds every pair of them."""
+MAX_IMAGES = 2048
+"""Largest number of images of one inspection, whose report holds every pair of them."""
 
 
-TWO = "give a run folder or checkpoint, or two networks: --teacher T --student S --data D"
+ADVICE = "give a run folder or checkpoint, or two networks: --teacher T --student S --data D"
 
 
 @dataclass(frozen=True)
 class DistillRequest:
-    """A run from its beginning."""
+    """A new run."""
 
     config: Config
     output: Path | None = None
@@ -65,20 +64,20 @@ class DistillRequest:
 
 @dataclass(frozen=True)
 class ResumeRequest:
-    """A run that goes on."""
+    """A run to resume."""
 
     path: Path
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """{"key.path": value} of what may move."""
+    """{"key.path": value} of settings that a resumed run may change."""
     previous: bool = False
-    """From the state before the last one."""
+    """Resume from the state before the last one."""
     gpus: str | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        fixed = sorted(set(self.changes) - MOVABLE)
-        if fixed:
-            raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(MOVABLE))}")
+        allowed = changeable_on_resume()
+        if fixed := sorted(set(self.changes) - allowed):
+            raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(allowed))}")
         check_loggers(self.changes.get("runtime.loggers") or ())
         check_workers(self.gpus, self.backend)
         folder = RunFolder(self.path)
@@ -90,22 +89,22 @@ class ResumeRequest:
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """The same recipe under several methods and seeds."""
+    """One recipe trained by several methods and seeds."""
 
     methods: Sequence[str]
     seeds: int
     output: Path
     jobs: int = 1
-    """Runs at work at once, on one device."""
+    """Runs at once on one device."""
     preset: str | None = None
     settings: Sequence[str] = ()
     flags: Mapping[str, Any] | None = None
     moved: Sequence[str] = ()
-    """Options of `distill` that may also be given to a run that goes on."""
+    """Options of `distill` that a resumed run takes too."""
     as_json: bool = False
     """Print the table as one JSON object."""
     finished: bool = False
-    """Train nothing: the table of the runs that are finished."""
+    """Train nothing; make the table of the finished runs."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.jobs < 1:
@@ -120,7 +119,7 @@ class CompareRequest:
             check_run(self.config(method))
 
     def config(self, method: str, seed: int | None = None) -> Config:
-        """Of one run. A weight that is set holds for the methods that have its term; the others stay without it."""
+        """Settings of one run. A weight that is set applies only to the methods that have its term."""
         others = {term for known in METHODS.values() for term in known.weights} - set(METHODS[method].weights)
         flags = {**(self.flags or {}), "method": method, **{f"losses.{name}.weight": 0.0 for name in others}}
         if seed is not None:
@@ -135,10 +134,10 @@ class CacheRequest:
     config: Config
     output: Path
     views: int | None = None
-    """Of each image; None: as many as the run's `data.views`, or 1."""
+    """Views of each image; None: the run's `data.views`, or 1."""
     store: str = "fp16"
     logits: str = "all"
-    """Or how many of the largest."""
+    """`all`, or how many of the largest to keep."""
 
     def __post_init__(self) -> None:
         if self.views is not None and self.views < 1:
@@ -154,7 +153,7 @@ class CacheRequest:
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """A student to hand on."""
+    """A student to export."""
 
     target: str
     """Run folder or checkpoint."""
@@ -166,10 +165,10 @@ class ExportRequest:
     license: str | None = None
     opset: int | None = None
     raw_input: bool = False
-    """Normalisation inside the graph: images are RGB in [0, 1]."""
+    """Put the normalisation into the graph: images are RGB in [0, 1]."""
     check_images: int = 64
     data: DataConfig = field(default_factory=DataConfig)
-    """Where the images of the check are, for the keys in `given`."""
+    """Data of the check's images; only the keys in `given` replace those of the checkpoint."""
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -182,11 +181,11 @@ class ExportRequest:
         }
         for option, formats in needs.items():
             if formats is not None and self.format not in formats:
-                raise UserError(f"{option} goes with --format {' or '.join(formats)}, not with {self.format}")
+                raise UserError(f"{option} needs --format {' or '.join(formats)}, not with {self.format}")
         if Path(self.target).suffix in WEIGHTS:
             check_files(Path(self.target))
         if not Path(self.target).exists():
-            raise UserError(f"{self.target} is no run folder and no checkpoint file")
+            raise UserError(f"{self.target} is neither a run folder nor a checkpoint file")
 
 
 @dataclass(frozen=True)
@@ -197,11 +196,11 @@ class EvalRequest:
     """Checkpoints, run folders or names."""
     config: Config
     given: frozenset[str]
-    """The keys of `config` that were asked for now."""
+    """Keys of `config` that the command line set."""
     checkpoint: Path | None = None
-    """Weights of the one target, which is a name."""
+    """Weights of the only target, a timm name."""
     against: str | None = None
-    """Teacher to agree with."""
+    """Teacher whose agreement is measured."""
     against_checkpoint: Path | None = None
     as_json: bool = False
 
@@ -214,15 +213,13 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class InspectRequest:
-    """Networks whose graphs are looked at."""
+    """Networks whose graphs are compared."""
 
     config: Config
     given: frozenset[str] = frozenset()
-    """The keys of `config` that were asked for."""
+    """Keys of `config` that the command line set."""
     target: str | None = None
     """Run folder or checkpoint."""
-    student_checkpoint: Path | None = None
-    student_pretrained: bool = False
     compare: str | None = None
     """Another checkpoint of the same student."""
     images: int = 64
@@ -232,34 +229,40 @@ class InspectRequest:
     terminal: bool = False
     output: Path | None = None
     plan_only: bool = False
-    """Show which stages meet: no data, no weights."""
+    """Show which stages match; needs no data and no weights."""
     as_json: bool = False
+
+    @property
+    def student_checkpoint(self) -> Path | None:
+        return self.config.student.checkpoint
+
+    @property
+    def student_pretrained(self) -> bool:
+        return self.config.student.pretrained
 
     def __post_init__(self) -> None:
         check_word("--format", self.format, FIGURES)
         check_word("--split", self.split, ("val", "train"))
-        if not 2 <= self.images <= MOST:
-            raise UserError(f"--images {self.images}: a graph has 2 to {MOST} images")
+        if not 2 <= self.images <= MAX_IMAGES:
+            raise UserError(f"--images {self.images}: a graph has 2 to {MAX_IMAGES} images")
         if not 1 <= self.neighbours < self.images:
             raise UserError(
                 f"--neighbours {self.neighbours}: expected 1 to {self.images - 1} (of --images {self.images})"
             )
         if self.plan_only and self.compare is not None:
             raise UserError("--plan-only shows one plan; leave out --compare")
-        if self.student_checkpoint is not None and self.student_pretrained:
-            raise UserError("--student-checkpoint and --student-pretrained: a student has one or the other")
         if self.target is None:
             if self.config.student.name is None and self.student_checkpoint is None:
-                raise UserError(f"no student: {TWO}")
+                raise UserError(f"no student: {ADVICE}")
             if self.config.teacher.name is None and self.config.teacher.checkpoint is None:
-                raise UserError(f"no teacher: {TWO}")
+                raise UserError(f"no teacher: {ADVICE}")
             if not self.plan_only:
                 check_source(self.config.data)
 
 
 @dataclass(frozen=True)
 class DoctorRequest:
-    """A look at the machine, and at a run that is planned for it."""
+    """A diagnosis of the machine, and of a run planned for it."""
 
     config: Config
     planned: bool = False

@@ -10,15 +10,14 @@ from .checks import (
     check_word,
     check_workers,
 )
-from .explain import keys
-from .fields import Fade, OneOf, Probability, Section, Weight
-from .flags import FLAGS
+from .fields import Count, Fade, NonNegative, OneOf, Positive, Probability, Section, Share, Weight
+from .flag import DATA, MATCHING, METHOD, NETWORKS, PANELS, RESULT, RUN, TRAINING, Flag
 from .input_spec import InputSpec
 from .loading import data_of, dump, load_config, load_plugin, preset_files, presets, read_yaml, validate
 from .losses import LossesConfig
 from .methods import METHODS, STAGE_KINDS, TEACHER_KINDS, TERMS, Kind, Method, TermSettings, TermSpec, method, term
+from .renamed import RENAMED_KEYS, RenamedKeyWarning
 from .schema import (
-    MOVABLE,
     STORES,
     AugmentConfig,
     Config,
@@ -31,39 +30,55 @@ from .schema import (
     ScheduleConfig,
     StudentConfig,
 )
+from .settings import Setting, changeable_on_resume, keys, options, settings, values_of
 
 __all__ = [
     "BUILTIN",
-    "FLAGS",
+    "DATA",
+    "MATCHING",
+    "METHOD",
     "METHODS",
-    "MOVABLE",
+    "NETWORKS",
+    "PANELS",
     "PREFIXES",
+    "RENAMED_KEYS",
+    "RESULT",
+    "RUN",
     "STAGE_KINDS",
     "STORES",
     "STREAMS",
     "TEACHER_KINDS",
     "TERMS",
+    "TRAINING",
     "AugmentConfig",
     "Config",
+    "Count",
     "DataConfig",
     "Fade",
+    "Flag",
     "InputSpec",
     "Kind",
     "LossesConfig",
     "MatchingConfig",
     "Method",
+    "NonNegative",
     "OneOf",
     "OptimConfig",
     "PluginConfig",
+    "Positive",
     "Preprocessing",
     "Probability",
+    "RenamedKeyWarning",
     "RuntimeConfig",
     "ScheduleConfig",
     "Section",
+    "Setting",
+    "Share",
     "StudentConfig",
     "TermSettings",
     "TermSpec",
     "Weight",
+    "changeable_on_resume",
     "check_files",
     "check_run",
     "check_source",
@@ -77,9 +92,12 @@ __all__ = [
     "load_config",
     "load_plugin",
     "method",
+    "options",
     "preset_files",
     "presets",
     "read_yaml",
+    "settings",
     "term",
     "validate",
+    "values_of",
 ]

@@ -1,4 +1,4 @@
-"""What is wrong with a run, as far as its settings and the files they name tell. Imports no torch."""
+"""Checks that need only the settings and the file system. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from irgdistill.config.schema import Config, DataConfig
 from irgdistill.errors import UserError, nearest
 
 BUILTIN = ("digits",)
-"""Data sets that come with a package."""
+"""Data sets that a Python package contains."""
 
 
 STREAMS = ("wds/", "hfids/", "tfds/")
 
 
 PREFIXES = ("torch/", "hfds/", *STREAMS)
-"""How a data set string of timm begins."""
+"""Prefixes of timm dataset strings."""
 
 
 def check_run(config: Config, begun: bool = False) -> None:
-    """Raises UserError for what a run cannot do without; one that has `begun` needs fewer files."""
+    """Raises UserError if a run cannot start, or with `begun` cannot be resumed, which needs fewer files."""
     if config.student.name is None and config.student.checkpoint is None:
         raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
     if not config.data.labels:
         check_without_labels(config)
     elif not any(weight > 0 for weight in config.losses.weights().values()):
-        raise UserError("no loss term has a weight: nothing would be learnt")
+        raise UserError("no loss term has a weight: the student would learn nothing")
     check_source(config.data)
     if (config.uses_teacher and config.teacher.cache is None) or config.losses.comparing("booster"):
         hints = ", ".join(f"losses.{name}" for name in config.losses.hints())
@@ -36,7 +36,7 @@ def check_run(config: Config, begun: bool = False) -> None:
 
 
 def check_source(data: DataConfig) -> None:
-    """Raises UserError where no images are named, or none can be there."""
+    """Raises UserError if no data set is given, or its folder does not exist."""
     if not data.source:
         raise UserError("no data: give --data FOLDER, --data digits or a timm dataset string such as torch/cifar10")
     if data.source not in BUILTIN and not data.source.startswith(PREFIXES) and not Path(data.source).exists():
@@ -47,7 +47,7 @@ def check_source(data: DataConfig) -> None:
 
 
 def check_teacher(config: Config, who: str) -> None:
-    """Raises UserError where none is named, by itself or by a checkpoint, for `who` needs it."""
+    """Raises UserError if `who` needs a teacher and neither a name nor a checkpoint is given."""
     if config.teacher.name is None and config.teacher.checkpoint is None:
         alone = " (or --method none to train the student alone)" if who.startswith("method") else ""
         raise UserError(f"{who} needs a teacher: give --teacher NAME or --teacher-checkpoint FILE{alone}")
@@ -55,7 +55,7 @@ def check_teacher(config: Config, who: str) -> None:
 
 
 def check_without_labels(config: Config) -> None:
-    """Raises UserError for what needs labels, all of it in one line."""
+    """Raises UserError that names every setting that needs labels."""
     used = [f"losses.{name}" for name in config.losses.comparing("labels")]
     used += ["losses.ce.class_weights"] * (config.losses.ce.class_weights != "none")
     used += ["--label-smoothing"] * (config.losses.ce.label_smoothing > 0)
@@ -73,7 +73,7 @@ def check_without_labels(config: Config) -> None:
 
 
 def check_workers(gpus: str | None, backend: str | None) -> None:
-    """Raises UserError for values of --gpus and --backend that are none."""
+    """Raises UserError for values of --gpus and --backend that are not allowed."""
     if backend not in (None, "nccl", "gloo"):
         raise UserError(f"--backend {backend}: nccl, or gloo to run on the CPU{nearest(backend, ['nccl', 'gloo'])}")
     if gpus not in (None, "all") and not (gpus.isdecimal() and int(gpus) > 0):
@@ -81,14 +81,14 @@ def check_workers(gpus: str | None, backend: str | None) -> None:
 
 
 def check_files(*paths: Path | None) -> None:
-    """Raises UserError for one that is named and not there."""
+    """Raises UserError for a path that does not exist."""
     for path in paths:
         if path is not None and not path.exists():
             raise UserError(f"no file {path}")
 
 
 def check_word(option: str, given: str, allowed: Sequence[str]) -> None:
-    """Raises UserError, with the nearest of the words that are allowed."""
+    """Raises UserError with the nearest allowed word."""
     if given not in allowed:
         words = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
         raise UserError(f"{option} {given}: expected {words}{nearest(given, allowed)}")

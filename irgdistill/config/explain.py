@@ -1,13 +1,11 @@
-"""Validation errors in plain words, and the dotted keys of the configuration."""
+"""Validation errors in plain words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-from pydantic import BaseModel
-
-from irgdistill.config.schema import Config
+from irgdistill.config.settings import keys
 from irgdistill.errors import nearest
 
 QUOTE = "'"
@@ -23,11 +21,11 @@ WANTED = {
     "path_type": "expected a path",
     "finite_number": "expected a finite number",
 }
-"""What pydantic's kinds of error say to someone who knows no Python."""
+"""Kind of a pydantic error -> its message for users who may not know Python."""
 
 
 def explain(errors: Iterable[Any]) -> str:
-    """One sentence for each key that is wrong, whichever of its parts or alternatives pydantic complains of."""
+    """Make one sentence per wrong key, whichever of its parts or alternatives pydantic reports."""
     sentences: dict[str, list[str]] = {}
     known = set(keys())
     for error in errors:
@@ -49,12 +47,3 @@ def explain(errors: Iterable[Any]) -> str:
         allowed = WANTED.get(kind, allowed).replace("Input should be", "expected a value")
         sentences.setdefault(f"{path} = {error['input']!r}: ", []).append(f"{allowed[0].lower()}{allowed[1:]}")
     return "; ".join(what + ", or ".join(dict.fromkeys(why)) for what, why in sentences.items())
-
-
-def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """All dotted keys that can be set."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name

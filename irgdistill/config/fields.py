@@ -1,4 +1,4 @@
-"""Types of settings' values, and the base class of a section. Imports no torch."""
+"""Types of the settings, and the base class of their sections. Imports no torch."""
 
 from __future__ import annotations
 
@@ -66,7 +66,13 @@ Pixels = Annotated[int, Field(ge=1)]
 Size = Annotated[tuple[Pixels, Pixels], BeforeValidator(_size)]
 
 
+Count = Annotated[int, Field(ge=1)]
+
+
 Positive = Annotated[float, Field(gt=0)]
+
+
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
@@ -76,6 +82,9 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 Fade = Annotated[tuple[Probability, Probability], BeforeValidator(_names), AfterValidator(_in_order)]

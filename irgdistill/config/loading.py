@@ -1,27 +1,32 @@
-"""Where settings come from: presets, overrides, validation, dump. Imports no torch.
+"""Load, merge, validate and dump settings. Imports no torch.
 
-What a run uses is built in this order, later wins: defaults, preset, `--set key.path=value`, explicit flags.
+A run's settings are merged in this order, later ones win: defaults, preset, `--set key.path=value`, options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from irgdistill.config.explain import explain, keys
+from irgdistill.config.explain import explain
+from irgdistill.config.renamed import current_key, current_keys
 from irgdistill.config.schema import Config, DataConfig, PluginConfig, refresh
-from irgdistill.errors import UserError, nearest
+from irgdistill.config.settings import keys
+from irgdistill.errors import UserError, nearest, one_line
 from irgdistill.plugins import import_plugin
 
 
 def load_config(
-    preset: str | None = None, settings: list[str] | None = None, flags: Mapping[str, Any] | None = None
+    preset: str | None = None, settings: Sequence[str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> Config:
-    """Merge preset < `settings` ("key.path=value") < `flags` ({"key.path": value}) and validate. Raises UserError."""
+    """Merge preset < `settings` ("key.path=value") < `flags` ({"key.path": value}) and validate.
+
+    Raises UserError; warns about keys that have another name now.
+    """
     tree: dict[str, Any] = load_preset(preset) if preset else {}
     for setting in settings or []:
         path, equals, text = setting.partition("=")
@@ -38,11 +43,11 @@ def load_config(
 
 
 def validate(tree: Mapping[str, Any], where: str = "") -> Config:
-    """Tree of plain values -> Config, once its plugins are imported, which may add to what is allowed.
+    """Tree of plain values -> Config, after its plugins are imported, which may add to what is allowed.
 
-    Raises UserError naming field, value and what is allowed, or as `load_plugin`.
+    Raises UserError with the field, the value and what is allowed, or as `load_plugin`.
     """
-    tree = dict(tree)
+    tree = current_keys(tree)
     if plugins := _listed(tree.get("plugins")):
         try:
             loaded = [_load(entry) for entry in plugins]
@@ -79,19 +84,19 @@ def _listed(value: Any) -> list[Any]:
 
 
 def dump(config: Config) -> str:
-    """Resolved configuration as YAML; `validate(yaml.safe_load(…))` gives it back."""
+    """Write a configuration as YAML; `validate(yaml.safe_load(…))` reads it back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def presets() -> dict[str, Path]:
-    """Name -> file of every preset that comes with the package."""
+    """Name -> file of every preset of the package."""
     here = Path(__file__).parents[1]
     folder = here / "presets" if (here / "presets").is_dir() else here.parent / "presets"
     return {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def preset_files(name: str | None = None) -> dict[str, Path]:
-    """All presets, or the one of that name. Raises UserError with the nearest."""
+    """All presets, or the one of that name. Raises UserError with the nearest names."""
     known = presets()
     if name is not None and name not in known:
         raise UserError(f"no preset {name!r}{nearest(name, known)} (known: {', '.join(known)})")
@@ -99,14 +104,14 @@ def preset_files(name: str | None = None) -> dict[str, Path]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """Preset by name, or any YAML file by path; `extends: NAME` begins with another preset.
+    """Read a preset by name, or any YAML file by path; `extends: NAME` starts from another preset.
 
     Raises UserError with the nearest names.
     """
     path = presets().get(name) or Path(name)
     if not path.is_file():
         raise UserError(f"no preset {name!r}{nearest(name, presets())} (known: {', '.join(presets())}, or a YAML file)")
-    tree = read_yaml(path)
+    tree = current_keys(read_yaml(path))
     base = tree.pop("extends", None)
     if base is None:
         return tree
@@ -116,46 +121,47 @@ def load_preset(name: str) -> dict[str, Any]:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Trees of settings, the second one on top."""
+    """Merge two trees of settings; `above` wins."""
     both = {key for key in above if isinstance(below.get(key), dict) and isinstance(above[key], dict)}
     return {**below, **above, **{key: _merged(below[key], above[key]) for key in both}}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping. Raises UserError."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of configuration keys, got {type(tree).__name__}")
     return tree
 
 
 def _assign(tree: dict[str, Any], path: str, value: Any) -> None:
-    *sections, key = path.split(".")
+    *sections, key = current_key(path).split(".")
     for section in sections:
         child = tree.setdefault(section, {})
         if not isinstance(child, dict):
-            raise UserError(f"unknown key {path!r}{nearest(path, list(keys()))}")
+            raise UserError(f"unknown key {path!r}{nearest(path, keys())}")
         tree = child
     tree[key] = value
 
 
 def data_of(target: str, metadata: Mapping[str, Any], asked: DataConfig, given: Collection[str]) -> DataConfig:
-    """The remembered data set, with what was asked for now on top.
+    """The data set that a checkpoint records, with the keys in `given` taken from `asked`.
 
-    Raises UserError: none is remembered or it is gone, or a part to hold out of images that were trained on.
+    Raises UserError: no data set is recorded or it is gone, or `--val-fraction` would hold out training images.
     """
     if "data" not in metadata:
         if asked.source is None:
-            raise UserError(f"{target} does not remember a data set; give --data")
+            raise UserError(f"{target} records no data set; give --data")
         return asked
-    remembered = DataConfig.model_validate(metadata["data"])
-    if "data.val_fraction" in given and "data.source" not in given and asked.val_fraction != remembered.val_fraction:
-        raise UserError(f"{target} is judged on what its run held out; --val-fraction goes with other --data")
+    recorded = DataConfig.model_validate(current_keys(metadata["data"], "data"))
+    if "data.val_fraction" in given and "data.source" not in given and asked.val_fraction != recorded.val_fraction:
+        raise UserError(f"{target} is evaluated on the images its run held out; --val-fraction needs another --data")
     names = {key.removeprefix("data.") for key in given if key.startswith("data.")}
     names |= {"eval_batch_size", "workers"}
-    data = remembered.model_copy(update={name: getattr(asked, name) for name in names})
+    data = recorded.replaced({name: getattr(asked, name) for name in names})
     if data.source and "/" in data.source and Path(data.source).is_absolute() and not Path(data.source).exists():
-        raise UserError(f"the data set of {target} is no longer at {data.source}; say where it is with --data")
+        raise UserError(f"the data set of {target} is no longer at {data.source}; give its place with --data")
     return data

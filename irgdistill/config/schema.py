@@ -1,6 +1,7 @@
-"""The settings of a run: one class per section, each field with its unit and default. Imports no torch.
+"""The settings of a run: one class per section, each field with its unit, default and option. Imports no torch.
 
-A loss weight left unset takes the value that the method gives it (`METHODS`); `config` says where settings come from.
+This is the only place where a setting is described: the options of the command line and of `irgdistill.distill`, and
+the page of settings in the documentation, are made from it. A loss weight that is not set takes the method's value.
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from irgdistill.config.fields import Names, OneOf, Probability, Range, Section, Size, Weight
+from irgdistill.config.fields import (
+    Count,
+    Names,
+    NonNegative,
+    OneOf,
+    Positive,
+    Probability,
+    Range,
+    Section,
+    Share,
+    Size,
+    Weight,
+)
+from irgdistill.config.flag import CHANGEABLE, DATA, MATCHING, METHOD, NETWORKS, RUN, TRAINING, Flag
 from irgdistill.config.losses import LossesConfig, declare_terms
 from irgdistill.config.methods import METHODS, TEACHER_KINDS
-
-MOVABLE = {
-    *("data.source", "data.root", "data.workers", "data.hold_gib", "teacher.checkpoint", "teacher.cache"),
-    *("runtime.device", "runtime.save_every_steps", "runtime.save_every_minutes"),
-    *("runtime.loggers", "runtime.graph_images_every"),
-}
-"""What may change when a run goes on: where things are and when it is saved, never what is computed."""
 
 
 class PluginConfig(Section):
@@ -30,40 +37,59 @@ class PluginConfig(Section):
 
 
 class TeacherConfig(Section):
-    name: str | None = None
-    """timm name, `hf-hub:…` or `local-dir:…`. Not needed with a checkpoint of ours, which names its architecture."""
-    checkpoint: Path | None = None
-    """Weights: safetensors, or a .pth read with `weights_only=True`. Without it the teacher is pretrained."""
-    input_size: Size | None = None
+    name: Annotated[
+        str | None, Flag("--teacher", NETWORKS, "timm name, hf-hub:… or local-dir:….", completion="network")
+    ] = None
+    """timm name, `hf-hub:…` or `local-dir:…`. An irgdistill checkpoint knows its architecture and needs no name."""
+    checkpoint: Annotated[
+        Path | None,
+        Flag("--teacher-checkpoint", NETWORKS, "Weights: a run, .safetensors or .pth; default: pretrained."),
+        CHANGEABLE,
+    ] = None
+    """Weights: safetensors, or a .pth read with `weights_only=True`. Default: timm's pretrained weights."""
+    input_size: Annotated[
+        Size | None, Flag("--teacher-input-size", NETWORKS, "224 or 256x192; default: the teacher's own.")
+    ] = None
     """Height and width in pixels; default: what the teacher was trained on."""
-    cache: Path | None = None
-    """What `cache-teacher` wrote: it answers in the teacher's place."""
-    check: bool = True
-    """Evaluate the teacher before training and stop when it is near chance."""
+    cache: Annotated[
+        Path | None,
+        Flag("--teacher-cache", NETWORKS, "Cache written by cache-teacher, used instead of a live teacher."),
+        CHANGEABLE,
+    ] = None
+    """Cache written by `cache-teacher`, used instead of a live teacher."""
+    check: Annotated[
+        bool, Flag("--skip-teacher-check", NETWORKS, "Train even if the teacher is near chance.", off=True)
+    ] = True
+    """Evaluate the teacher before training and stop if it is near chance."""
 
 
 class Preprocessing(Section):
     mean: tuple[float, ...]
-    """Of each channel, for pixels in 0 to 1."""
+    """Mean of each channel, for pixels in [0, 1]."""
     std: tuple[float, ...]
-    """Of each channel, likewise."""
+    """Standard deviation of each channel, for pixels in [0, 1]."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
-    """`bilinear`, `bicubic`, … as timm names them."""
+    """Interpolation by its name in timm."""
     crop_pct: float
     """Share of the resized image that validation crops."""
 
 
 class StudentConfig(Section):
-    name: str | None = None
-    """timm name of the network to train. Not needed with a checkpoint of ours, which names its architecture."""
-    pretrained: bool = False
-    """Start from timm's pretrained weights, unless there is a checkpoint; with a new classifier where the number of
+    name: Annotated[
+        str | None, Flag("--student", NETWORKS, "timm name of the network to train.", completion="network")
+    ] = None
+    """timm name of the network to train. An irgdistill checkpoint knows its architecture and needs no name."""
+    pretrained: Annotated[bool, Flag("--student-pretrained", NETWORKS, "Start from timm's pretrained weights.")] = False
+    """Start from timm's pretrained weights, unless there is a checkpoint. The classifier is new if the number of
     classes differs."""
-    checkpoint: Path | None = None
-    """Start from these weights, classifier as above: a checkpoint or run folder of ours, or a file of timm's."""
+    checkpoint: Annotated[
+        Path | None, Flag("--student-checkpoint", NETWORKS, "Start from these weights: a run, .safetensors or .pth.")
+    ] = None
+    """Start from these weights: a run folder or checkpoint of irgdistill, or a timm file. The classifier is new if the
+    classes differ."""
     preprocessing: Preprocessing | None = None
-    """How images are brought into the network's form; default: as the network or the checkpoint says."""
-    input_size: Size | None = None
+    """Normalisation and resizing of the images; default: those of the network or the checkpoint."""
+    input_size: Annotated[Size | None, Flag("--input-size", NETWORKS, "The student's; default: its own.")] = None
     """Height and width in pixels; default: the network's own."""
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass instead of keeping them; batch norm then counts each batch twice."""
@@ -72,57 +98,69 @@ class StudentConfig(Section):
 
 
 class DataConfig(Section):
-    source: str | None = None
+    source: Annotated[
+        str | None, Flag("--data", DATA, "Image folder, .tar, digits, or torch/…, hfds/…, wds/…."), CHANGEABLE
+    ] = None
     """Image folder, .tar of class folders, `digits`, or a timm dataset string (`torch/cifar10`, `hfds/…`, `wds/…`)."""
-    root: Path = Path("data")
-    """Where a timm dataset string keeps its files."""
-    download: bool = False
-    """Let a timm dataset string fetch its files."""
+    root: Annotated[Path, Flag("--data-root", DATA, "Folder of a timm dataset's files."), CHANGEABLE] = Path("data")
+    """Folder in which a timm dataset string keeps its files."""
+    download: Annotated[bool, Flag("--download", DATA, "Download a timm dataset.")] = False
+    """Let a timm dataset string download its files."""
     num_classes: Annotated[int, Field(ge=2)] | None = None
-    """Classes of a streamed data set that does not tell them."""
+    """Number of classes of a streamed data set that does not state it."""
     train_split: str | None = None
-    """Name of the training split; default `train`."""
+    """Name of the training split; default: `train`."""
     val_split: str | None = None
-    """Name of the validation split; default: the first of `val`, `validation`, `test` that is there."""
+    """Name of the validation split; default: the first of `val`, `validation`, `test` that exists."""
     image_key: str | None = None
-    """Column of the images in `hfds/…` (default `image`), or their endings in `wds/…` shards."""
+    """Column of the images in `hfds/…` (default: `image`), or their file endings in `wds/…` shards."""
     label_key: str | None = None
-    """Column of the classes in `hfds/…` (default `label`), or a field of the .json in `wds/…` shards."""
-    labels: bool = True
+    """Column of the classes in `hfds/…` (default: `label`), or a field of the .json in `wds/…` shards."""
+    labels: Annotated[
+        bool, Flag("--no-labels", DATA, "Use any images, and learn from the teacher alone.", off=True)
+    ] = True
     """Train on the labels. False: any images, no class folders; classes and targets come from the teacher."""
-    balanced: bool = False
+    balanced: Annotated[bool, Flag("--balanced", DATA, "Draw every class equally often.")] = False
     """Draw every class equally often; an epoch keeps its number of images."""
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Class-balanced share of the training images held out for validation, where there is no validation split."""
-    train_images: Annotated[int, Field(ge=1)] | None = None
-    """Train on this many images only, the same for every seed, as many of each class as can be; default: all."""
-    batch_size: Annotated[int, Field(ge=2)] = 128
+    val_fraction: Annotated[Share | None, Flag("--val-fraction", DATA, "Hold out this share for validation.")] = None
+    """Class-balanced share of the training images that is held out if there is no validation split."""
+    train_images: Count | None = None
+    """Train on this many images only: the same for every seed, class-balanced if possible; default: all."""
+    batch_size: Annotated[int, Field(ge=2), Flag("--batch-size", DATA, "Images per step and relation graph.")] = 128
     """Images per training step, over all processes: the size of the relation graph."""
-    eval_batch_size: Annotated[int, Field(ge=1)] = 256
+    eval_batch_size: Count = 256
     """Images per evaluation step."""
-    workers: Annotated[int, Field(ge=0)] = 1
-    """Processes that decode and augment, for each GPU; the result does not depend on their number."""
-    hold_gib: Weight = 2.0
-    """Images of up to 64 pixels are held decoded in memory where they take no more GiB than this; 0 is off."""
-    views: Annotated[int, Field(ge=1)] | None = None
-    """Augmented views of each image that an epoch each shows in turn; default: a new one every epoch."""
+    workers: Annotated[
+        int, Field(ge=0), Flag("--workers", DATA, "Loader processes; the result does not depend on them."), CHANGEABLE
+    ] = 1
+    """Processes per GPU that decode and augment; the result does not depend on their number."""
+    image_cache_gib: Annotated[Weight, CHANGEABLE] = 2.0
+    """Limit in GiB up to which decoded images of at most 64 pixels are kept in memory; 0 is off."""
+    views: Count | None = None
+    """Number of augmented views of each image, one per epoch in turn; default: a new one every epoch."""
     view_seed: Annotated[int, Field(ge=0)] | None = None
     """Seed of the augmentation; default: the run's."""
-    max_bad_images: Annotated[int, Field(ge=0)] = 10
-    """Unreadable images to skip, each named, before the run stops."""
+    max_bad_images: Annotated[int, Field(ge=0), Flag("--max-bad-images", DATA, "Unreadable images to skip.")] = 10
+    """Unreadable images to skip, each with a warning, before the run stops."""
 
 
 class MatchingConfig(Section):
-    """Overrides of what is otherwise matched by resolution."""
+    """Overrides of the matching by resolution."""
 
-    levels: Annotated[int, Field(ge=1)] | None = None
+    levels: Annotated[Count | None, Flag("--levels", MATCHING, "Match by depth, in at most this many stages.")] = None
     """Match by depth, in at most this many stages."""
-    skip: tuple[int, ...] = ()
-    """Relative resolutions to leave out, as reductions: 4 is /4."""
-    taps_teacher: Names = ()
-    """Blocks at which the teacher's stages end, in order of depth."""
-    taps_student: Names = ()
-    """Blocks at which the student's stages end, in order of depth."""
+    skip: Annotated[
+        tuple[int, ...], Flag("--skip-level", MATCHING, "Skip the resolution /N; may be repeated.", repeated=True)
+    ] = ()
+    """Resolutions to skip, as reductions of the input: 4 is /4."""
+    taps_teacher: Annotated[
+        Names, Flag("--taps-teacher", MATCHING, "Blocks that end the teacher's stages: NAME,NAME.")
+    ] = ()
+    """Blocks that end the teacher's stages, in order of depth."""
+    taps_student: Annotated[
+        Names, Flag("--taps-student", MATCHING, "Blocks that end the student's stages: NAME,NAME.")
+    ] = ()
+    """Blocks that end the student's stages, in order of depth."""
 
 
 class AugmentConfig(Section):
@@ -131,101 +169,128 @@ class AugmentConfig(Section):
     padding: Annotated[int, Field(ge=0)] | None = None
     """Pixels on each side for `pad`; default: one eighth of the input size."""
     scale: Range = (0.08, 1.0)
-    """Area range of the random resized crop."""
+    """Range of the random resized crop's area, as shares of the image."""
     ratio: Range = (0.75, 4 / 3)
-    """Aspect range of the random resized crop."""
+    """Range of the random resized crop's aspect ratio."""
     hflip: Probability = 0.5
-    """Probability of a mirror image."""
-    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    """Probability of a horizontal flip."""
+    color_jitter: NonNegative = 0.0
     """Strength of brightness, contrast and saturation jitter."""
-    auto_augment: str | None = None
+    auto_augment: Annotated[str | None, Flag("--auto-augment", TRAINING, "timm policy, such as rand-m9-mstd0.5.")] = (
+        None
+    )
     """timm policy string, such as `rand-m9-mstd0.5`."""
     erase: Probability = 0.0
     """Probability of random erasing."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
+    mixup: Annotated[NonNegative, Flag("--mixup", TRAINING, "Alpha of mixup; 0 is off.")] = 0.0
     """Alpha of mixup; 0 is off. Both networks see the mixed images."""
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[NonNegative, Flag("--cutmix", TRAINING, "Alpha of cutmix; 0 is off.")] = 0.0
     """Alpha of cutmix; 0 is off."""
     mix_prob: Probability = 1.0
     """Probability that a batch is mixed."""
 
 
 class OptimConfig(Section):
-    name: str = "sgd"
-    """Optimizer of timm's factory (`sgd` is Nesterov's)."""
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    """Peak learning rate, as given: not scaled with the batch."""
+    name: Annotated[str, Flag("--opt", TRAINING, "timm optimizer.")] = "sgd"
+    """Optimizer of timm's factory (`sgd` uses Nesterov momentum)."""
+    lr: Annotated[Positive, Flag("--lr", TRAINING, "Peak learning rate.")] = 0.1
+    """Peak learning rate; not scaled with the batch."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of optimizers that have one."""
-    weight_decay: Weight = 5e-4
-    """Not applied to biases and normalisation, as in timm."""
-    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Momentum, for optimizers that have one."""
+    weight_decay: Annotated[
+        Weight, Flag("--weight-decay", TRAINING, "Weight decay; not applied to biases and norms.")
+    ] = 5e-4
+    """Weight decay; not applied to biases and normalisation layers, as in timm."""
+    clip_grad: Annotated[Positive | None, Flag("--clip-grad", TRAINING, "Maximum gradient norm.")] = None
     """Maximum norm of the student's gradient."""
-    accumulate: Annotated[int, Field(ge=1)] = 1
+    accumulate: Annotated[Count, Flag("--accumulate", TRAINING, "Batches per update.")] = 1
     """Batches per update. Relations span one batch, not the accumulated ones."""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the weights; it is what is evaluated and saved."""
+    ema: Annotated[Share | None, Flag("--ema", TRAINING, "Decay of averaged weights, such as 0.999.")] = None
+    """Decay of an exponential moving average of the weights, which is then evaluated and saved."""
 
 
 class ScheduleConfig(Section):
     name: Literal["cosine", "multistep", "step", "poly", "tanh", "none"] = "cosine"
-    """Schedule of timm's factory, stepped per update; `none` keeps the learning rate after the warm-up."""
-    epochs: Annotated[int, Field(ge=1)] = 100
-    """Passes over the training images, warm-up included."""
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0
-    """Length of the linear warm-up."""
-    warmup_lr: Annotated[float, Field(ge=0)] = 1e-5
+    """Schedule of timm's factory, stepped per update; `none`: constant after the warm-up."""
+    epochs: Annotated[Count, Flag("--epochs", TRAINING, "Passes over the training images.")] = 100
+    """Passes over the training images, including the warm-up."""
+    warmup_epochs: Annotated[NonNegative, Flag("--warmup-epochs", TRAINING, "Length of the linear warm-up.")] = 0
+    """Length of the linear warm-up in epochs."""
+    warmup_lr: NonNegative = 1e-5
     """Learning rate at which the warm-up begins."""
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr: NonNegative = 0.0
     """Learning rate at which `cosine`, `poly` and `tanh` end."""
     milestones: tuple[int, ...] = ()
     """Epochs at which `multistep` decays."""
-    decay_epochs: Annotated[float, Field(gt=0)] = 30
-    """Interval of `step`."""
-    decay_rate: Annotated[float, Field(gt=0)] = 0.1
+    decay_epochs: Positive = 30
+    """Epochs between two decays of `step`."""
+    decay_rate: Positive = 0.1
     """Factor of each decay of `step` and `multistep`; the power of `poly`, as in timm."""
 
 
 class RuntimeConfig(Section):
-    device: str = "auto"
-    """`auto`: CUDA where there is one, else the CPU."""
-    amp: Literal["auto", "none", "bf16", "fp16"] = "auto"
-    """Autocast precision; `auto`: bf16 on CUDA, none on the CPU. Relations are computed in float32 in any case."""
-    channels_last: bool = False
-    """Keep both networks' maps with their channels last: faster for most convolutional networks."""
-    fold: bool = True
-    """Fold the teacher's batch norms into its convolutions, where its logits stay the same to 1e-4."""
-    compile: bool = False
+    device: Annotated[str, Flag("--device", RUN, "auto, cpu, cuda, cuda:1, …."), CHANGEABLE] = "auto"
+    """`auto`: CUDA if there is a GPU, else the CPU."""
+    amp: Annotated[Literal["auto", "none", "bf16", "fp16"], Flag("--amp", RUN, "auto, none, bf16 or fp16.")] = "auto"
+    """Autocast precision; `auto`: bf16 on CUDA, none on the CPU. Relations are always computed in float32."""
+    channels_last: Annotated[bool, Flag("--channels-last", RUN, "Use the channels-last memory format.")] = False
+    """Keep both networks' maps in channels-last format: faster for most convolutional networks."""
+    fold_batch_norm: bool = True
+    """Fold the teacher's batch norms into its convolutions if its logits stay the same to 1e-4."""
+    compile: Annotated[bool, Flag("--compile", RUN, "Use torch.compile.")] = False
     """Run both networks, and in a single process the loss, through `torch.compile`."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
-    """Of `torch.compile`; `reduce-overhead` records CUDA graphs, for small networks on a large GPU."""
-    graph_scope: Literal["global", "local"] = "global"
-    """On many processes, the images that relations span: those of all, or of each process alone."""
-    sync_bn: bool = False
-    """On many processes, batch-norm statistics over the images of all; otherwise each has its own, averaged at the
-    end of every epoch."""
-    log_every: Annotated[int, Field(ge=1)] = 50
+    """Mode of `torch.compile`; `reduce-overhead` records CUDA graphs, for small networks on a large GPU."""
+    graph_scope: Annotated[
+        Literal["global", "local"], Flag("--graph-scope", RUN, "global, or local to each process.")
+    ] = "global"
+    """Images that relations span on several processes: those of all, or of each process alone."""
+    sync_bn: Annotated[bool, Flag("--sync-bn", RUN, "Batch-norm statistics over all processes.")] = False
+    """Compute batch-norm statistics over all processes; otherwise each has its own, averaged after every epoch."""
+    log_every: Count = 50
     """Updates between two records in metrics.jsonl."""
-    share_every: Annotated[int, Field(ge=0)] = 200
+    gradient_shares_every: Annotated[int, Field(ge=0)] = 200
     """Updates between two samples of each term's share of the student's gradient norm; 0 is off."""
-    loggers: tuple[str, ...] = ()
+    loggers: Annotated[
+        tuple[str, ...],
+        Flag("--log", RUN, "tensorboard or wandb; may be repeated.", repeated=True),
+        CHANGEABLE,
+    ] = ()
     """Loggers that also get the records of metrics.jsonl: `tensorboard`, `wandb`."""
-    graph_images_every: Annotated[int, Field(ge=0)] = 0
-    """Epochs between two pictures of both networks' graphs for the loggers; 0 is off."""
-    save_every_steps: Annotated[int, Field(ge=0)] = 0
-    """Updates between two saves of the state, beside that at the end of every epoch; 0 is off."""
-    save_every_minutes: Annotated[float, Field(ge=0)] = 0
-    """Minutes after which the state is saved, whatever the epoch; 0 is off."""
+    graph_images_every: Annotated[int, Field(ge=0), CHANGEABLE] = 0
+    """Epochs between two images of both networks' graphs for the loggers; 0 is off."""
+    save_every_steps: Annotated[
+        int, Field(ge=0), Flag("--save-every-steps", RUN, "Also save after this many updates; 0 is off."), CHANGEABLE
+    ] = 0
+    """Updates between two saves of the state, besides that at the end of every epoch; 0 is off."""
+    save_every_minutes: Annotated[
+        NonNegative, Flag("--save-every-minutes", RUN, "Also save after this many minutes; 0 is off."), CHANGEABLE
+    ] = 0
+    """Minutes between two saves of the state, besides that at the end of every epoch; 0 is off."""
 
 
 class Config(Section):
     """Everything that defines a run."""
 
-    method: Annotated[str, BeforeValidator(OneOf(METHODS))] = "irg+kd+at"
-    """Which hints are on; see `METHODS`."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Initial weights, data order and augmentation."""
-    plugins: tuple[PluginConfig, ...] = ()
+    method: Annotated[
+        str,
+        BeforeValidator(OneOf(METHODS)),
+        Flag("--method", METHOD, "irg+kd+at, irg+kd, mtk, irg, none, kd, at, ….", completion="method"),
+    ] = "irg+kd+at"
+    """Named set of loss weights."""
+    seed: Annotated[
+        int, Field(ge=0, lt=2**31), Flag("--seed", TRAINING, "Seed of weights, order and augmentation.")
+    ] = 0
+    """Seed of initial weights, data order and augmentation."""
+    plugins: Annotated[
+        tuple[PluginConfig, ...],
+        Flag(
+            "--plugin",
+            RUN,
+            "Python file that adds terms, methods, data sources or loggers; may be repeated.",
+            repeated=True,
+        ),
+    ] = ()
     """Python files that register terms, methods, data sources or loggers: paths, or a path with its sha256."""
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
@@ -259,4 +324,4 @@ refresh()
 
 
 STORES = ("fp16", "fp32")
-"""How a teacher cache may hold its numbers."""
+"""Number formats of a teacher cache."""

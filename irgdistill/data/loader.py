@@ -151,7 +151,7 @@ def train_images(
     """Augmented training images, by key; small ones are held in memory."""
     images = Images(splits.train, splits.train_indices, train_transform(augment, crop), seed, bad, True)
     whole = batched(augment, crop.size, seed)
-    if whole is not None and fits(len(images), crop.size, config.hold_gib, config.workers):
+    if whole is not None and fits(len(images), crop.size, config.image_cache_gib, config.workers):
         images.hold(crop.size, to_uint8(resize_to(crop)), whole)
     return images
 
@@ -207,6 +207,6 @@ def eval_loader(
     if world is not None:
         indices = indices[world.rank :: world.size]
     images = Images(splits.val, indices, transform, 0, bad, training=False)
-    if fits(len(indices), crop.size, config.hold_gib, config.workers):
+    if fits(len(indices), crop.size, config.image_cache_gib, config.workers):
         images.hold(crop.size, lambda image: torch.as_tensor(transform(image)), None)
     return Loader(images, config.eval_batch_size, config.workers, device, 0, False, bad)

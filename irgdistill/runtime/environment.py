@@ -21,6 +21,11 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def is_worker() -> bool:
+    """Whether `run_workers` started this process, which then reports its failure instead of printing it."""
+    return FAILURES in os.environ
+
+
 def report_failure(message: str, code: int) -> bool:
     """Write the failure to the launcher's folder. Returns False if this is not a worker."""
     folder, rank = os.environ.get(FAILURES), int(os.environ.get("RANK", 0))

@@ -79,7 +79,7 @@ class Parts:
         if setup.teacher is not None and setup.cache is None:
             model, view = self._place(setup.teacher.model), setup.teacher.view().to(self.device)
             where = self.loss.where("teacher")
-            if config.runtime.fold:
+            if config.runtime.fold_batch_norm:
                 fold_batch_norm(
                     model.eval(), setup.teacher.input.size, {tap.module for taps in where.values() for tap in taps}
                 )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from irgdistill.config import MOVABLE, Config, RuntimeConfig, keys, read_yaml, validate
+from irgdistill.config import Config, RuntimeConfig, changeable_on_resume, keys, read_yaml, validate
 from irgdistill.errors import UserError
 from irgdistill.io import FORMAT, RunFolder, own_copies, read_tensors, save_tensors
 
@@ -150,10 +150,11 @@ def _check_same(config: Config, remembered: Config, folder: RunFolder) -> None:
 
 def changes(config: Config, remembered: Config) -> list[str]:
     """What differs of what must not between two configurations of one run, in words."""
+    changeable = changeable_on_resume()
     return [
         f"{key} = {_at(config, key)}, was {_at(remembered, key)}"
         for key in keys()
-        if key not in MOVABLE and _at(config, key) != _at(remembered, key)
+        if key not in changeable and _at(config, key) != _at(remembered, key)
     ]
 
 

@@ -104,7 +104,7 @@ class Trainer(Saved):
             )
 
     def _sample_shares(self, raw: dict[str, Tensor], weights: dict[str, float], broken: Callable[[], bool]) -> None:
-        every = self.config.runtime.share_every
+        every = self.config.runtime.gradient_shares_every
         if every and len(raw) > 1 and self.update % every == 0 and self.batch % self.accumulate == 0:
             self._refuse_non_finite(raw, broken)
             shares = gradient_shares(raw, weights, list(self.tapped.parameters()), self.world)

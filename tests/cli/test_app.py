@@ -31,7 +31,7 @@ def distill(run: Run, teacher: Path, folder: Path, output: Path, *options: objec
 
 def test_distil_then_eval_without_another_flag(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    result = distill(run, teacher, folder, output, "--epochs", 2, "--set", "runtime.share_every=2")
+    result = distill(run, teacher, folder, output, "--epochs", 2, "--set", "runtime.gradient_shares_every=2")
     assert result.code == 0, result.err
     assert {path.name for path in output.iterdir()} == {
         "best.safetensors",
@@ -216,7 +216,7 @@ def test_images_that_were_trained_on_are_not_held_out_again(run: Run, folder: Pa
     options = ("--data", folder / "train", "--val-fraction", 0.25, *SMALL, "--epochs", 1, "--method", "none")
     assert run("distill", *options, "--student", "cifar_resnet14_x0_5", "--output", tmp_path / "run").code == 0
     refused = run("eval", tmp_path / "run", "--val-fraction", 0.5)
-    assert refused.code == 2 and "what its run held out; --val-fraction goes with other --data" in refused.err
+    assert refused.code == 2 and "the images its run held out; --val-fraction needs another --data" in refused.err
     assert run("eval", tmp_path / "run", "--val-fraction", 0.25).code == 0
 
 
@@ -246,7 +246,7 @@ def test_data_that_moved_is_asked_for(run: Run, teacher: Path, folder: Path, tmp
     distill(run, teacher, folder, tmp_path / "run", "--epochs", 1)
     folder.rename(tmp_path / "moved")
     result = run("eval", tmp_path / "run")
-    assert result.code == 2 and "say where it is with --data" in result.err
+    assert result.code == 2 and "give its place with --data" in result.err
     assert run("eval", tmp_path / "run", "--data", tmp_path / "moved").code == 0
 
 

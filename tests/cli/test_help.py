@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from support import Run
 
-from irgdistill.cli import options as cli_options
 from irgdistill.cli.app import app
+from irgdistill.cli.completion import complete_network
 from irgdistill.io.console import Report, quiet_console, table
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -229,7 +229,7 @@ def test_names_are_not_remembered_where_nothing_can_be_written(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("IRGDISTILL_CACHE", str(tmp_path / "file"))
     assert run("models", "cifar_resnet20").code == 0
-    assert cli_options.complete_network("cifar") == []
+    assert complete_network("cifar") == []
 
 
 def test_completion_is_installed_for_the_shell(tmp_path: Path) -> None:

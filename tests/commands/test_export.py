@@ -292,13 +292,13 @@ def test_nothing_is_overwritten_unasked(run: Run, runs: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("nowhere",), "nowhere is no run folder and no checkpoint file"),
+        (("nowhere",), "nowhere is neither a run folder nor a checkpoint file"),
         (("nowhere.safetensors",), "no file nowhere.safetensors"),
         (("foreign.pth",), "foreign.pth was not written by irgdistill"),
         (("RUN", "--format", "onxx"), "expected hub, onnx, program or timm; did you mean onnx"),
-        (("RUN", "--opset", 18), "--opset goes with --format onnx, not with hub"),
-        (("RUN", "--format", "timm", "--raw-input"), "--raw-input goes with --format onnx or program, not with timm"),
-        (("RUN", "--format", "onnx", "--push", "me/x"), "--push goes with --format hub, not with onnx"),
+        (("RUN", "--opset", 18), "--opset needs --format onnx, not with hub"),
+        (("RUN", "--format", "timm", "--raw-input"), "--raw-input needs --format onnx or program, not with timm"),
+        (("RUN", "--format", "onnx", "--push", "me/x"), "--push needs --format hub, not with onnx"),
         (("RUN", "--format", "program", "--output", "a.onnx"), "the file of --format program ends in .pt2"),
         (("RUN", "--output", "foreign.pth"), "foreign.pth is a file; --format hub writes a folder"),
         (("RUN", "--push", "not a name"), "--push not a name: "),

@@ -137,7 +137,7 @@ def test_images_held_in_memory_are_those_read_one_by_one(
     (folder / "train" / "red" / "003.png").write_bytes(b"not an image")
     epochs = {}
     for gib in (0, 1):
-        config = DataConfig(source=str(folder), batch_size=24, workers=workers, hold_gib=gib)
+        config = DataConfig(source=str(folder), batch_size=24, workers=workers, image_cache_gib=gib)
         source = loader(config, **augment)
         assert (source.loader.dataset.held is not None) == bool(gib)
         epochs[gib] = [batch for epoch in range(3) for batch in source.epoch(epoch)]
@@ -181,7 +181,7 @@ def test_what_is_held_has_a_limit() -> None:
 
 def test_images_that_are_not_held_can_be_sent_to_other_processes(folder: Path) -> None:
     """As loaders do where processes do not fork."""
-    images = loader(DataConfig(source=str(folder), batch_size=24, hold_gib=0)).loader.dataset
+    images = loader(DataConfig(source=str(folder), batch_size=24, image_cache_gib=0)).loader.dataset
     images.queue = None  # belongs to the process that starts the others
     again = pickle.loads(pickle.dumps(images))
     for a, b in zip(images.__getitems__([3, 80]), again.__getitems__([3, 80]), strict=True):
@@ -191,7 +191,7 @@ def test_images_that_are_not_held_can_be_sent_to_other_processes(folder: Path) -
 def test_evaluation_from_memory_is_evaluation_from_files(folder: Path) -> None:
     batches = []
     for gib in (0, 1):
-        config = DataConfig(source=str(folder), eval_batch_size=5, workers=0, hold_gib=gib)
+        config = DataConfig(source=str(folder), eval_batch_size=5, workers=0, image_cache_gib=gib)
         source = eval_loader(open_splits(config), config, input_spec(12, "bicubic", 0.8), CPU, UnreadableImages(1))
         batches.append([batch for _ in range(2) for batch in source.epoch()])
     assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(*batches, strict=True))

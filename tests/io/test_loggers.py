@@ -38,7 +38,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(teacher: Path, folder: Path, output: Path, *options: object) -> list[object]:
     networks = ("--teacher-checkpoint", teacher, "--skip-teacher-check", "--student", "cifar_resnet14_x0_5")
-    more = ("--epochs", 2, "--set", "runtime.share_every=2", "--set", "student.args={drop_rate: 0.2}")
+    more = ("--epochs", 2, "--set", "runtime.gradient_shares_every=2", "--set", "student.args={drop_rate: 0.2}")
     return ["distill", *networks, "--data", folder, "--output", output, *SMALL, *more, *options]
 
 

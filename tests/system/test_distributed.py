@@ -128,7 +128,7 @@ def _flags(student: str, teacher: Path, **more: Any) -> dict[str, Any]:
         "optim.lr": 0.01,
         "schedule.epochs": 1,
         "runtime.device": "cpu",
-        "runtime.share_every": 3,
+        "runtime.gradient_shares_every": 3,
     }
     return flags | more
 
@@ -194,7 +194,7 @@ def _broken(world: World, flags: dict[str, Any], folder: Path) -> str:
 
 @pytest.mark.parametrize("every", [0, 1])
 def test_a_loss_that_is_not_finite_stops_all_processes(tmp_path: Path, teacher: Path, every: int) -> None:
-    flags = _flags("cifar_resnet14_x0_5", teacher) | {"runtime.share_every": every}
+    flags = _flags("cifar_resnet14_x0_5", teacher) | {"runtime.gradient_shares_every": every}
     for said in in_ranks(2, tmp_path / "said", _broken, flags, tmp_path / "run"):
         assert "the loss is not finite at update 1, epoch 1 (total)" in said
 

@@ -31,7 +31,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     save_file(teacher.state_dict(), path)
     recipe = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--teacher", "cifar_resnet14_x0_5")
     recipe += ("--teacher-checkpoint", path, "--skip-teacher-check", "--epochs", 2, "--batch-size", 128)
-    recipe += ("--set", "runtime.log_every=1", "--set", "runtime.share_every=0", "--set", "augment.hflip=0.5")
+    recipe += ("--set", "runtime.log_every=1", "--set", "runtime.gradient_shares_every=0", "--set", "augment.hflip=0.5")
     return (*recipe, "--device", "cpu", "--method", "irg+kd")
 
 
@@ -50,9 +50,9 @@ def losses(run: Run, folder: Path, *options: object) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        (("--set", "data.hold_gib=0"), 0.0),
+        (("--set", "data.image_cache_gib=0"), 0.0),
         (("--workers", 1), 0.0),
-        (("--set", "runtime.fold=false", "--lr", 1e-4), 1e-4),
+        (("--set", "runtime.fold_batch_norm=false", "--lr", 1e-4), 1e-4),
     ],
 )
 def test_losses_with_and_without(

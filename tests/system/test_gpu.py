@@ -52,7 +52,7 @@ def trainer_of(teacher: Path, folder: Path, device: str, method: str = "irg+kd+a
         "method": method, "teacher.name": "cifar_resnet20", "teacher.checkpoint": teacher,
         "student.name": "cifar_resnet14_x0_5", "student.input_size": 32, "data.source": "digits",
         "data.val_fraction": 0.5, "data.batch_size": 64, "data.workers": 0, "optim.lr": 1e-3,
-        "runtime.device": device, "runtime.amp": "none", "runtime.share_every": 0,
+        "runtime.device": device, "runtime.amp": "none", "runtime.gradient_shares_every": 0,
     }  # fmt: skip
     config = load_config(flags={**flags, **{key.replace("__", "."): value for key, value in more.items()}})
     trainer = Trainer(prepare(config), RunFolder(folder), Report(quiet=True))
@@ -75,7 +75,7 @@ def steps(trainer: Trainer, count: int) -> torch.Tensor:
 @pytest.mark.parametrize("device", ["cpu", pytest.param(CUDA, marks=GPU)])
 @pytest.mark.parametrize("every", [0, 1], ids=["", "shares"])
 def test_a_loss_that_is_not_finite_changes_no_weight(teacher: Path, tmp_path: Path, device: str, every: int) -> None:
-    trainer = trainer_of(teacher, tmp_path, device, runtime__share_every=every)
+    trainer = trainer_of(teacher, tmp_path, device, runtime__gradient_shares_every=every)
     trainer.report.record = lambda record: None  # type: ignore[method-assign]
     steps(trainer, 1)
     before = [parameter.detach().clone() for parameter in trainer.tapped.parameters()]

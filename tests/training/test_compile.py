@@ -49,7 +49,7 @@ def test_compiled_runs_are_those_of_eager_ones(run: Run, tmp_path: Path, monkeyp
         "--set",
         "runtime.log_every=1",
         "--set",
-        "runtime.share_every=3",
+        "runtime.gradient_shares_every=3",
     )
     taught = ("--teacher", NAME, "--teacher-checkpoint", tmp_path / "teacher.safetensors", "--skip-teacher-check")
     runs = {"alone": ("--method", "none", "--compile"), "compiled": (*taught, "--compile"), "eager": taught}

@@ -24,7 +24,7 @@ from irgdistill.training.trainer import Trainer
 
 RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--batch-size", 128, "--warmup-epochs", 0)
 RECIPE += ("--device", "cpu", "--workers", 0)
-SHORT = ("--epochs", 2, "--set", "runtime.log_every=1", "--set", "runtime.share_every=0")
+SHORT = ("--epochs", 2, "--set", "runtime.log_every=1", "--set", "runtime.gradient_shares_every=0")
 
 
 @pytest.fixture(scope="module")

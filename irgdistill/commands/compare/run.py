@@ -18,7 +18,7 @@ from pathlib import Path
 from irgdistill.commands.compare.table import Run, summary_of, tell
 from irgdistill.commands.distill import resume, start
 from irgdistill.commands.requests import CompareRequest, DistillRequest, ResumeRequest
-from irgdistill.config import MOVABLE, dump, read_yaml, validate
+from irgdistill.config import changeable_on_resume, dump, read_yaml, validate
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import Report, RunFolder, write_text
 from irgdistill.losses import build_loss
@@ -103,7 +103,7 @@ def _train(run: Run, request: CompareRequest) -> None:
     """In this process, from the beginning or from where it stands."""
     try:
         if run.folder.state.exists():
-            moved = {key: value for key, value in (request.flags or {}).items() if key in MOVABLE}
+            moved = {key: value for key, value in (request.flags or {}).items() if key in changeable_on_resume()}
             resume(ResumeRequest(run.folder.path, moved))
         else:
             start(DistillRequest(run.config, run.folder.path, overwrite=True))

@@ -11,7 +11,7 @@ from typing import Any
 from timm.utils import random_seed
 
 from irgdistill.commands.inspect.measures import draw_evenly
-from irgdistill.commands.requests import TWO, InspectRequest
+from irgdistill.commands.requests import ADVICE, InspectRequest
 from irgdistill.config import Config, DataConfig, MatchingConfig, data_of, validate
 from irgdistill.data import Source, Splits, Unlabelled, open_splits
 from irgdistill.errors import UserError
@@ -251,7 +251,7 @@ def image_name(source: Source, index: int, data: DataConfig) -> str:
 def _checkpoint(target: str) -> Path:
     path = find_checkpoint(target)
     if path is None:
-        raise UserError(f"no run folder or checkpoint {target!r}; {TWO}")
+        raise UserError(f"no run folder or checkpoint {target!r}; {ADVICE}")
     return path
 
 

@@ -1,0 +1,48 @@
+"""`irgdistill eval`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from irgdistill.cli.options import Json, command, option, with_settings
+from irgdistill.config import NETWORKS, RUN, Flag
+
+
+@command(
+    "eval",
+    order=70,
+    examples=["irgdistill eval runs/student", "irgdistill eval runs/student --against runs/teacher --json"],
+)
+@with_settings(
+    {
+        "student.input_size": "224 or 256x192.",
+        "data.source": "Default: the data set of the checkpoint.",
+        "data.root": None,
+        "data.val_fraction": None,
+        "data.max_bad_images": None,
+        "data.eval_batch_size": Flag("--batch-size", RUN, "Images per step."),
+        "data.workers": Flag("--workers", RUN, "Loader processes."),
+        "runtime.device": None,
+        "runtime.amp": None,
+    }
+)
+def evaluate(
+    given: dict[str, Any],
+    targets: Annotated[list[str], typer.Argument(help="Checkpoint, run folder or timm name; several make a table.")],
+    checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.")] = None,
+    against: Annotated[str | None, option(NETWORKS, help="Teacher: checkpoint, run folder or timm name.")] = None,
+    against_checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for the teacher's timm name.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy, calibration, size and speed of a network."""
+    from irgdistill.commands.requests import EvalRequest
+    from irgdistill.config import load_config
+
+    config = load_config(flags=given)
+    request = EvalRequest(targets, config, frozenset(given), checkpoint, against, against_checkpoint, as_json)
+    from irgdistill.commands.evaluate import evaluate_targets
+
+    evaluate_targets(request)

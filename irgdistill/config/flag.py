@@ -1,0 +1,40 @@
+"""Facts that a setting's annotation declares besides its type: its option, and whether a resumed run may change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+NETWORKS, DATA, MATCHING, METHOD, TRAINING, RUN, RESULT = PANELS = (
+    *("Networks", "Data", "Matching", "Method", "Training", "Run", "Result"),
+)
+"""Panels of the help, in their order."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The option of `distill` that sets a setting."""
+
+    name: str
+    """Such as `--lr`."""
+    panel: str
+    help: str
+    """One short sentence; the help appends the default."""
+    completion: Literal["method", "network"] | None = None
+    """The names that the shell completes."""
+    off: bool = False
+    """The option turns the setting off, as `--no-labels` does."""
+    repeated: bool = False
+    """Each use of the option adds a value."""
+
+    @property
+    def parameter(self) -> str:
+        """Name of the option in Python, such as `weight_decay`."""
+        return self.name.lstrip("-").replace("-", "_")
+
+
+class Changeable:
+    """Marks a setting that a resumed run may change: where things are and when they are saved, never a result."""
+
+
+CHANGEABLE = Changeable()

@@ -1,0 +1,83 @@
+"""Every setting with its dotted key, default and option, read from the schema. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from irgdistill.config.flag import Changeable, Flag
+from irgdistill.config.schema import Config
+from irgdistill.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of the configuration."""
+
+    key: str
+    field: FieldInfo
+    flag: Flag | None
+    """Its option on the command line; None: it has none."""
+
+    @property
+    def changeable(self) -> bool:
+        """Whether a resumed run may change it."""
+        return any(isinstance(item, Changeable) for item in self.field.metadata)
+
+    @property
+    def default(self) -> Any:
+        return self.field.get_default(call_default_factory=True)
+
+    @property
+    def section(self) -> type[BaseModel] | None:
+        """The section that an optional setting such as `student.preprocessing` holds."""
+        parts = (part for part in get_args(self.field.annotation) if isinstance(part, type))
+        return next((part for part in parts if issubclass(part, BaseModel)), None)
+
+
+def settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Setting]:
+    """All settings in the order of the schema."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        else:
+            flag = next((item for item in field.metadata if isinstance(item, Flag)), None)
+            yield Setting(prefix + name, field, flag)
+
+
+def keys() -> list[str]:
+    """All dotted keys that can be set."""
+    return [setting.key for setting in settings()]
+
+
+def changeable_on_resume() -> frozenset[str]:
+    """Keys that a resumed run may change: where things are and when they are saved, never what is computed."""
+    return frozenset(setting.key for setting in settings() if setting.changeable)
+
+
+def options() -> dict[str, Setting]:
+    """Options of `distill` by their names in Python, such as `weight_decay`, and the setting of each."""
+    return {setting.flag.parameter: setting for setting in settings() if setting.flag is not None}
+
+
+def values_of(given: Mapping[str, Any], known: Mapping[str, Setting] | None = None) -> dict[str, Any]:
+    """Options such as `no_labels=True` -> {"key.path": value}. None and an empty list mean not given.
+
+    `known`: the options of the command; default: those of `distill`. Raises UserError: an option that does not exist,
+    two starting points of the student.
+    """
+    known, values = options() if known is None else known, dict[str, Any]()
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"no option {name!r}{nearest(name, known)}")
+        flag = known[name].flag
+        assert flag is not None
+        if value not in (None, (), []):
+            values[known[name].key] = not value if flag.off else value
+    if values.get("student.pretrained") and values.get("student.checkpoint"):
+        raise UserError("--student-pretrained and --student-checkpoint: a student starts from one or the other")
+    return values
