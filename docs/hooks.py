@@ -1,17 +1,114 @@
-"""The page of commands, made from the command line itself when the documentation is built."""
+"""Pages made from the code when the documentation is built: the commands and the settings."""
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import typer
-from mkdocs.structure.files import File, Files
-from typer.cli import get_docs_for_click
+from pydantic import BaseModel
 
 from irgdistill.cli.app import app
+from irgdistill.config import Config, Setting, settings
+
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
+
+SETTINGS = """# Settings
+
+Everything that defines a run. A key is set in a YAML preset, with `--set key.path=value`, or with its option. A resumed
+run may change the keys marked so; the others define the result.
+"""
 
 
 def on_files(files: Files, config: Any) -> Files:
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, "commands.md", content=commands_page()))
+    files.append(File.generated(config, "settings.md", content=settings_page()))
+    return files
+
+
+def commands_page() -> str:
+    from typer.cli import get_docs_for_click  # private to typer
+
     command = typer.main.get_command(app)
     context = command.make_context("irgdistill", [], resilient_parsing=True)
-    text = get_docs_for_click(obj=command, ctx=context, name="irgdistill", title="Commands")
-    files.append(File.generated(config, "commands.md", content=text))
-    return files
+    return get_docs_for_click(obj=command, ctx=context, name="irgdistill", title="Commands")
+
+
+def settings_page() -> str:
+    """Every setting with its type, default, option and docstring, as Markdown."""
+    return SETTINGS + "".join(_lines())
+
+
+def _lines() -> Iterator[str]:
+    section = None
+    for setting, schema in _described(Config, ""):
+        here = setting.key.partition(".")[0] if "." in setting.key else ""
+        if here != section:
+            section = here
+            yield f"\n## {here or 'The run'}\n\n"
+        yield f"`{setting.key}`\n:   {' '.join((setting.field.description or '').split())}\n"
+        yield f"    {_facts(setting, schema)}\n\n"
+
+
+def _described(section: type[BaseModel], prefix: str) -> Iterator[tuple[Setting, dict[str, Any]]]:
+    """Settings with their JSON schemas; those of an optional section follow it."""
+    schema = section.model_json_schema()
+    for setting in settings(section):
+        properties = schema
+        for name in setting.key.split("."):
+            properties = _resolved(properties["properties"][name], schema)
+        yield Setting(prefix + setting.key, setting.field, setting.flag), {**properties, "$defs": schema.get("$defs")}
+        if setting.section is not None:
+            yield from _described(setting.section, f"{prefix}{setting.key}.")
+
+
+def _resolved(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    name = schema.get("$ref", "").rpartition("/")[2]
+    found: dict[str, Any] = root["$defs"][name] if name else schema
+    return found
+
+
+def _facts(setting: Setting, schema: dict[str, Any]) -> str:
+    default = setting.default
+    facts = [f"Type: {_type(schema)}"]
+    if setting.field.is_required():
+        facts.append("required")
+    elif default is not None:
+        facts.append(f"default: `{_value(default)}`")
+    if setting.flag is not None:
+        facts.append(f"option: `{setting.flag.name}`")
+    if setting.changeable:
+        facts.append("a resumed run may change it")
+    return "; ".join(facts) + "."
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type(schema: dict[str, Any]) -> str:
+    """A JSON schema in words."""
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_type(item) for item in schema["anyOf"] if item.get("type") != "null"))
+    if "enum" in schema or "const" in schema:
+        return "one of " * ("enum" in schema) + ", ".join(
+            f"`{item}`" for item in schema.get("enum", [schema.get("const")])
+        )
+    kind = schema.get("type")
+    if kind == "array":
+        if "prefixItems" in schema:
+            return f"two values, {_type(schema['prefixItems'][0])}"
+        return f"list of {_type(schema['items'])}"
+    words = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`", "string": "text"}
+    if schema.get("format") == "path":
+        return "path"
+    bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    limits = [f"{sign} {schema[name]}" for name, sign in bounds.items() if name in schema]
+    return " ".join([words.get(str(kind), "keys with values"), " and ".join(limits)]).strip()

@@ -221,7 +221,7 @@ def test_importing_costs_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+    with pytest.raises(AttributeError, match=r"attribute '?distil\b"):
         irgdistill.distil  # noqa: B018
 
 

@@ -25,7 +25,7 @@ def current_key(key: str) -> str:
     if key not in RENAMED_KEYS:
         return key
     new = RENAMED_KEYS[key]
-    warnings.warn(f"{key} is now called {new}", RenamedKeyWarning, stacklevel=2)
+    warnings.warn(f"{key} is now called {new}", RenamedKeyWarning, stacklevel=1)  # one place: once per key
     return new
 
 

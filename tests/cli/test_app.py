@@ -372,7 +372,7 @@ USAGE_ERRORS = {
     "a cache needs a teacher": ["cache-teacher", "--data", "digits"],
     "--store fp8": ["cache-teacher", "--data", "digits", "--teacher", "resnet50", "--store", "fp8"],
     "no file nowhere.safetensors": ["eval", "nowhere.safetensors"],
-    "is no run folder": ["export", "nowhere"],
+    "is neither a run folder": ["export", "nowhere"],
     "--images 1:": ["inspect-graph", "--student", "resnet18", "--teacher", "resnet50", "--images", "1"],
     "--backend tcp": ["doctor", "--backend", "tcp"],
 }

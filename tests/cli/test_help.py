@@ -45,7 +45,7 @@ def test_help_of_every_command_starts_without_torch() -> None:
     code = "\n".join(
         [
             "import sys, typer",
-            "from irgdistill.cli import app, main",
+            "from irgdistill.cli.app import app, main",
             "for name in [*typer.main.get_command(app).commands]:",
             "    sys.argv[1:] = [name, '--help']",
             "    try: main()",

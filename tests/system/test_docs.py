@@ -1,12 +1,18 @@
-"""The documentation builds without a warning."""
+"""The documentation builds without a warning and has every setting."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
+
+from irgdistill.config import Config, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -27,3 +33,39 @@ def test_every_page_is_in_the_navigation() -> None:
     assert len(PAGES) > 8
     for page in PAGES:
         assert f": {page.relative_to(ROOT / 'docs')}\n" in navigation
+
+
+def test_the_page_of_settings_has_every_key_with_its_docstring() -> None:
+    page, texts = hooks().settings_page(), described(Config, "")
+    assert {"student.preprocessing.std", "losses.kd.temperature", "seed"} <= texts.keys() and len(texts) > 100
+    for key, text in texts.items():
+        assert text, f"{key} has no docstring"
+        assert f"\n`{key}`\n:   {' '.join(text.split())}\n" in page
+    for setting in settings():
+        entry = page.partition(f"\n`{setting.key}`\n")[2].partition("\n\n")[0]
+        assert "Type: " in entry
+        assert setting.flag is None or f"option: `{setting.flag.name}`" in entry
+        assert ("a resumed run may change it" in entry) == setting.changeable
+    assert "Type: number > 0; default: `0.1`; option: `--lr`." in page
+    assert "Type: one of `auto`, `none`, `bf16`, `fp16`; default: `auto`; option: `--amp`." in page
+
+
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def described(section: type[BaseModel], prefix: str) -> dict[str, str | None]:
+    """Every field below a section, found by itself, and its docstring."""
+    found: dict[str, str | None] = {}
+    for name, field in section.model_fields.items():
+        parts = (field.annotation, *get_args(field.annotation))
+        below = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+        for part in below:
+            found |= described(part, f"{prefix}{name}.")
+        if not below:
+            found[prefix + name] = field.description
+    return found
