@@ -128,7 +128,7 @@ def test_a_new_command_is_one_file() -> None:
     assert not [name for name in files if f"cli.{name} " in text or f"cli.{name}\n" in text]
 
 
-# --- private facts of typer and click that the command line relies on ---------------------------------------------------
+# --- private facts of typer and click that the command line relies on -------------------------------------------------
 
 
 def test_assumption_typer_bad_parameter_derives_from_clicks_usage_error() -> None:
