@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
-
-from irgdistill.config import Probability, Section, Weight
+from irgdistill.config import METHOD, Flag, Positive, Probability, Section, Weight
 from irgdistill.lazy import lazy
 from irgdistill.losses.base import Batch, Term, TermContext, TermSettings, term
 
@@ -64,7 +62,7 @@ class CrossEntropy(Term):
     class Settings(Section):
         weight: Weight = 1.0
         """Factor of its mean."""
-        label_smoothing: Probability = 0.0
+        label_smoothing: Annotated[Probability, Flag("--label-smoothing", METHOD, "Label smoothing.")] = 0.0
         """Share of each target that is spread evenly over the classes."""
         class_weights: Literal["balanced", "none"] | tuple[Weight, ...] = "none"
         """Weights of the classes: `balanced` (inverse frequency, mean 1 over the training images), or one each."""
@@ -85,7 +83,9 @@ class SoftTargets(Term):
     """Soft targets (Hinton et al. 2015)."""
 
     class Settings(TermSettings):
-        temperature: Annotated[float, Field(gt=0)] = 4.0
+        weight: Annotated[Weight | None, Flag("--kd-weight", METHOD, "Weight of the soft targets.")] = None
+        """Factor of this term's mean; default: the method's."""
+        temperature: Annotated[Positive, Flag("--temperature", METHOD, "Temperature of the soft targets.")] = 4.0
         """Divisor of the logits in both softmaxes; the term is multiplied by its square."""
 
     def __init__(self, settings: Settings, context: TermContext) -> None:
@@ -103,6 +103,10 @@ class LogitRegression(Term):
     equation 4).
     """
 
+    class Settings(TermSettings):
+        weight: Annotated[Weight | None, Flag("--logits-weight", METHOD, "Weight of the logit regression.")] = None
+        """Factor of this term's mean; default: the method's."""
+
     def __call__(self, batch: Batch) -> Tensor:
         return logit_regression(batch.student.logits, batch.teacher.logits)
 
@@ -116,7 +120,7 @@ class DecoupledTargets(Term):
     """
 
     class Settings(TermSettings):
-        temperature: Annotated[float, Field(gt=0)] | None = None
+        temperature: Positive | None = None
         """Divisor of the logits in both softmaxes; default: that of `kd`."""
         beta: Weight = 2.0
         """Factor of the divergence among the other classes, beside that of the target; the authors' for CIFAR

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
-
 from irgdistill import matching
+from irgdistill.config import METHOD, Count, Flag, Weight
 from irgdistill.lazy import lazy
 from irgdistill.losses.base import Batch, Skip, Term, TermContext, TermSettings, term
 
@@ -38,7 +37,9 @@ class Edges(Term):
     """
 
     class Settings(TermSettings):
-        blocks: Annotated[int, Field(ge=1)] = 1
+        weight: Annotated[Weight | None, Flag("--edges-weight", METHOD, "Weight of the edge matrices.")] = None
+        """Factor of this term's mean; default: the method's."""
+        blocks: Annotated[Count, Flag("--edge-blocks", METHOD, "1: one-to-one; K: one-to-many.")] = 1
         """1: one-to-one; K: the teacher's last block against each of the student's last K blocks of the last stage."""
 
     def __init__(self, settings: Settings, context: TermContext) -> None:
@@ -62,7 +63,11 @@ class Transformations(Term):
     with zero gradient.
     """
 
-    def __init__(self, settings: TermSettings, context: TermContext) -> None:
+    class Settings(TermSettings):
+        weight: Annotated[Weight | None, Flag("--transform-weight", METHOD, "Weight of the transformations.")] = None
+        """Factor of this term's mean; default: the method's."""
+
+    def __init__(self, settings: Settings, context: TermContext) -> None:
         stages = [ends for pair in context.plan.pairs if (ends := pair.transformation()) is not None]
         if not stages:
             raise Skip("no transformation term: no matched stage has two taps of equal width in both networks")
