@@ -32,9 +32,10 @@ def test_options_of_distill_are_the_flags_of_the_schema() -> None:
     assert len({setting.key for setting in options().values()}) == len(options()) > 45
 
 
-def test_python_takes_the_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_takes_the_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every option of the command reaches its setting by the same name."""
     given: list[Any] = []
+    (tmp_path / "plugin.py").write_text("")
     monkeypatch.setattr("irgdistill.api.start", lambda request: given.append(request.config) or {})
     for name, setting in options().items():
         assert setting.flag is not None
@@ -50,6 +51,7 @@ def test_python_takes_the_options_of_the_command_line(monkeypatch: pytest.Monkey
             "amp": "none",
             "graph_scope": "local",
             "log": ["wandb"],
+            "plugin": [tmp_path / "plugin.py"],
             "ema": 0.5,
             "clip_grad": 0.5,
             "data_root": "there",
