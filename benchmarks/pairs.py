@@ -44,7 +44,7 @@ from irgdistill.config.loading import load_config
 from irgdistill.config.schema import Config
 from irgdistill.data.dataset import UnreadableImages
 from irgdistill.data.loader import train_loader
-from irgdistill.data.sources.open import open_splits
+from irgdistill.data.open import open_splits
 from irgdistill.data.splits import Splits
 from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss

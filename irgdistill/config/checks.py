@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from irgdistill.config.schema import Config, DataConfig
+from irgdistill.config.schema import Config
+from irgdistill.config.sources import check_source
 from irgdistill.errors import UserError, nearest
-
-BUILTIN = ("digits",)
-"""Data sets that a Python package contains."""
-
-
-STREAMS = ("wds/", "hfids/", "tfds/")
-
-
-PREFIXES = ("torch/", "hfds/", *STREAMS)
-"""Prefixes of timm dataset strings."""
 
 
 def check_run(config: Config, begun: bool = False) -> None:
@@ -33,17 +24,6 @@ def check_run(config: Config, begun: bool = False) -> None:
         check_teacher(config, f"method {config.method!r}" if config.method != "none" else hints)
     if not begun:
         check_files(config.student.checkpoint, config.teacher.checkpoint, config.teacher.cache)
-
-
-def check_source(data: DataConfig) -> None:
-    """Raises UserError if no data set is given, or its folder does not exist."""
-    if not data.source:
-        raise UserError("no data: give --data FOLDER, --data digits or a timm dataset string such as torch/cifar10")
-    if data.source not in BUILTIN and not data.source.startswith(PREFIXES) and not Path(data.source).exists():
-        known = [*BUILTIN, *(prefix + "NAME" for prefix in PREFIXES)]
-        raise UserError(
-            f"no data folder {data.source!r}{nearest(data.source, BUILTIN)} (a folder, or {', '.join(known)})"
-        )
 
 
 def check_teacher(config: Config, who: str) -> None:

@@ -1,10 +1,11 @@
 from .augmentation import crop_of, padding_of
 from .dataset import Images, UnreadableImages
 from .loader import Loader, eval_loader, no_collate, train_images, train_loader
+from .open import open_splits
 from .sampling import balanced_weights
-from .sources.open import open_splits
-from .sources.unlabelled import Unlabelled
-from .splits import Source, Splits
+from .sources import source
+from .splits import Source, Splits, hold_out
+from .unlabelled import Unlabelled
 
 __all__ = [
     "Images",
@@ -16,9 +17,11 @@ __all__ = [
     "balanced_weights",
     "crop_of",
     "eval_loader",
+    "hold_out",
     "no_collate",
     "open_splits",
     "padding_of",
+    "source",
     "train_images",
     "train_loader",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from timm.layers import use_reentrant_ckpt
 from timm.utils import random_seed
 
-from irgdistill.config import STAGE_KINDS, Config, InputSpec, check_run
+from irgdistill.config import STAGE_KINDS, Config, InputSpec, absolute_source, check_run
 from irgdistill.data import Splits, UnreadableImages, balanced_weights, open_splits, train_images
 from irgdistill.errors import UserError
 from irgdistill.matching import Plan, match
@@ -152,12 +152,7 @@ def resolved(config: Config, begun: bool = False) -> Config:
     """The same run, whatever folder it is continued or evaluated from. Raises UserError as `resolve_student` does."""
     student = config.student if begun else resolve_student(config.student)
     data, teacher = config.data, config.teacher
-    source = data.source
-    if source and Path(source).exists():
-        source = str(Path(source).resolve())
-    prefix, _, name = (source or "").partition("/")
-    if prefix in ("hfds", "hfids", "wds") and name and Path(name).is_dir():
-        source = f"{prefix}/{Path(name).resolve()}"
+    source = data.source and absolute_source(data.source)
     return config.replaced(
         {
             "student": student.replaced({"name": _absolute(student.name)}),

@@ -19,9 +19,9 @@ from irgdistill.config.schema import AugmentConfig, DataConfig
 from irgdistill.data.dataset import Images, UnreadableImages
 from irgdistill.data.loader import Loader, eval_loader, train_loader
 from irgdistill.data.memory import fits
+from irgdistill.data.open import open_splits
 from irgdistill.data.sampling import EpochSampler
-from irgdistill.data.sources.open import open_splits
-from irgdistill.data.sources.timm_dataset import CoarseCifar100
+from irgdistill.data.sources.torchvision import coarse_cifar100
 from irgdistill.errors import UserError
 from irgdistill.runtime.distributed import World
 
@@ -84,7 +84,7 @@ def test_digits() -> None:
         (
             lambda root: write_images(root, {"a": 9}),
             {"val_fraction": 0.3},
-            "has one class, 'a': there is nothing to tell",
+            "has one class, 'a'; expected at least two",
         ),
         (lambda root: write_images(root / "train", {"a": 1}), {"train_split": "trian"}, "no split 'trian'"),
     ],
@@ -323,7 +323,7 @@ def test_coarse_labels_of_cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (folder / "meta").write_bytes(pickle.dumps(names))
     monkeypatch.setattr(datasets.CIFAR100, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
-    assert CoarseCifar100(str(tmp_path), True, False).targets == [0, 1, 0, 1, 0, 1]
+    assert coarse_cifar100(tmp_path, True, False).targets == [0, 1, 0, 1, 0, 1]
     splits = open_splits(DataConfig(source="torch/cifar100-coarse", root=tmp_path))
     assert splits.classes == ["even", "odd"] and len(splits.val_indices) == 4
 

@@ -15,8 +15,8 @@ from support import Run, input_spec, interrupted, write_images
 from irgdistill.config.schema import AugmentConfig, DataConfig, LossesConfig
 from irgdistill.data.dataset import UnreadableImages
 from irgdistill.data.loader import Loader, train_loader
+from irgdistill.data.open import open_splits
 from irgdistill.data.sampling import EpochSampler, balanced_weights, draw_balanced
-from irgdistill.data.sources.open import open_splits
 from irgdistill.errors import UserError
 from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss

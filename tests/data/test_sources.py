@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from importlib.util import find_spec
@@ -18,14 +20,15 @@ from PIL import Image
 from support import Run, input_spec, write_images
 from torchvision import datasets as torchvision_datasets
 
+from irgdistill.config import sources
 from irgdistill.config.schema import AugmentConfig, DataConfig
 from irgdistill.data.dataset import UnreadableImages
 from irgdistill.data.loader import eval_loader, train_loader
-from irgdistill.data.sources import timm_dataset as named
-from irgdistill.data.sources.open import open_splits
-from irgdistill.data.sources.tar import TarSource
+from irgdistill.data.open import open_splits
+from irgdistill.data.tar import TarSource
 from irgdistill.errors import UserError
 from irgdistill.io.tensors import read_metadata
+from irgdistill.plugins import import_plugin, snapshot
 
 SMALL = ("--input-size", 16, "--workers", 0, "--batch-size", 24, "--set", "runtime.log_every=1", "--seed", 3)
 CLASSES = ["blue", "green", "red"]
@@ -270,7 +273,7 @@ def test_shard_errors_are_one_line(run: Run, shards: Path, tmp_path: Path) -> No
     for path in shards.glob("val*"):
         path.unlink()
     (shards / "train-001.tar").unlink()
-    assert "of which no part can be held out" in refused(run, *source, "--val-fraction", 0.1)
+    assert "no part of it can be held out" in refused(run, *source, "--val-fraction", 0.1)
 
 
 # --- archives ---------------------------------------------------------------------------------------------------------
@@ -346,6 +349,66 @@ def test_an_unreadable_image_in_an_archive_is_named(run: Run, folder: Path, tmp_
     assert "images.tar/train/red/003.png" in train_and_evaluate(run, tmp_path / "run", source)["err"]
 
 
+# --- a source of your own ---------------------------------------------------------------------------------------------
+
+PLUGIN = """
+from PIL import Image
+from irgdistill.data import Splits, hold_out, source
+
+class Shades:
+    def __init__(self, count):
+        self.count = count
+    def __len__(self):
+        return self.count
+    def load(self, index):
+        return Image.new("RGB", (16, 16), (80 * (index % 3), index, 0)), index % 3
+    def describe(self, index):
+        return f"shades {index}"
+    def labels(self):
+        return [index % 3 for index in range(self.count)]
+
+@source("shades/")
+def open_shades(config, val_only=False):
+    images = Shades(int(config.source.removeprefix("shades/")))
+    return hold_out(images, images.labels(), ["dark", "middle", "light"], config.val_fraction or 0.2)
+"""
+
+
+def test_a_plugin_file_adds_a_source(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "shades.py").write_text(PLUGIN)
+    assert "no data folder 'shades/120'" in refused(run, "--data", "shades/120")
+    restore = snapshot()
+    try:
+        import_plugin(tmp_path / "shades.py")
+        found = train_and_evaluate(run, tmp_path / "run", "shades/120", "--val-fraction", 0.25)
+        assert "90 images of 3 classes to train on, 30 for validation" in found["err"]
+        assert found["classes"] == ["dark", "middle", "light"]
+        assert "shades/NAME" in refused(run, "--data", "shade/120")
+    finally:
+        restore()
+    assert "no data folder 'shades/120'" in refused(run, "--data", "shades/120")
+
+
+def test_the_longest_word_that_matches_is_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths that only begin like a word are paths; folders are remembered by their absolute path."""
+    words = {"digits": "digits", "digits2": "", "wds/x": "wds/", "wds": "", "hfds/a/b": "hfds/", "./wds/x": ""}
+    assert {value: sources.find_source(value).word for value in words} == words
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "images", "cifar10"):
+        (tmp_path / name).mkdir()
+    kept = ("digits", "torch/cifar10", "hfds/other", "other")
+    assert [sources.absolute_source(value) for value in kept] == list(kept)
+    assert sources.absolute_source("images") == str(tmp_path / "images")
+    assert sources.absolute_source("wds/images") == f"wds/{tmp_path / 'images'}"
+
+
+def test_sources_and_loggers_are_known_without_torch() -> None:
+    code = "import sys; from irgdistill.config import source_words; from irgdistill.io import check_loggers; "
+    code += "check_loggers(['tensorboard']); assert 'wds/NAME' in source_words(); "
+    code += "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # --- missing packages -------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +423,7 @@ def test_an_unreadable_image_in_an_archive_is_named(run: Run, folder: Path, tmp_
 )
 def test_a_missing_package_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, source: str, install: str) -> None:
     missing = {"datasets", "webdataset", "tensorflow_datasets"}
-    monkeypatch.setattr(named, "find_spec", lambda name: None if name in missing else find_spec(name))
+    monkeypatch.setattr(sources, "find_spec", lambda name: None if name in missing else find_spec(name))
     assert install in refused(run, "--data", source)
 
 

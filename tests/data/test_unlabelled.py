@@ -13,8 +13,8 @@ from support import SMALL, Result, Run, records, write_images
 
 from irgdistill.config.loading import load_config
 from irgdistill.config.schema import DataConfig
-from irgdistill.data.sources.open import open_splits
-from irgdistill.data.sources.unlabelled import UNLABELLED
+from irgdistill.data.open import open_splits
+from irgdistill.data.unlabelled import UNLABELLED
 from irgdistill.errors import UserError
 from irgdistill.io.tensors import read_metadata
 from irgdistill.losses.base import Batch
@@ -172,7 +172,7 @@ def test_terms_on_labels_cannot_be_asked(tmp_path: Path) -> None:
         (("--label-smoothing", 0.1), "--label-smoothing need labels"),
         (("--set", "losses.ce.class_weights=balanced"), "losses.ce.class_weights need labels"),
         (("--set", "data.train_images=9"), "data.train_images need labels"),
-        ((), "or hold out images: --val-fraction 0.1"),
+        ((), "to hold out a part, give --val-fraction 0.1"),
     ],
 )
 def test_what_needs_labels_is_refused_in_one_line(

@@ -1,1 +1,3 @@
-"""Where images come from, one file for each kind of source."""
+"""Data sources: each file declares what it opens. Imports no torch; packages are imported when a source is opened."""
+
+from irgdistill.config import source as source

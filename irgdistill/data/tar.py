@@ -1,4 +1,7 @@
-"""A .tar of class folders, read in place."""
+"""A .tar of class folders, read in place by timm's reader.
+
+timm names the archive's parts, orders its classes and reports unreadable images in ways that differ from folders.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from irgdistill.errors import UserError
 
 
 class TarSource:
-    """Images of one archive; a class is the folder that an image lies in, or the inner archive."""
+    """Images of one archive. The class of an image is its folder, or the inner archive that holds it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:  # archives stay closed between images: processes would share the place in an open one
+        try:  # no cached handles: worker processes would share the position in an open archive
             dataset = create_dataset("", root=str(path), search_split=False, cache_tarfiles=False, cache_tarinfo=False)
         except (ValueError, IndexError):
             raise UserError(f"no images in {path}") from None
@@ -25,9 +28,9 @@ class TarSource:
         self.reader = dataset.reader
         own: dict[str, int] = self.reader.class_name_to_idx
         self.classes = sorted(own)
-        """In the order that class folders have."""
-        number = {own[name]: place for place, name in enumerate(self.classes)}
-        self.targets = [number[int(target)] for target in self.reader.targets]
+        """Sorted by name, as class folders are."""
+        label = {own[name]: position for position, name in enumerate(self.classes)}
+        self.targets = [label[int(target)] for target in self.reader.targets]
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -47,7 +50,7 @@ class TarSource:
         return list(self.targets)
 
     def parts(self) -> dict[str, list[int]]:
-        """Every folder above class folders, with its images."""
+        """Folders above class folders, such as `train`, with the indices of their images."""
         found: dict[str, list[int]] = {}
         for i in range(len(self)):
             for name in set(PurePosixPath(self.reader.filename(i)).parts[:-2]):

@@ -1,24 +1,27 @@
-"""Images without labels: folders of any shape, or another source's images."""
+"""Images without labels: in folders of any structure, or those of another source."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from irgdistill.errors import UserError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from irgdistill.data.splits import Source
+
 UNLABELLED = -1
-"""In the place of a label; no loss term or metric takes it for a class."""
+"""Replaces a label. No loss term or metric takes it for a class."""
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
 class PlainImages:
-    """Every image in a folder and in the folders below it, ordered by file name: where one lies tells nothing."""
+    """Images in a folder and all folders below it, ordered by file name, so that folders carry no information."""
 
     def __init__(self, root: Path) -> None:
         paths = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
@@ -33,6 +36,8 @@ class PlainImages:
         return len(self.paths)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
+        from PIL import Image
+
         with Image.open(self.paths[index]) as image:
             return image.convert("RGB"), UNLABELLED
 
@@ -44,9 +49,9 @@ class PlainImages:
 
 
 class Unlabelled:
-    """Another source's images, all with one label: none, unless said otherwise."""
+    """Images of another source, all with the same `label`."""
 
-    def __init__(self, source: Any, label: int = UNLABELLED) -> None:
+    def __init__(self, source: Source, label: int = UNLABELLED) -> None:
         self.source, self.label = source, label
 
     def __len__(self) -> int:

@@ -1,0 +1,95 @@
+"""Registry of data sources: what the value of `--data` means. Imports no torch.
+
+To add one, write a file with a function under `@source("WORD")` into `irgdistill/data/sources`, or into a plug-in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from irgdistill.config.schema import DataConfig
+from irgdistill.errors import UserError, nearest
+from irgdistill.plugins import Registry
+
+Opener = TypeVar("Opener", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """A declared data source."""
+
+    word: str
+    """The value of `--data`, or its beginning if it ends in `/`; empty for paths."""
+    open: Callable[..., Any]
+    """(DataConfig, val_only) -> Splits. With `val_only`, the training images will not be used."""
+    open_unlabelled: Callable[..., Any] | None
+    """(DataConfig, val_only, classes of the teacher) -> Splits. None: `open`, then hide the training labels."""
+    local: bool
+    """Whether the rest of the value may be a folder, which a saved run keeps as an absolute path."""
+    package: str
+    """Package that it needs, or an empty string."""
+    install: str
+    """What pip installs that package by."""
+
+    def matches(self, value: str) -> bool:
+        prefix = not self.word or self.word.endswith("/")
+        return value.startswith(self.word) if prefix else value == self.word
+
+
+SOURCES: Registry[SourceEntry] = Registry("data source", "irgdistill.data.sources")
+"""Data sources by their word."""
+
+
+def source(
+    word: str,
+    *,
+    local: bool = False,
+    package: str = "",
+    install: str = "",
+    open_unlabelled: Callable[..., Any] | None = None,
+) -> Callable[[Opener], Opener]:
+    """Declare a function (DataConfig, val_only) -> Splits as the data source of `--data WORD`.
+
+    A word that ends in `/` is a prefix: `wds/` takes `--data wds/NAME`. The function needs `package`, imported when it
+    is called and installed by `pip install INSTALL` (default: its name). See `SourceEntry` for the rest.
+    """
+
+    def declare(function: Opener) -> Opener:
+        SOURCES.add(word, SourceEntry(word, function, open_unlabelled, local, package, install or package))
+        return function
+
+    return declare
+
+
+def find_source(value: str) -> SourceEntry:
+    """The data source of a value of `--data`: the longest word that matches. The empty word matches any path."""
+    return max((entry for entry in SOURCES.values() if entry.matches(value)), key=lambda entry: len(entry.word))
+
+
+def source_words() -> list[str]:
+    """Values of `--data` beside paths, such as `digits` and `wds/NAME`."""
+    return [f"{word}NAME" if word.endswith("/") else word for word in SOURCES if word]
+
+
+def check_source(data: DataConfig) -> None:
+    """Raises UserError if no data is named, a path does not exist or a package is missing."""
+    if not data.source:
+        raise UserError("no data: give --data FOLDER, --data digits or a timm dataset string such as torch/cifar10")
+    entry = find_source(data.source)
+    if not entry.word and not Path(data.source).exists():
+        near = nearest(data.source, [word for word in SOURCES if word and not word.endswith("/")])
+        raise UserError(f"no data folder {data.source!r}{near} (a folder, or {', '.join(source_words())})")
+    if entry.package and find_spec(entry.package) is None:
+        raise UserError(f"--data {data.source} needs the package {entry.package}: pip install {entry.install}")
+
+
+def absolute_source(value: str) -> str:
+    """The same data, from whatever folder the run is continued: paths become absolute."""
+    word = find_source(value).word
+    rest = value.removeprefix(word)
+    absolute = rest and find_source(value).local and Path(rest).exists()
+    return word + str(Path(rest).resolve()) if absolute else value

@@ -1,0 +1,116 @@
+"""`wds/FOLDER`: shards in the WebDataset format, streamed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from irgdistill.data.sources import source
+from irgdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from irgdistill.config import DataConfig
+    from irgdistill.data.splits import Splits
+
+IMAGES = "jpg;jpeg;png;webp"
+"""Suffixes of the images in shards."""
+
+
+INFO = ("_info.json", "info.json")
+"""Files that describe splits of shards to timm."""
+
+
+@source("wds/", local=True, package="webdataset", install="'irgdistill[webdataset]'")
+def stream_shards(config: DataConfig, val_only: bool = False) -> Splits:
+    """Raises UserError for missing or unreadable shards, an unknown split or an unknown number of classes."""
+    from irgdistill.data.timm_dataset import create, open_stream
+
+    folder = shard_folder(config)
+
+    def open_split(split: str, training: bool) -> tuple[Any, int]:
+        split, classes = _counted(folder, split, config)
+        columns = {"input_key": config.image_key or IMAGES, "target_key": config.label_key}
+        with _no_warning_about_info():
+            dataset = create(config, split, training, columns, folder)
+        shards = len(dataset.reader.split_info.filenames)
+        if training and config.workers > shards:
+            raise UserError(f"--workers {config.workers}: the {shards} training shards feed at most as many")
+        return dataset, classes
+
+    return open_stream(config, list(_shards(folder)), open_split)
+
+
+def shard_folder(config: DataConfig) -> Path:
+    """FOLDER of `wds/FOLDER`, or `--data-root` if there is no such folder."""
+    folder = Path(str(config.source).partition("/")[2])
+    return folder if str(folder) != "." and folder.is_dir() else config.root
+
+
+@contextmanager
+def _no_warning_about_info() -> Iterator[None]:
+    """timm warns about a missing _info.json, which we replace by counting."""
+    log = logging.getLogger("timm.data.readers.reader_wds")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _shards(folder: Path) -> dict[str, list[str]]:
+    """Split -> file names, from _info.json or from what precedes the number in a name: `train-000.tar`."""
+    for name in INFO:
+        if (folder / name).is_file():
+            try:
+                splits = json.loads((folder / name).read_text(encoding="utf-8"))["splits"]
+                return {str(split): list(facts["filenames"]) for split, facts in splits.items()}
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{folder / name} does not describe splits of shards as timm reads them") from None
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.tar")):
+        found.setdefault(path.stem.rstrip("0123456789").rstrip("-_"), []).append(path.name)
+    if not found:
+        raise UserError(f"no shards (*.tar) in {folder}: --data wds/FOLDER or --data-root FOLDER")
+    return found
+
+
+def _counted(folder: Path, split: str, config: DataConfig) -> tuple[str, int]:
+    """A split as timm takes it, and its number of classes: a name in _info.json, or its shards and number of images.
+
+    The number of classes is 0 if it was not counted. Raises UserError for shards without classes.
+    """
+    if ".tar" in split or any((folder / name).is_file() for name in INFO):
+        return split, 0
+    names = _shards(folder)[split]
+    images, classes = _scan([folder / name for name in names])
+    if not classes and not config.label_key:
+        raise UserError(
+            f"no classes (.cls) in {folder / names[0]}; for a field of its .json: --set data.label_key=NAME"
+        )
+    return "::".join(names) + f"|{images}", classes
+
+
+def _scan(shards: Sequence[Path]) -> tuple[int, int]:
+    """Number of images in shards, and of classes: one more than the largest. Raises UserError."""
+    images, largest = 0, -1
+    for path in shards:
+        try:
+            with tarfile.open(path) as file:
+                for member in file:
+                    suffix = member.name.rpartition(".")[2].lower()
+                    images += suffix in IMAGES.split(";")
+                    if suffix == "cls":
+                        largest = max(largest, int(file.extractfile(member).read()))  # type: ignore[union-attr]
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f"{path} is not a readable shard: {' '.join(str(error).split())}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: a .cls file must hold a whole number, {error}") from None
+    if not images:
+        raise UserError(f"no images ({IMAGES.replace(';', ', ')}) in {shards[0]}")
+    return images, largest + 1
