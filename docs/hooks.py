@@ -9,7 +9,7 @@ import typer
 from pydantic import BaseModel
 
 from irgdistill.cli.app import app
-from irgdistill.config import Config, Setting, settings
+from irgdistill.config import RENAMED_KEYS, Config, Setting, settings
 
 if TYPE_CHECKING:
     from mkdocs.structure.files import Files
@@ -18,6 +18,14 @@ SETTINGS = """# Settings
 
 Everything that defines a run. A key is set in a YAML preset, with `--set key.path=value`, or with its option. A resumed
 run may change the keys marked so; the others define the result.
+"""
+
+
+RENAMED = """
+## Renamed keys
+
+Old names still work, in presets, with `--set` and in saved runs, with a warning.
+
 """
 
 
@@ -39,7 +47,9 @@ def commands_page() -> str:
 
 def settings_page() -> str:
     """Every setting with its type, default, option and docstring, as Markdown."""
-    return SETTINGS + "".join(_lines())
+    return (
+        SETTINGS + "".join(_lines()) + RENAMED + "".join(f"- `{old}`: `{new}`\n" for old, new in RENAMED_KEYS.items())
+    )
 
 
 def _lines() -> Iterator[str]:

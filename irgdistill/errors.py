@@ -35,8 +35,8 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 
 
 def one_line(error: object, length: int | None = None) -> str:
-    """The message of `error` on one line, cut to `length` characters at a word."""
-    text = " ".join(str(error).split())
+    """The message of `error` on one line, cut at a word to `length` characters; its type if it has no message."""
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if length is None else textwrap.shorten(text, length, placeholder="…")
 
 

@@ -7,8 +7,6 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-# --- completion -------------------------------------------------------------------------------------------------------
-
 
 def complete_preset(incomplete: str) -> list[str]:
     from irgdistill.config import presets
@@ -17,7 +15,7 @@ def complete_preset(incomplete: str) -> list[str]:
 
 
 def complete_method(incomplete: str) -> list[str]:
-    """Also behind commas: the last of several."""
+    """Complete the last of several methods, separated by commas."""
     from irgdistill.config import METHODS
 
     before, comma, last = incomplete.rpartition(",")
@@ -25,7 +23,7 @@ def complete_method(incomplete: str) -> list[str]:
 
 
 def complete_network(incomplete: str) -> list[str]:
-    """timm names, as `distill` and `models` wrote them down: importing timm would take seconds."""
+    """Complete timm names from the file that `distill` and `models` write: importing timm would take seconds."""
     try:
         names = known_names_file().read_text(encoding="utf-8").split()
     except OSError:
@@ -34,14 +32,14 @@ def complete_network(incomplete: str) -> list[str]:
 
 
 def known_names_file() -> Path:
-    """One for each version of timm, in `$IRGDISTILL_CACHE` or the user's cache folder."""
+    """The file of this version of timm, in `$IRGDISTILL_CACHE` or the user's cache folder."""
     own = os.environ.get("IRGDISTILL_CACHE")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irgdistill"
     return (Path(own) if own else cache) / f"networks-{version('timm')}.txt"
 
 
 def remember_names() -> None:
-    """For `complete_network`, once timm is there; where the cache cannot be written, there is no completion."""
+    """Write the names for `complete_network`. If the cache cannot be written, networks are not completed."""
     from irgdistill.models import known_models
 
     path = known_names_file()

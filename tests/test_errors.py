@@ -1,0 +1,32 @@
+"""Errors that end a command, and their messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from irgdistill.errors import DataError, TrainingError, UserError, nearest, one_line, os_reason
+
+
+@pytest.mark.parametrize("kind", [DataError, TrainingError])
+def test_every_kind_ends_a_command_as_bad_input_does(kind: type[UserError]) -> None:
+    assert issubclass(kind, UserError) and issubclass(kind, ValueError)
+
+
+def test_a_foreign_message_becomes_one_line() -> None:
+    assert one_line(ValueError("two\n  lines")) == "two lines"
+    assert one_line(ValueError("word " * 100), 20) == "word word word word…"
+    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt", "an error without a message is named"
+
+
+def test_the_reason_of_a_system_call(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "missing").read_text()
+    assert os_reason(caught.value) == f"No such file or directory: {tmp_path / 'missing'}"
+    assert os_reason(OSError("no number")) == "no number"
+
+
+def test_nearest_names() -> None:
+    assert nearest("resnt18", ["resnet18", "vit"]) == "; did you mean resnet18?"
+    assert nearest("xyz", ["resnet18"]) == ""
