@@ -97,10 +97,13 @@ def import_plugin(
 ) -> tuple[Path, str]:
     """Import a Python file that registers something -> absolute path, SHA-256. The same content is imported once.
 
-    With `sha256` the file must have that content; `check` is called after the import. Raises UserError: no such file,
-    other content, a file that does not import, or as `check`; then nothing of it stays registered.
+    With `sha256` the file must have that content; if it is gone, a plug-in of that content that was imported from
+    elsewhere replaces it. `check` is called after the import. Raises UserError: no such file, other content, a file
+    that does not import, or as `check`; then nothing of it stays registered.
     """
     path = Path(path).resolve()
+    if not path.is_file() and sha256 in _LOADED:
+        return _LOADED[sha256], sha256
     if not path.is_file():
         raise UserError(f"--plugin {path}: no such file")
     found = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -111,6 +111,7 @@ class CompareRequest:
             raise UserError(f"--seeds {self.seeds} --jobs {self.jobs}: both must be at least 1")
         if not self.methods:
             raise UserError("--methods names no method")
+        load_config(self.preset, list(self.settings), self.flags)  # imports the plugins, which may register methods
         for method in self.methods:
             METHODS.find(method)
         if not self.config(self.methods[0]).data.labels:

@@ -66,3 +66,6 @@ def declare_terms() -> bool:
         fields[name] = FieldInfo(annotation=spec.settings, default=spec.settings(), description=spec.summary)
     LossesConfig.model_rebuild(force=True)
     return True
+
+
+declare_terms()

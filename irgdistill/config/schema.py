@@ -320,8 +320,5 @@ def refresh() -> None:
         Config.model_rebuild(force=True)
 
 
-refresh()
-
-
 STORES = ("fp16", "fp32")
 """Number formats of a teacher cache."""
