@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
+
+import typer
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -14,10 +17,16 @@ def complete_preset(incomplete: str) -> list[str]:
     return [name for name in presets() if name.startswith(incomplete)]
 
 
-def complete_method(incomplete: str) -> list[str]:
-    """Complete the last of several methods, separated by commas."""
-    from irgdistill.config import METHODS
+def complete_method(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete the last of several methods, separated by commas; those of a `--plugin` on the line are known."""
+    from irgdistill.config import METHODS, load_plugin
+    from irgdistill.errors import UserError
 
+    words = context.args  # what a command leaves to the parser of `distill`
+    behind = [word for option, word in pairwise(words) if option == "--plugin"]
+    for path in (*(context.params.get("plugin") or ()), *behind):
+        with suppress(UserError):
+            load_plugin(path)
     before, comma, last = incomplete.rpartition(",")
     return [f"{before}{comma}{name}" for name in METHODS if name.startswith(last)]
 

@@ -59,10 +59,11 @@ def distill(
     from irgdistill.config import load_config
 
     config = load_config(preset, settings, given)
+    changes = {key: value for key, value in given.items() if key != "plugins"}  # imported now, wherever they are
     request = (
         DistillRequest(config, output, overwrite, gpus, backend)
         if resume is None
-        else ResumeRequest(resume, given, previous_state, gpus, backend)
+        else ResumeRequest(resume, changes, previous_state, gpus, backend)
     )
     from irgdistill.commands import distill as run
     from irgdistill.io import quiet_console

@@ -15,7 +15,7 @@ from irgdistill.cli.completion import complete_method, complete_network
 from irgdistill.config import PANELS, RESULT, Config, Flag, Setting, load_config, options, settings, values_of
 from irgdistill.errors import UserError, nearest
 
-COMPLETION = {"method": complete_method, "network": complete_network}
+COMPLETION: Mapping[str, Callable[..., list[str]]] = {"method": complete_method, "network": complete_network}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def command(name: str, order: int, examples: Sequence[str], passes_on: bool = Fa
     return register
 
 
-def option(panel: str, *names: str, help: str, complete: Callable[[str], list[str]] | None = None) -> Any:
+def option(panel: str, *names: str, help: str, complete: Callable[..., list[str]] | None = None) -> Any:
     """An option in a panel of the help; `complete` returns the values that begin with the one being typed."""
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, autocompletion=complete)
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from support import Run
 
-from irgdistill.config.loading import load_config, load_plugin
+from irgdistill.config.loading import load_plugin, validate
 from irgdistill.config.methods import METHODS, TERMS
 from irgdistill.config.schema import refresh
 from irgdistill.errors import UserError
@@ -144,7 +144,7 @@ def test_a_comparison_takes_its_method_beside_kd(run: Run, recipe: tuple[object,
     options = ("--methods", "kd,gap", "--seeds", 1, "--output", tmp_path / "both", "--json")
     compared = run("compare", *recipe, *options)
     assert compared.code == 0, compared.err
-    rows = {row["method"]: row["weights"] for row in json.loads(compared.out)["methods"]}
+    rows = {row["method"]: row["weights"] for row in json.loads(compared.out)["rows"]}
     assert rows == {"kd": {"ce": 1.0, "kd": 1.0}, "gap": {"ce": 1.0, "gap": 0.7}}
 
 
@@ -190,12 +190,11 @@ def test_a_plugin_that_cannot_be_imported_is_one_line_and_leaves_nothing(
     assert (list(TERMS), list(METHODS)) == before
 
 
-def test_the_python_interface_loads_plugins_too(plugin: Path, tmp_path: Path) -> None:
+def test_the_python_interface_loads_plugins_too(plugin: Path, folder: Path, teacher: Path, tmp_path: Path) -> None:
     import timm
 
-    import irgdistill.models  # registers the small networks
-
     import irgdistill
+    import irgdistill.models  # registers the small networks
 
     loaded = irgdistill.load_plugin(plugin)
     assert loaded.path == plugin and load_plugin(plugin, loaded.sha256) == loaded
@@ -205,8 +204,11 @@ def test_the_python_interface_loads_plugins_too(plugin: Path, tmp_path: Path) ->
     distiller = irgdistill.Distiller(*networks, method="gap", settings={"losses.gap.margin": 0.1})
     loss, terms = distiller(torch.randn(4, 3, 16, 16), torch.arange(4) % 3)
     assert set(terms) == {"ce", "gap"} and loss.item() == pytest.approx(terms["ce"].item() + 0.7 * terms["gap"].item())
-    config = load_config(flags={"plugins": [str(plugin)], "method": "gap"})
-    assert [entry.sha256 for entry in config.plugins] == [loaded.sha256]
+    names = {"teacher_checkpoint": teacher, "student": "cifar_resnet14_x0_5", "data": str(folder), "batch_size": 8}
+    options = {**names, "plugin": [plugin], "method": "gap", "epochs": 1, "workers": 0, "device": "cpu"}
+    irgdistill.distill(**options, skip_teacher_check=True, output=tmp_path / "run")
+    config = validate(yaml.safe_load((tmp_path / "run/config.yaml").read_text()))
+    assert config.method == "gap" and [entry.sha256 for entry in config.plugins] == [loaded.sha256]
 
 
 def test_its_methods_are_completed(plugin: Path) -> None:
