@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 class DataError(UserError):
-    """Data that cannot be read: a missing or damaged file, too many unreadable images."""
+    """Data that cannot be read: a damaged file, too many unreadable images."""
 
 
 class TrainingError(UserError):

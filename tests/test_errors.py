@@ -6,12 +6,24 @@ from pathlib import Path
 
 import pytest
 
+from irgdistill.data import UnreadableImages
 from irgdistill.errors import DataError, TrainingError, UserError, nearest, one_line, os_reason
+from irgdistill.io.tensors import read_tensors
 
 
 @pytest.mark.parametrize("kind", [DataError, TrainingError])
 def test_every_kind_ends_a_command_as_bad_input_does(kind: type[UserError]) -> None:
     assert issubclass(kind, UserError) and issubclass(kind, ValueError)
+
+
+def test_what_cannot_be_read_is_a_data_error(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(DataError, match="is truncated or not a safetensors file"):
+        read_tensors(tmp_path / "a.safetensors")
+    unreadable = UnreadableImages(0)
+    unreadable.queue.put("a.png")
+    with pytest.raises(DataError, match="1 unreadable images, 0 allowed"):
+        unreadable.collect()
 
 
 def test_a_foreign_message_becomes_one_line() -> None:

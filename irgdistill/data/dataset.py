@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from irgdistill.data.augmentation import transform_seeded
 from irgdistill.data.memory import ImageMemory
 from irgdistill.data.splits import Source
-from irgdistill.errors import UserError
+from irgdistill.errors import DataError
 
 
 class UnreadableImages:
@@ -27,14 +27,14 @@ class UnreadableImages:
         self._warn = warn
 
     def collect(self) -> None:
-        """Name what is new since the last call. Raises UserError once there are more than `limit`."""
+        """Name what is new since the last call. Raises DataError once there are more than `limit`."""
         while not self.queue.empty():
             name = self.queue.get()
             if name in self.names:
                 continue
             self.names.append(name)
             if len(self.names) > self.limit:
-                raise UserError(
+                raise DataError(
                     f"{len(self.names)} unreadable images, {self.limit} allowed (--max-bad-images): "
                     + ", ".join(self.names[-3:])
                 )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from irgdistill.errors import UserError
+from irgdistill.errors import DataError, UserError, one_line
 from irgdistill.io.atomic import write_atomically
 
 FORMAT = 2
@@ -69,7 +69,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors and metadata (None for other safetensors files). Raises UserError if unreadable or damaged."""
+    """Tensors and metadata (None for other safetensors files). Raises UserError, DataError if damaged."""
     return _read(path, tensors=True)
 
 
@@ -81,18 +81,18 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] 
             header = file.metadata() or {}
             values = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file: {error}") from None
+        raise DataError(f"{path} is truncated or not a safetensors file: {one_line(error)}") from None
     if KEY not in header:
         return values, None
     try:
         metadata: dict[str, Any] = json.loads(header[KEY])
         newer = metadata["format"] > FORMAT
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: its metadata cannot be read") from None
+        raise DataError(f"{path} is damaged: its metadata cannot be read") from None
     if newer:
         raise UserError(
             f"{path} was written by a newer irgdistill (format {metadata['format']}, this one reads {FORMAT})"
         )
     if tensors and header != _header(header[KEY], values):
-        raise UserError(f"{path} is damaged: its content does not match its checksum")
+        raise DataError(f"{path} is damaged: its content does not match its checksum")
     return values, metadata

@@ -13,7 +13,7 @@ from timm.utils import accuracy
 from torch import Tensor
 
 from irgdistill.data import Loader
-from irgdistill.errors import UserError
+from irgdistill.errors import DataError
 from irgdistill.losses import soft_targets
 from irgdistill.matching import Tapped
 from irgdistill.runtime import World
@@ -79,7 +79,7 @@ def evaluate(
     counts = torch.tensor([images_seen, timed, seconds], dtype=torch.float64, device=loader.device)
     images_seen, timed, seconds = world.sum(counts).tolist()
     if not images_seen:
-        raise UserError("no validation image can be read")
+        raise DataError("no validation image can be read")
     top1, top5, loss, agreement, kl = (sums / max(images_seen, 1)).tolist()
     confidence, correct = bins
     calibration = 100 * float((confidence - correct).abs().sum()) / max(images_seen, 1)
