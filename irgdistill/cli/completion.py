@@ -1,4 +1,4 @@
-"""Shell completion of presets, methods and networks. Starts without torch."""
+"""Shell completion of presets, methods, data sources, loggers and networks. Starts without torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,40 @@ def complete_preset(incomplete: str) -> list[str]:
 
 
 def complete_method(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete the last of several methods, separated by commas; those of a `--plugin` on the line are known."""
-    from irgdistill.config import METHODS, load_plugin
+    """Complete the last of several methods, separated by commas."""
+    from irgdistill.config import METHODS
+
+    _load_plugins(context)
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in METHODS if name.startswith(last)]
+
+
+def complete_source(context: typer.Context, incomplete: str) -> list[str]:
+    _load_plugins(context)
+    return [name for name in source_names() if name.startswith(incomplete)]
+
+
+def complete_logger(context: typer.Context, incomplete: str) -> list[str]:
+    _load_plugins(context)
+    return [name for name in logger_names() if name.startswith(incomplete)]
+
+
+def source_names() -> list[str]:
+    """Values of `--data` beside paths, and their prefixes."""
+    from irgdistill.config import SOURCES
+
+    return [word for word in SOURCES if word]
+
+
+def logger_names() -> list[str]:
+    from irgdistill.io import LOGGERS
+
+    return list(LOGGERS)
+
+
+def _load_plugins(context: typer.Context) -> None:
+    """Load the plug-ins on the line, which may add to the names."""
+    from irgdistill.config import load_plugin
     from irgdistill.errors import UserError
 
     words = context.args  # what a command leaves to the parser of `distill`
@@ -27,8 +59,6 @@ def complete_method(context: typer.Context, incomplete: str) -> list[str]:
     for path in (*(context.params.get("plugin") or ()), *behind):
         with suppress(UserError):
             load_plugin(path)
-    before, comma, last = incomplete.rpartition(",")
-    return [f"{before}{comma}{name}" for name in METHODS if name.startswith(last)]
 
 
 def complete_network(incomplete: str) -> list[str]:

@@ -11,11 +11,23 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 
-from irgdistill.cli.completion import complete_method, complete_network
+from irgdistill.cli.completion import (
+    complete_logger,
+    complete_method,
+    complete_network,
+    complete_source,
+    logger_names,
+    source_names,
+)
 from irgdistill.config import PANELS, RESULT, Config, Flag, Setting, load_config, options, settings, values_of
 from irgdistill.errors import UserError, nearest
 
-COMPLETION: Mapping[str, Callable[..., list[str]]] = {"method": complete_method, "network": complete_network}
+COMPLETION: Mapping[str, Callable[..., list[str]]] = {
+    "logger": complete_logger,
+    "method": complete_method,
+    "network": complete_network,
+    "source": complete_source,
+}
 
 
 @dataclass(frozen=True)
@@ -102,10 +114,13 @@ def _parameter(setting: Setting) -> inspect.Parameter:
 
 
 def _help(flag: Flag, default: Any) -> str:
-    if isinstance(default, bool) or default in (None, ()) or "default:" in flag.help:
-        return flag.help
+    text = flag.help
+    if "{names}" in text:
+        text = text.replace("{names}", ", ".join(logger_names() if flag.completion == "logger" else source_names()))
+    if isinstance(default, bool) or default in (None, ()) or "default:" in text:
+        return text
     shown = f"{default:g}" if isinstance(default, float) else default
-    return f"{flag.help.rstrip('.')} (default: {shown})."
+    return f"{text.rstrip('.')} (default: {shown})."
 
 
 def _type(annotation: Any, repeated: bool) -> Any:

@@ -172,7 +172,7 @@ def _shard(
         num_workers=config.data.workers,
         collate_fn=no_collate,
         worker_init_fn=ignore_signals,
-        multiprocessing_context="fork" if config.data.workers and images.held is not None else None,
+        multiprocessing_context="fork" if config.data.workers and images.cache is not None else None,
         pin_memory=device.type == "cuda",
     )
     for pixels, *_ in loader:

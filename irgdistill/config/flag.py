@@ -19,8 +19,8 @@ class Flag:
     """Such as `--lr`."""
     panel: str
     help: str
-    """One short sentence; the help appends the default."""
-    completion: Literal["method", "network"] | None = None
+    """One short sentence; the help appends the default and replaces `{names}` by the data sources or loggers."""
+    completion: Literal["logger", "method", "network", "source"] | None = None
     """The names that the shell completes."""
     off: bool = False
     """The option turns the setting off, as `--no-labels` does."""

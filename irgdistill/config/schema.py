@@ -99,7 +99,7 @@ class StudentConfig(Section):
 
 class DataConfig(Section):
     source: Annotated[
-        str | None, Flag("--data", DATA, "Image folder, .tar, digits, or torch/…, hfds/…, wds/…."), CHANGEABLE
+        str | None, Flag("--data", DATA, "Image folder, .tar, {names}.", completion="source"), CHANGEABLE
     ] = None
     """Image folder, .tar of class folders, `digits`, or a timm dataset string (`torch/cifar10`, `hfds/…`, `wds/…`)."""
     root: Annotated[Path, Flag("--data-root", DATA, "Folder of a timm dataset's files."), CHANGEABLE] = Path("data")
@@ -253,7 +253,7 @@ class RuntimeConfig(Section):
     """Updates between two samples of each term's share of the student's gradient norm; 0 is off."""
     loggers: Annotated[
         tuple[str, ...],
-        Flag("--log", RUN, "tensorboard or wandb; may be repeated.", repeated=True),
+        Flag("--log", RUN, "Logger ({names}); may be repeated.", completion="logger", repeated=True),
         CHANGEABLE,
     ] = ()
     """Loggers that also get the records of metrics.jsonl: `tensorboard`, `wandb`."""

@@ -1,12 +1,12 @@
-"""Augmentation from configuration, of one image or, where it is plain, of a whole batch.
+"""Training and evaluation transforms: of one image, or of a whole batch if it is only cropped and flipped.
 
-What an image becomes is decided by the run's seed and the image's key, and by nothing that was drawn before.
+The augmentation of an image depends only on the run's seed and the image's key.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -23,15 +23,14 @@ from irgdistill.errors import UserError
 
 
 class CropFlip:
-    """Zero-padded random crop, then mirror image: torchvision's RandomCrop and RandomHorizontalFlip of a batch.
+    """Zero-padded random crop, then random horizontal flip, of each image in a batch.
 
-    Each image has a generator of its own, seeded by `seed_of(key)`, from which it draws what those two draw.
+    Bit for bit what torchvision's RandomCrop and RandomHorizontalFlip do to each image under its own seed. Those take
+    no generator, and draw one crop for a whole batch, in transforms.v2 too.
     """
 
-    def __init__(
-        self, size: tuple[int, int], padding: int, hflip: float, seed_of: Callable[[int], Sequence[int]]
-    ) -> None:
-        self.size, self.padding, self.hflip, self.seed_of = size, padding, hflip, seed_of
+    def __init__(self, size: tuple[int, int], padding: int, hflip: float, seed: int) -> None:
+        self.size, self.padding, self.hflip, self.seed = size, padding, hflip, seed
         self.generator = torch.Generator()
 
     def __call__(self, pixels: Tensor, keys: Sequence[int]) -> Tensor:
@@ -46,32 +45,32 @@ class CropFlip:
         return torch.from_numpy(result)
 
     def _draw(self, key: int) -> tuple[int, int, bool]:
-        generator = self.generator.manual_seed(int(self.seed_of(key)[0]))
+        generator = self.generator.manual_seed(int(image_seeds(self.seed, key)[0]))
         top = left = 0
         if self.padding:
             top, left = (int(torch.randint(0, 2 * self.padding + 1, (1,), generator=generator)) for _ in range(2))
         return top, left, self.hflip > 0 and bool(torch.rand(1, generator=generator) < self.hflip)
 
 
-def pixels_of(image: Any) -> Tensor:
-    """PIL image, (H, W, 3) -> uint8 (3, H, W)."""
+def to_tensor(image: Any) -> Tensor:
+    """RGB image of PIL -> uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def crop_of(config: AugmentConfig, size: tuple[int, int]) -> str:
-    """What `auto` means at this size."""
+    """The crop of `augment.crop`; `auto` depends on the size."""
     return config.crop if config.crop != "auto" else "pad" if max(size) <= 64 else "resized"
 
 
 def padding_of(config: AugmentConfig, size: tuple[int, int]) -> int:
-    """Pixels on each side before the random crop."""
+    """Pixels that are added to each side before the random crop."""
     if crop_of(config, size) != "pad":
         return 0
     return config.padding if config.padding is not None else max(size) // 8
 
 
 def train_transform(config: AugmentConfig, input_spec: InputSpec) -> Any:
-    """Augmentation of one image: PIL -> uint8 (3, H, W)."""
+    """Augmentation of one image: PIL -> uint8 (3, H, W). Raises UserError for an unknown policy."""
     size = input_spec.size
     crop = crop_of(config, size)
     try:
@@ -91,13 +90,13 @@ def train_transform(config: AugmentConfig, input_spec: InputSpec) -> Any:
         if config.auto_augment is None:
             raise
         raise UserError(
-            f"augment.auto_augment = {config.auto_augment!r} is no policy of timm "
+            f"augment.auto_augment = {config.auto_augment!r} is not a timm policy "
             f"(rand-m9-mstd0.5, augmix-m5-w4, original-mstd0.5, …) {error}".rstrip()
         ) from None
     steps = compose.transforms
     if crop in ("pad", "none"):
-        fit = resize_to(input_spec)
-        steps[:1] = [fit] if crop == "none" else [fit, transforms.RandomCrop(size, padding_of(config, size))]
+        resize = resize_to(input_spec)
+        steps[:1] = [resize] if crop == "none" else [resize, transforms.RandomCrop(size, padding_of(config, size))]
     if config.erase > 0:
         fill = tuple(round(255 * value) for value in input_spec.mean)
         steps.append(transforms.RandomErasing(config.erase, value=fill))
@@ -105,19 +104,19 @@ def train_transform(config: AugmentConfig, input_spec: InputSpec) -> Any:
 
 
 def resize_to(input_spec: InputSpec) -> Any:
+    """Resize to the input size, whatever the aspect ratio: PIL -> PIL."""
     return transforms.Resize(input_spec.size, transforms.InterpolationMode(input_spec.interpolation))
 
 
-def batched(config: AugmentConfig, size: tuple[int, int], seed: int) -> CropFlip | None:
-    """The same augmentation of whole batches of images that have this size; None where it does more than crop and
-    mirror."""
+def batch_transform(config: AugmentConfig, size: tuple[int, int], seed: int) -> CropFlip | None:
+    """`train_transform` for a batch of images of this size; None if it does more than crop and flip."""
     if crop_of(config, size) == "resized" or config.color_jitter or config.auto_augment or config.erase:
         return None
-    return CropFlip(size, padding_of(config, size), config.hflip, lambda key: seed_words(seed, key))
+    return CropFlip(size, padding_of(config, size), config.hflip, seed)
 
 
 def eval_transform(input_spec: InputSpec) -> Any:
-    """Deterministic view of one image: PIL -> uint8 (3, H, W)."""
+    """Resize and centre crop of one image: PIL -> uint8 (3, H, W)."""
     return create_transform(
         input_spec.size,
         use_prefetcher=True,
@@ -126,35 +125,35 @@ def eval_transform(input_spec: InputSpec) -> Any:
     )
 
 
-def to_uint8(fit: Any) -> Any:
-    """The same, PIL -> uint8 (3, H, W)."""
-    return lambda image: pixels_of(fit(image))
+def to_uint8(transform: Any) -> Any:
+    """`transform`, PIL -> PIL, then conversion to uint8 (3, H, W)."""
+    return lambda image: to_tensor(transform(image))
 
 
-def seed_words(seed: int, key: int) -> Any:
-    """Two words for the generators of one image."""
+def image_seeds(seed: int, key: int) -> Any:
+    """Two seeds for the generators of one image."""
     return np.random.SeedSequence((seed, key)).generate_state(2)
 
 
 def transform_seeded(seed: int, key: int, transform: Any, image: Image.Image) -> Tensor:
-    """What `transform` makes of an image under the generators of this key."""
+    """Apply `transform` under generators seeded by (seed, key)."""
     with _seeded(seed, key):
         return cast(Tensor, transform(image))
 
 
 class _seeded:
-    """Python's, numpy's and torch's generators seeded by (seed, key); put back after, where they are the run's own."""
+    """Seed Python's, numpy's and torch's generators by (seed, key); in the main process, restore them afterwards."""
 
     def __init__(self, seed: int, key: int) -> None:
-        self.words = seed_words(seed, key)
+        self.seeds = image_seeds(seed, key)
         self.saved: Any = None
 
     def __enter__(self) -> None:
         if get_worker_info() is None:
             self.saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(int(self.words[0]))
-        np.random.seed(int(self.words[1]))
-        torch.default_generator.manual_seed(int(self.words[0]))  # torch.manual_seed would visit every device
+        random.seed(int(self.seeds[0]))
+        np.random.seed(int(self.seeds[1]))
+        torch.default_generator.manual_seed(int(self.seeds[0]))  # torch.manual_seed would visit every device
 
     def __exit__(self, *_: object) -> None:
         if self.saved:

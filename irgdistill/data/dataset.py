@@ -1,4 +1,4 @@
-"""Images of a source by key, read and augmented one by one or a batch at a time; and what cannot be read."""
+"""Data set of augmented images by key, read one at a time or in batches; counts unreadable images."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from irgdistill.data.augmentation import transform_seeded
-from irgdistill.data.memory import ImageMemory
+from irgdistill.data.image_cache import ImageCache
 from irgdistill.data.splits import Source
 from irgdistill.errors import DataError
 
 
 class UnreadableImages:
-    """Unreadable images, named once each; workers report through a queue, `collect` warns in the main process."""
+    """Names of unreadable images. Workers report them through a queue; `collect` warns in the main process."""
 
     def __init__(self, limit: int, warn: Callable[[str], None] = lambda line: None) -> None:
         self.limit = limit
@@ -27,7 +27,7 @@ class UnreadableImages:
         self._warn = warn
 
     def collect(self) -> None:
-        """Name what is new since the last call. Raises DataError once there are more than `limit`."""
+        """Warn about images reported since the last call. Raises DataError if there are more than `limit` in all."""
         while not self.queue.empty():
             name = self.queue.get()
             if name in self.names:
@@ -42,30 +42,41 @@ class UnreadableImages:
 
 
 class Images(Dataset[Any]):
-    """Images of a source by key = epoch · len + position, transformed under a seed that depends on the key alone.
+    """Transformed images of a source, by key = epoch · len + position; the key alone seeds the transform.
 
-    An unreadable image is reported and, in training, replaced by the next readable one; in evaluation left out.
-    After `hold`, decoded images are kept in memory, and augmented a batch at a time.
+    An unreadable image is reported. In training the next readable one replaces it; in evaluation it is skipped.
     """
 
     def __init__(
-        self, source: Source, indices: Sequence[int], transform: Any, seed: int, bad: UnreadableImages, training: bool
+        self,
+        source: Source,
+        indices: Sequence[int],
+        transform: Any,
+        seed: int,
+        unreadable: UnreadableImages,
+        training: bool,
     ) -> None:
         self.source = source
         self.indices = indices
         self.transform = transform
         self.seed = seed
-        self.queue = bad.queue
-        self.limit = bad.limit
+        self.queue = unreadable.queue
+        self.limit = unreadable.limit
         self.training = training
-        self.held: ImageMemory | None = None
-        self.answers: Callable[[Sequence[int]], Tensor] | None = None
-        self.whole: Callable[[Tensor, Sequence[int]], Tensor] | None = None
+        self.cache: ImageCache | None = None
+        self.batch_transform: Callable[[Tensor, Sequence[int]], Tensor] | None = None
+        self.teacher_rows: Callable[[Sequence[int]], Tensor] | None = None
+        """Keys -> cached teacher outputs, which batches then contain as a third part."""
 
-    def hold(self, size: tuple[int, int], fit: Any, whole: Callable[[Tensor, Sequence[int]], Tensor] | None) -> None:
-        """Keep every image as `fit` gives it, PIL -> `size`; `whole` then takes the place of `transform`."""
-        self.held = ImageMemory(len(self), size, lambda position: self._read(position, fit))
-        self.whole = whole
+    def use_cache(
+        self,
+        size: tuple[int, int],
+        decode: Any,
+        batch_transform: Callable[[Tensor, Sequence[int]], Tensor] | None,
+    ) -> None:
+        """Cache what `decode`, PIL -> uint8 (3, *size), returns; `batch_transform` then replaces `transform`."""
+        self.cache = ImageCache(len(self), size, lambda position: self._read(position, decode))
+        self.batch_transform = batch_transform
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -78,18 +89,26 @@ class Images(Dataset[Any]):
         return None
 
     def __getitems__(self, keys: Sequence[int]) -> tuple[Any, ...] | None:
-        """A batch at once: images (B, 3, H, W) and labels (B,), the unreadable ones left out; None: all are."""
-        if self.held is None:
-            samples = [(key, sample) for key in keys if (sample := self[key]) is not None]
-            batch, kept = collate([sample for _, sample in samples]), [key for key, _ in samples]
-        else:
-            held = self.held
-            places = [(key, next(filter(held.has, self._candidates(key)), None)) for key in keys]
-            kept = [key for key, position in places if position is not None]
-            chosen = torch.tensor([position for _, position in places if position is not None], dtype=torch.long)
-            pixels, labels = held.pixels[chosen], held.labels[chosen]
-            batch = (pixels if self.whole is None else self.whole(pixels, kept), labels) if kept else None
-        return batch if batch is None or self.answers is None else (*batch, self.answers(kept))
+        """Images (B, 3, H, W) and labels (B,) without the unreadable ones; None if there are no others."""
+        kept, batch = self._samples(keys) if self.cache is None else self._cached_samples(self.cache, keys)
+        if batch is None or self.teacher_rows is None:
+            return batch
+        return (*batch, self.teacher_rows(kept))
+
+    def _samples(self, keys: Sequence[int]) -> tuple[list[int], tuple[Tensor, Tensor] | None]:
+        """Keys of the readable images, and their batch; each image is transformed alone."""
+        samples = [(key, sample) for key in keys if (sample := self[key]) is not None]
+        return [key for key, _ in samples], collate([sample for _, sample in samples])
+
+    def _cached_samples(self, cache: ImageCache, keys: Sequence[int]) -> tuple[list[int], tuple[Tensor, Tensor] | None]:
+        """The same from the cache; the batch is transformed at once."""
+        found = [(key, next(filter(cache.load, self._candidates(key)), None)) for key in keys]
+        kept = [key for key, position in found if position is not None]
+        if not kept:
+            return kept, None
+        chosen = torch.tensor([position for _, position in found if position is not None])
+        pixels, labels = cache.pixels[chosen], cache.labels[chosen]
+        return kept, (pixels if self.batch_transform is None else self.batch_transform(pixels, kept), labels)
 
     def _candidates(self, key: int) -> Iterator[int]:
         """Positions to try."""
@@ -106,7 +125,7 @@ class Images(Dataset[Any]):
 
 
 def collate(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] | None:
-    """Images (B, 3, H, W) and labels (B,) of what could be read; None: nothing."""
+    """Images (B, 3, H, W) and labels (B,) of the samples that are not None; None if there are none."""
     kept = [sample for sample in samples if sample is not None]
     if not kept:
         return None

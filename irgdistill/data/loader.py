@@ -1,14 +1,13 @@
-"""Loaders from configuration, over the images of `sources`.
+"""Loaders of training and validation images.
 
-Every image is addressed by (epoch, index): its augmentation is seeded by these and the run's seed, so a run does not
-depend on the number of workers and can go on in the middle of an epoch. Loaders yield raw images, uint8
-(B, 3, H, W), and labels (B,); each network normalises and resizes for itself (`taps.View`).
+A key (epoch and index) addresses every image, and seeds its augmentation together with the run's seed. A run therefore
+does not depend on the number of workers, and resumes in the middle of an epoch. Loaders yield raw images, uint8
+(B, 3, H, W), and labels (B,); each network normalises and resizes them itself.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,22 +15,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from irgdistill.config import AugmentConfig, DataConfig, InputSpec
-from irgdistill.data.augmentation import batched, eval_transform, resize_to, to_uint8, train_transform
+from irgdistill.data.augmentation import batch_transform, eval_transform, resize_to, to_uint8, train_transform
 from irgdistill.data.dataset import Images, UnreadableImages, collate
-from irgdistill.data.memory import fits
+from irgdistill.data.image_cache import fits
 from irgdistill.data.sampling import EpochSampler
 from irgdistill.data.splits import Splits
+from irgdistill.data.waiting import WaitMeter
 from irgdistill.errors import UserError
-from irgdistill.runtime import World, cores, ignore_signals
-
-WAITING, ENOUGH = 0.1, 10.0
-"""Share of the time, and seconds, from which waiting for images is worth a word."""
+from irgdistill.runtime import World, ignore_signals
 
 
 class Loader:
-    """Batches of one split on the device: raw images (B, 3, H, W) uint8 and labels (B,).
+    """Batches on the device: raw images (B, 3, H, W) uint8 and labels (B,).
 
-    In training, B is this process's part of `batch_size`.
+    `sampler` draws training images, B of which are this process's part of `batch_size`. Without one, all images come
+    once, in order; those of a stream in the order of its own.
     """
 
     def __init__(
@@ -40,103 +38,65 @@ class Loader:
         batch_size: int,
         workers: int,
         device: torch.device,
-        seed: int,
+        unreadable: UnreadableImages,
         training: bool,
-        bad: UnreadableImages,
-        world: World | None = None,
-        views: int | None = None,
-        balance: Tensor | None = None,
+        sampler: EpochSampler | None = None,
     ) -> None:
-        world = world or World()
         self.batch_size = batch_size
         self.device = device
-        self.bad = bad
+        self.unreadable = unreadable
+        self.training = training
+        self.images = len(images)
         self.stream = isinstance(images, IterableDataset)
-        own_order = training and not self.stream
-        self.order = EpochSampler(len(images), batch_size, seed, world, balance, views) if own_order else None
-        forks = workers > 0 and getattr(images, "held", None) is not None
+        self.sampler = sampler
+        self.waiting = WaitMeter(workers)
+        self._epoch = 0
+        forks = workers > 0 and getattr(images, "cache", None) is not None
         self.loader = DataLoader(
             images,
-            batch_size=batch_size // world.size if training else batch_size,
-            sampler=self.order,
+            batch_size=batch_size if sampler is None else len(sampler.part),
+            sampler=sampler,
             num_workers=workers,
             collate_fn=collate if self.stream else no_collate,
-            multiprocessing_context="fork" if forks else None,  # what is held is filled by all
+            multiprocessing_context="fork" if forks else None,  # the workers fill the image cache together
             worker_init_fn=ignore_signals,
             drop_last=training,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0 and not self.stream,  # a stream learns its epoch when workers start
             generator=torch.Generator(),  # its own, so that opening an epoch draws nothing from the run's
         )
-        self.training = training
-        self.images = len(images)
-        self.waited = 0.0
-        """Seconds for which batches were waited for."""
-        self._first, self._told, self._epoch = True, False, 0
-        self._asked = self._behind = 0.0
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Number of batches in an epoch."""
         return self.images // self.batch_size if self.training else -(-self.images // self.batch_size)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Any, ...]]:
-        """Batches of one epoch, from batch `start` on: images, labels, answers where there are.
+        """Batches of one epoch, from batch `start` on: images, labels and, with a cache, the teacher's outputs.
 
-        Raises UserError when too many images are unreadable.
+        Raises UserError if too many images are unreadable.
         """
         skip, self._epoch = 0, epoch
-        if self.order is not None:
-            self.order.epoch, self.order.start = epoch, start
+        if self.sampler is not None:
+            self.sampler.epoch, self.sampler.start = epoch, start
         elif self.stream:
             self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
             self.loader.generator.manual_seed(epoch)
             skip = start
-        for number, batch in enumerate(self._timed(self.loader)):
-            self.bad.collect()
+        for number, batch in enumerate(self.waiting.measured(self.loader)):
+            self.unreadable.collect()
             if batch is not None and number >= skip:
                 if self.stream:
                     self.loader.dataset.check(batch[1])  # type: ignore[attr-defined]
                 yield tuple(part.to(self.device, non_blocking=True) for part in batch)
 
-    def _timed(self, batches: Iterable[Any]) -> Iterator[Any]:
-        iterator = iter(batches)
-        while True:
-            since = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - since
-            yield batch
-
-    def bottleneck(self, seconds: float, behind: float) -> str | None:
-        """That training waited for images for more than WAITING of its time, and what to change; told once.
-
-        To be asked every `seconds`; `behind`: those for which the device was still at work when all was asked of it.
-        Looked at in stretches of ENOUGH seconds, without the first one asked about, in which processes start, and
-        without an epoch that fills the memory.
-        """
-        filling = self._epoch == 0 and getattr(self.loader.dataset, "held", None) is not None
-        if self._first or filling:
-            self._first, self.waited = False, 0.0
-            return None
-        self._asked, self._behind = self._asked + seconds, self._behind + behind
-        if self._asked < ENOUGH:
-            return None
-        share, busy = self.waited / self._asked, self._behind / self._asked
-        self.waited = self._asked = self._behind = 0.0
-        if self._told or share < WAITING or 2 * busy > WAITING:
-            return None
-        self._told = True
-        workers, count = self.loader.num_workers, cores()
-        advice = "smaller files or a faster disk may help"
-        if workers < count - 1:
-            advice = "more --workers may help"
-        return f"training waited for images {share:.0%} of the time: {advice} (--workers {workers}, {count} cores)"
+    def bottleneck(self, seconds: float, busy: float) -> str | None:
+        """`WaitMeter.advice`. The epoch that fills the image cache does not count."""
+        filling = self._epoch == 0 and getattr(self.loader.dataset, "cache", None) is not None
+        return self.waiting.advice(seconds, busy, ignore=filling)
 
 
 def no_collate(batch: Any) -> Any:
-    """What `Images` gives is a batch already."""
+    """`Images` returns whole batches."""
     return batch
 
 
@@ -146,13 +106,13 @@ def train_images(
     augment: AugmentConfig,
     crop: InputSpec,
     seed: int,
-    bad: UnreadableImages,
+    unreadable: UnreadableImages,
 ) -> Images:
-    """Augmented training images, by key; small ones are held in memory."""
-    images = Images(splits.train, splits.train_indices, train_transform(augment, crop), seed, bad, True)
-    whole = batched(augment, crop.size, seed)
-    if whole is not None and fits(len(images), crop.size, config.image_cache_gib, config.workers):
-        images.hold(crop.size, to_uint8(resize_to(crop)), whole)
+    """Augmented training images, by key; small ones are cached."""
+    images = Images(splits.train, splits.train_indices, train_transform(augment, crop), seed, unreadable, True)
+    transform = batch_transform(augment, crop.size, seed)
+    if transform is not None and fits(len(images), crop.size, config.image_cache_gib, config.workers):
+        images.use_cache(crop.size, to_uint8(resize_to(crop)), transform)
     return images
 
 
@@ -163,25 +123,26 @@ def train_loader(
     crop: InputSpec,
     device: torch.device,
     seed: int,
-    bad: UnreadableImages,
+    unreadable: UnreadableImages,
     world: World | None = None,
-    answers: Callable[[Sequence[int]], Tensor] | None = None,
+    teacher_rows: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> Loader:
     """Shuffled, augmented batches, this process's part of each. Raises UserError for a batch larger than the data.
 
-    `answers` gives what is known of the views with some keys; the batches then have it as a third part.
+    `teacher_rows` maps keys to cached teacher outputs, which the batches then contain as a third part.
     """
     if splits.streaming:
         splits.train.transform = train_transform(augment, crop)  # type: ignore[attr-defined]
-        return Loader(splits.train, config.batch_size, config.workers, device, seed, True, bad)
+        return Loader(splits.train, config.batch_size, config.workers, device, unreadable, True)
     count = len(splits.train_indices)
     if config.batch_size > count:
         raise UserError(f"--batch-size {config.batch_size} is larger than the {count} training images")
     view_seed = seed if config.view_seed is None else config.view_seed
-    images = train_images(splits, config, augment, crop, view_seed, bad)
-    images.answers = answers
-    balance = torch.tensor(splits.train_labels()) if config.balanced else None
-    return Loader(images, config.batch_size, config.workers, device, seed, True, bad, world, config.views, balance)
+    images = train_images(splits, config, augment, crop, view_seed, unreadable)
+    images.teacher_rows = teacher_rows
+    labels = torch.tensor(splits.train_labels()) if config.balanced else None
+    sampler = EpochSampler(count, config.batch_size, seed, world or World(), labels, config.views)
+    return Loader(images, config.batch_size, config.workers, device, unreadable, True, sampler)
 
 
 def eval_loader(
@@ -189,24 +150,24 @@ def eval_loader(
     config: DataConfig,
     crop: InputSpec,
     device: torch.device,
-    bad: UnreadableImages,
+    unreadable: UnreadableImages,
     limit: int | None = None,
     world: World | None = None,
 ) -> Loader:
-    """Validation images in order, every one once, resized and cropped to `crop`.
+    """Validation images in order, each once, resized and cropped to `crop`.
 
-    `limit` takes an even selection of them. Processes share them.
+    `limit` takes that many, evenly spaced. With `world`, the processes share the images.
     """
     transform = eval_transform(crop)
     if splits.streaming:
         splits.val.transform = transform  # type: ignore[attr-defined]
-        return Loader(splits.val, config.eval_batch_size, config.workers, device, 0, False, bad)
+        return Loader(splits.val, config.eval_batch_size, config.workers, device, unreadable, False)
     indices = splits.val_indices
     if limit and limit < len(indices):
         indices = [indices[i * len(indices) // limit] for i in range(limit)]
     if world is not None:
         indices = indices[world.rank :: world.size]
-    images = Images(splits.val, indices, transform, 0, bad, training=False)
+    images = Images(splits.val, indices, transform, 0, unreadable, training=False)
     if fits(len(indices), crop.size, config.image_cache_gib, config.workers):
-        images.hold(crop.size, lambda image: torch.as_tensor(transform(image)), None)
-    return Loader(images, config.eval_batch_size, config.workers, device, 0, False, bad)
+        images.use_cache(crop.size, lambda image: torch.as_tensor(transform(image)), None)
+    return Loader(images, config.eval_batch_size, config.workers, device, unreadable, False)

@@ -1,4 +1,4 @@
-"""Classes of unequal size: how often their images are drawn, and what they weigh in the cross-entropy."""
+"""Order of the training images, and corrections for classes of unequal size: balanced draws and class weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from irgdistill.runtime import World
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
-    """Keys of one epoch's whole batches, shuffled by (seed, epoch), from a batch on: this process's part of each.
+    """Keys of this process's part of each batch of `epoch`, from batch `start` on, shuffled by (seed, epoch).
 
-    With `labels` (length,) every class is drawn equally often.
+    The parts of all processes make up the batches that a single process would draw. Each part takes as many keys from
+    the front of a batch as from its back, in mirror order: mixup pairs the first image with the last.
 
-    The batches of all processes together are those of one process. Each takes as many from the front of a batch as
-    from its back, in mirror order, so that mixup, which pairs the first image with the last, finds its partners.
+    With `labels` (length,), every class is drawn equally often. With `views`, keys repeat after that many epochs.
     """
 
     def __init__(
@@ -55,29 +55,28 @@ class EpochSampler(torch.utils.data.Sampler[int]):
             order = draw_balanced(self.labels, count, self.epoch, generator)
         if self.views is not None:
             order %= self.views * self.length
-        whole = order[:count].view(-1, self.batch_size)
-        return iter(whole[self.start :, self.part].flatten().tolist())
+        batches = order[:count].view(-1, self.batch_size)
+        return iter(batches[self.start :, self.part].flatten().tolist())
 
     def __len__(self) -> int:
         return (self.length // self.batch_size - self.start) * len(self.part)
 
 
 def draw_balanced(labels: Tensor, count: int, epoch: int, generator: torch.Generator) -> Tensor:
-    """Keys (count,) of one epoch over images with `labels` (N,): every class equally often, in random order.
+    """Keys (count,) of one epoch over images with `labels` (N,), in random order, every class equally often.
 
-    Classes differ by one draw at most, and which have one more is drawn too. Within a class every image is drawn
-    equally often, again up to one. A key is position + N · number and no two are equal in a run, so that an image that
-    comes again is augmented anew.
+    Classes differ by at most one draw, and so do the images of a class; which are drawn more often is random. A key is
+    position + N · number and occurs once in a run, so that a repeated image gets another augmentation.
     """
     present = labels.unique()
     present = present[torch.randperm(len(present), generator=generator)]
-    share, more = divmod(count, len(present))
+    share, extra = divmod(count, len(present))
     sizes = torch.bincount(labels)
     copies = -(-(share + 1) // int(sizes[sizes > 0].min()))
     keys = []
     for place, label in enumerate(present):
         members = (labels == label).nonzero().flatten()
-        wanted = share + (place < more)
+        wanted = share + (place < extra)
         for copy in range(-(-wanted // len(members))):
             taken = members[torch.randperm(len(members), generator=generator)][: wanted - copy * len(members)]
             keys.append(taken + len(labels) * (epoch * copies + copy))
@@ -86,7 +85,7 @@ def draw_balanced(labels: Tensor, count: int, epoch: int, generator: torch.Gener
 
 
 def balanced_weights(labels: Sequence[int], classes: Sequence[str]) -> list[float]:
-    """One weight for each class, N / (K · images of it): inverse frequency, mean 1 over the N images.
+    """Inverse frequencies: N / (K · images of the class) for each of the K classes, with mean 1 over the N images.
 
     Raises UserError for a class without images.
     """

@@ -17,11 +17,12 @@ from torchvision import datasets
 from irgdistill.config.input_spec import InputSpec
 from irgdistill.config.schema import AugmentConfig, DataConfig
 from irgdistill.data.dataset import Images, UnreadableImages
+from irgdistill.data.image_cache import fits
 from irgdistill.data.loader import Loader, eval_loader, train_loader
-from irgdistill.data.memory import fits
 from irgdistill.data.open import open_splits
 from irgdistill.data.sampling import EpochSampler
 from irgdistill.data.sources.torchvision import coarse_cifar100
+from irgdistill.data.waiting import WaitMeter
 from irgdistill.errors import UserError
 from irgdistill.runtime.distributed import World
 
@@ -139,7 +140,7 @@ def test_images_held_in_memory_are_those_read_one_by_one(
     for gib in (0, 1):
         config = DataConfig(source=str(folder), batch_size=24, workers=workers, image_cache_gib=gib)
         source = loader(config, **augment)
-        assert (source.loader.dataset.held is not None) == bool(gib)
+        assert (source.loader.dataset.cache is not None) == bool(gib)
         epochs[gib] = [batch for epoch in range(3) for batch in source.epoch(epoch)]
     for (a, x), (b, y) in zip(*epochs.values(), strict=True):
         assert torch.equal(a, b) and torch.equal(x, y)
@@ -151,7 +152,7 @@ def test_images_held_in_memory_are_those_read_one_by_one(
     "augment", [{"color_jitter": 0.4}, {"erase": 0.5}, {"crop": "resized"}, {"auto_augment": "rand-m9"}]
 )
 def test_other_augmentation_is_not_done_in_batches(folder: Path, augment: dict[str, Any]) -> None:
-    assert loader(DataConfig(source=str(folder), batch_size=24), **augment).loader.dataset.held is None
+    assert loader(DataConfig(source=str(folder), batch_size=24), **augment).loader.dataset.cache is None
 
 
 def test_a_loader_that_is_waited_for_says_so_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,16 +163,29 @@ def test_a_loader_that_is_waited_for_says_so_once(folder: Path, monkeypatch: pyt
     said = []
     for epoch in range(5):
         list(source.epoch(epoch))
-        said.append((source.waited > 0.1, source.bottleneck(seconds=1.0 if epoch < 2 else 10.0, behind=0.0)))
-        source.waited *= 30 if epoch == 1 else 1
+        said.append((source.waiting.waited > 0.1, source.bottleneck(seconds=1.0 if epoch < 2 else 10.0, busy=0.0)))
+        source.waiting.waited *= 30 if epoch == 1 else 1
     assert [waited for waited, _ in said] == [True] * 5
     assert [bool(text) for _, text in said] == [False, False, True, False, False]
     assert "--workers 0" in str(said[2][1])
-    for seconds, behind in ((10.0, 5.0), (1000.0, 0.0)):  # the device was busy all the time; hardly waited
-        source._told, source.waited = False, 1.5
-        assert source.bottleneck(seconds=seconds, behind=behind) is None
-    source.waited = 1.5
-    assert source.bottleneck(seconds=10.0, behind=0.0) is not None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "busy", "advised"),
+    [
+        pytest.param(10.0, 0.0, True, id="waited"),
+        pytest.param(10.0, 5.0, False, id="the device was busy meanwhile"),
+        pytest.param(1000.0, 0.0, False, id="hardly waited"),
+    ],
+)
+def test_advice_is_for_time_that_the_device_lost(seconds: float, busy: float, advised: bool) -> None:
+    meter = WaitMeter(workers=0)
+    assert meter.advice(10.0, 0.0) is None, "workers start before the first call"
+    meter.waited = 1.5
+    text = meter.advice(seconds, busy)
+    assert (text is not None) == advised
+    if text is not None:
+        assert text.startswith("data loading took 15% of training time: ")
 
 
 def test_what_is_held_has_a_limit() -> None:
