@@ -218,6 +218,8 @@ def test_completion(
     assert offered("irgdistill distill --preset imagenet-m") == ["imagenet-modern"]
     assert offered("irgdistill distill --method irg") == ["irg", "irg+kd", "irg+kd+at"]
     assert offered("irgdistill compare --methods none,m") == ["none,mtk"]
+    assert offered("irgdistill distill --data h") == ["hfds/", "hfids/"]
+    assert offered("irgdistill distill --log w") == ["wandb"]
     assert offered("irgdistill presets qu") == ["quickstart"]
     assert offered("irgdistill do") == ["doctor"]
     assert offered("irgdistill distill --student-c") == ["--student-checkpoint"]

@@ -28,7 +28,7 @@ from irgdistill.data.open import open_splits
 from irgdistill.data.tar import TarSource
 from irgdistill.errors import UserError
 from irgdistill.io.tensors import read_metadata
-from irgdistill.plugins import import_plugin, snapshot
+from irgdistill.plugins import snapshot
 
 SMALL = ("--input-size", 16, "--workers", 0, "--batch-size", 24, "--set", "runtime.log_every=1", "--seed", 3)
 CLASSES = ["blue", "green", "red"]
@@ -379,8 +379,8 @@ def test_a_plugin_file_adds_a_source(run: Run, tmp_path: Path) -> None:
     assert "no data folder 'shades/120'" in refused(run, "--data", "shades/120")
     restore = snapshot()
     try:
-        import_plugin(tmp_path / "shades.py")
-        found = train_and_evaluate(run, tmp_path / "run", "shades/120", "--val-fraction", 0.25)
+        plugin = ("--plugin", tmp_path / "shades.py")
+        found = train_and_evaluate(run, tmp_path / "run", "shades/120", "--val-fraction", 0.25, *plugin)
         assert "90 images of 3 classes to train on, 30 for validation" in found["err"]
         assert found["classes"] == ["dark", "middle", "light"]
         assert "shades/NAME" in refused(run, "--data", "shade/120")

@@ -21,7 +21,7 @@ from support import SMALL, Run
 
 from irgdistill.io.loggers import base
 from irgdistill.io.loggers.tensorboard import TensorBoard
-from irgdistill.plugins import import_plugin, snapshot
+from irgdistill.plugins import snapshot
 from irgdistill.training.trainer import Trainer
 
 pytest.importorskip("tensorboard")
@@ -304,12 +304,12 @@ class Lines:
 
 def test_a_plugin_file_adds_a_logger(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "lines.py").write_text(PLUGIN)
+    plugin = ("--plugin", tmp_path / "lines.py")
     restore = snapshot()
     try:
-        import_plugin(tmp_path / "lines.py")
-        result = run(*arguments(teacher, folder, tmp_path / "run", "--log", "lines"))
+        result = run(*arguments(teacher, folder, tmp_path / "run", *plugin, "--log", "lines"))
         assert result.code == 0 and "warning" not in result.err, result.err
-        wrong = run(*arguments(teacher, folder, tmp_path / "other", "--log", "line"))
+        wrong = run(*arguments(teacher, folder, tmp_path / "other", *plugin, "--log", "line"))
         assert wrong.code == 2 and "expected lines or tensorboard or wandb; did you mean lines?" in wrong.err
     finally:
         restore()
