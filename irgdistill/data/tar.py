@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 from timm.data import create_dataset
 
-from irgdistill.errors import UserError
+from irgdistill.errors import UserError, one_line
 
 
 class TarSource:
@@ -24,7 +24,7 @@ class TarSource:
         except (ValueError, IndexError):
             raise UserError(f"no images in {path}") from None
         except (tarfile.TarError, OSError, AssertionError) as error:
-            raise UserError(f"{path} is not an uncompressed tar archive: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path} is not an uncompressed tar archive: {one_line(error)}") from None
         self.reader = dataset.reader
         own: dict[str, int] = self.reader.class_name_to_idx
         self.classes = sorted(own)

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from irgdistill.config import DataConfig
 from irgdistill.data.splits import Splits, hold_out
-from irgdistill.errors import UserError, nearest
+from irgdistill.errors import UserError, nearest, one_line
 
 TRAIN, VAL = ("train", "training"), ("val", "validation", "test", "valid", "dev", "eval")
 """Usual names of splits, the preferred first."""
@@ -156,7 +156,7 @@ def explained(config: DataConfig, split: str | None = None) -> Iterator[None]:
         what = f"the {split} split of " if split else ""
         online = config.download or str(config.source).startswith(("hfds/", "wds/"))
         hint = "" if online else "; --download lets it fetch its files"
-        text = " ".join(str(error).split())[:200] or type(error).__name__
+        text = one_line(error, 200)
         raise UserError(f"cannot open {what}{config.source} in {config.root}: {text}{hint}") from None
 
 

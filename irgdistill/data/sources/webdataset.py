@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from irgdistill.data.sources import source
-from irgdistill.errors import UserError
+from irgdistill.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from irgdistill.config import DataConfig
@@ -108,7 +108,7 @@ def _scan(shards: Sequence[Path]) -> tuple[int, int]:
                     if suffix == "cls":
                         largest = max(largest, int(file.extractfile(member).read()))  # type: ignore[union-attr]
         except (tarfile.TarError, OSError) as error:
-            raise UserError(f"{path} is not a readable shard: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path} is not a readable shard: {one_line(error)}") from None
         except ValueError as error:
             raise UserError(f"{path}: a .cls file must hold a whole number, {error}") from None
     if not images:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from irgdistill.errors import UserError, nearest
+from irgdistill.errors import UserError, nearest, one_line
 from irgdistill.plugins import Registry
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Loggers:
             return call(*arguments)
         except Exception as error:
             self._open.pop(name, None)
-            why = " ".join(str(error).split())[:200] or type(error).__name__
+            why = one_line(error, 200)
             self._warn(f"--log {name} failed and is not used any more ({why}); metrics.jsonl has everything")
             return None
 
