@@ -25,7 +25,7 @@ from irgdistill.config.loading import load_config
 from irgdistill.io.console import Report
 from irgdistill.io.run_folder import RunFolder
 from irgdistill.training.setup import prepare
-from irgdistill.training.trainer import Trainer
+from irgdistill.training.trainer import build_trainer
 
 
 def main() -> None:
@@ -63,20 +63,21 @@ def main() -> None:
         for kind, flags in kinds.items():
             config = load_config(flags={**common, **flags})
             run = RunFolder(Path(folder) / kind)
-            trainers[kind] = Trainer(prepare(config), run, Report(quiet=True))
+            trainers[kind] = build_trainer(prepare(config), run, Report(quiet=True))
         order = ["loader", *trainers]
         times: dict[str, list[float]] = {kind: [] for kind in order}
         for number in range(arguments.rounds + 1):
             random.Random(number).shuffle(order)
             for kind in order:
                 trainer = trainers.get(kind, trainers["plain"])
-                trainer.epoch, trainer.batch, trainer.sums = number, 0, {}
+                progress = trainer.progress
+                progress.epoch, progress.batch, progress.sums = number, 0, {}
                 started = time.perf_counter()
                 if kind == "loader":
-                    for _ in trainer.train.epoch(number):
+                    for _ in trainer.components.train.epoch(number):
                         pass
                 else:
-                    trainer._train_epoch()
+                    trainer.train_epoch()
                 if number:
                     times[kind].append(time.perf_counter() - started)
     about = {

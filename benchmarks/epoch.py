@@ -39,7 +39,7 @@ from irgdistill.losses.terms.similarity import rkd_loss
 from irgdistill.models.build import build_network
 from irgdistill.models.checkpoint import restore
 from irgdistill.training.setup import prepare
-from irgdistill.training.trainer import Trainer
+from irgdistill.training.trainer import build_trainer
 
 POOLED = "fc.0"
 Epoch = Callable[[], None]
@@ -149,12 +149,12 @@ def ours(arguments: argparse.Namespace, method: str, folder: Path) -> Epoch:
         "data.batch_size": arguments.batch_size, "data.workers": arguments.workers, "runtime.amp": arguments.amp,
         "runtime.channels_last": True, "schedule.epochs": 1000, "optim.lr": 0.01,
     }  # fmt: skip
-    trainer = Trainer(prepare(load_config(flags=flags)), RunFolder(folder / method), Report(quiet=True))
+    trainer = build_trainer(prepare(load_config(flags=flags)), RunFolder(folder / method), Report(quiet=True))
 
     def epoch() -> None:
-        trainer.batch, trainer.sums = 0, {}
-        trainer._train_epoch()
-        trainer.epoch += 1
+        trainer.progress.batch, trainer.progress.sums = 0, {}
+        trainer.train_epoch()
+        trainer.progress.epoch += 1
 
     return epoch
 

@@ -23,25 +23,25 @@ from record import save
 from safetensors.torch import save_file
 from step import PAIRS, build_network, timed, trainer_of
 
-import irgdistill.training.components
+from irgdistill.runtime import keep_memory
 
 
 def here(pair: str, method: str, batch: int, steps: int, keep: bool) -> None:
     """Run in the child: one line of JSON."""
-    if not keep:
-        irgdistill.training.components.keep_memory = lambda device: None
+    if keep:
+        keep_memory(torch.device("cpu"))
     teacher, _, size = PAIRS[pair]
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "teacher.safetensors"
         save_file(build_network(teacher, num_classes=10).model.state_dict(), weights)
         trainer = trainer_of(pair, method, batch, "cpu", "bf16", weights)
-    trainer.student.train()
+    trainer.components.trained.train()
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
     labels = torch.randint(0, 10, (batch,))
     for _ in range(3):
         trainer.train_step(images, labels)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    seconds = [timed(lambda: trainer.train_step(images, labels), trainer.device) for _ in range(steps)]
+    seconds = [timed(lambda: trainer.train_step(images, labels), trainer.components.device) for _ in range(steps)]
     used = resource.getrusage(resource.RUSAGE_SELF)
     found = {"ms": 1e3 * statistics.median(seconds), "pages": (used.ru_minflt - before) / steps}
     print(json.dumps(found | {"peak_gib": used.ru_maxrss / 2**20}))

@@ -37,7 +37,7 @@ from irgdistill.io.run_folder import RunFolder
 from irgdistill.models.build import build_network
 from irgdistill.runtime.distributed import World, process_group
 from irgdistill.training.setup import prepare
-from irgdistill.training.trainer import Trainer
+from irgdistill.training.trainer import Trainer, build_trainer
 
 TEACHER, STUDENT, WIDTH, STEP_BATCH = "cifar_resnet20", "cifar_resnet20_x0_5", 64, 256
 
@@ -81,8 +81,8 @@ def trainer(world: World, batch: int, folder: Path) -> Trainer:
         "runtime.channels_last": True,
     }
     run = RunFolder(folder / str(world.rank))
-    made = Trainer(prepare(load_config(flags=flags)), run, Report(quiet=True), world)
-    made.student.train()
+    made = build_trainer(prepare(load_config(flags=flags)), run, Report(quiet=True), world)
+    made.components.trained.train()
     return made
 
 
@@ -90,7 +90,7 @@ def seconds(run: Callable[[], object], world: World, rounds: int) -> float:
     """Median over rounds of the slowest process."""
     times = []
     for number in range(rounds + 1):
-        world.any(False)
+        world.sum(torch.zeros(()))  # a barrier
         started = time.perf_counter()
         run()
         taken = torch.tensor(time.perf_counter() - started)

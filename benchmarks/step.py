@@ -33,8 +33,9 @@ from irgdistill.io.console import Report
 from irgdistill.io.run_folder import RunFolder
 from irgdistill.matching.taps import Tapped
 from irgdistill.models.build import build_network
+from irgdistill.runtime import compiler_settings
 from irgdistill.training.setup import prepare
-from irgdistill.training.trainer import Trainer
+from irgdistill.training.trainer import Trainer, build_trainer
 
 PAIRS = {
     "cifar": ("cifar_resnet20", "cifar_resnet20_x0_5", 32),
@@ -58,15 +59,15 @@ def trainer_of(
         "runtime.channels_last": True, "runtime.gradient_shares_every": 0, "runtime.compile": compiled,
     }  # fmt: skip
     config = load_config(flags={name: value for name, value in flags.items() if value is not None})
-    return Trainer(prepare(config), RunFolder(Path(tempfile.mkdtemp())), Report(quiet=True))
+    return build_trainer(prepare(config), RunFolder(Path(tempfile.mkdtemp())), Report(quiet=True))
 
 
 def bare(trainer: Trainer, teacher: Tapped | None, images: Tensor, labels: Tensor, mode: Any) -> Step:
     """A loop without the tool: one student, and one forward of the teacher."""
-    student, optimizer = trainer.deployed, trainer.optimizer
+    student, optimizer = trainer.components.evaluated, trainer.components.optimizer
 
     def step() -> None:
-        with trainer.autocast:
+        with trainer.components.autocast:
             if teacher is not None:
                 with mode():
                     teacher(images)
@@ -100,17 +101,17 @@ def measure(
         trainers = {method: trainer_of(pair, method, batch, device, amp, weights, compiled) for method in methods}
         alone = trainer_of(pair, "none", batch, device, amp, weights, compiled)
         floored = trainer_of(pair, "kd", batch, device, amp, weights, compiled)
-    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(alone.device)
-    labels = torch.randint(0, 10, (batch,)).to(alone.device)
-    network.model.to(alone.device, memory_format=torch.channels_last)
-    plain = Tapped(network.model, network.view().to(alone.device), (), True).requires_grad_(False).eval()
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(alone.components.device)
+    labels = torch.randint(0, 10, (batch,)).to(alone.components.device)
+    network.model.to(alone.components.device, memory_format=torch.channels_last)
+    plain = Tapped(network.model, network.view().to(alone.components.device), (), True).requires_grad_(False).eval()
     steps: dict[str, Step] = {
         "student": bare(alone, None, images, labels, torch.no_grad),
-        "floor": bare(floored, floored.teacher, images, labels, torch.inference_mode),
+        "floor": bare(floored, floored.components.teacher.network, images, labels, torch.inference_mode),
         "plain-floor": bare(floored, plain, images, labels, torch.no_grad),
     }
     for method, trainer in trainers.items():
-        trainer.student.train()
+        trainer.components.trained.train()
         steps[method] = lambda trainer=trainer: trainer.train_step(images, labels)  # type: ignore[misc]
     for step in (*steps.values(), *steps.values()):
         step()
@@ -119,12 +120,12 @@ def measure(
     for number in range(rounds):
         random.Random(number).shuffle(order)
         for name in order:
-            times[name].append(timed(steps[name], alone.device))
+            times[name].append(timed(steps[name], alone.components.device))
     rows = []
     for name, values in times.items():
         ratios = [value / floor for value, floor in zip(values, times["floor"], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
-        row = {"pair": pair, "batch": batch, "device": str(alone.device), "amp": amp, "compile": compiled}
+        row = {"pair": pair, "batch": batch, "device": str(alone.components.device), "amp": amp, "compile": compiled}
         row |= {"method": name, "over_floor": round(median, 4), "spread": [round(low, 4), round(high, 4)]}
         row["rounds"] = rounds
         row["ratio_of_minima"] = round(min(values) / min(times["floor"]), 4)
@@ -148,12 +149,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the floor's networks and the tool's are compiled")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    torch._dynamo.config.recompile_limit = 256  # else the later methods of one process would run uncompiled
     rows = []
-    for pair in arguments.pairs.split(","):
-        for batch in map(int, arguments.batches.split(",")):
-            methods = arguments.methods.split(",")
-            rows += measure(pair, batch, methods, arguments.device, arguments.amp, arguments.rounds, arguments.compile)
+    methods = arguments.methods.split(",")
+    with compiler_settings(arguments.compile):
+        for pair in arguments.pairs.split(","):
+            for batch in map(int, arguments.batches.split(",")):
+                rows += measure(
+                    pair, batch, methods, arguments.device, arguments.amp, arguments.rounds, arguments.compile
+                )
     save(arguments.json, rows, ("timm",))
 
 

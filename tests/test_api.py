@@ -90,7 +90,7 @@ def test_the_loss_is_the_trainers(method: str, tmp_path: Path) -> None:
     from irgdistill.io.console import Report
     from irgdistill.io.run_folder import RunFolder
     from irgdistill.training.setup import prepare
-    from irgdistill.training.trainer import Trainer
+    from irgdistill.training.trainer import build_trainer
 
     weights = tmp_path / "teacher.pth"
     torch.save(network("cifar_resnet20", 1).state_dict(), weights)
@@ -98,14 +98,14 @@ def test_the_loss_is_the_trainers(method: str, tmp_path: Path) -> None:
     flags |= {"teacher.name": "cifar_resnet20", "teacher.checkpoint": weights, "losses.edges.blocks": 2}
     flags |= {"runtime.fold_batch_norm": False}  # the bare model is not
     setup = prepare(load_config("quickstart", flags=flags))
-    trainer = Trainer(setup, RunFolder(tmp_path / "run"), Report(quiet=True))
+    trainer = build_trainer(setup, RunFolder(tmp_path / "run"), Report(quiet=True))
     assert setup.teacher is not None
-    images, labels = next(trainer.train.epoch())
+    images, labels = next(trainer.components.train.epoch())
 
     teacher, student = network("cifar_resnet20", 1), network()
     student.load_state_dict(setup.student.model.state_dict())
     distiller = Distiller(teacher, student, method, {"losses.edges.blocks": 2})
-    distiller.adapters.load_state_dict(trainer.adapters.state_dict())
+    distiller.adapters.load_state_dict(trainer.components.adapters.state_dict())
 
     values = trainer.train_step(images, labels)
     loss, terms = distiller(setup.student.view()(images), labels, setup.teacher.view()(images))

@@ -72,10 +72,10 @@ def distill(
     summary = None
     with quiet_console(quiet):
         if isinstance(request, ResumeRequest):
-            summary = run.resume(request)
+            summary = run.resume(request, own_process=True)
         elif dry_run:
             run.dry_run(config, as_json)
         else:
-            summary = run.start(request)
+            summary = run.start(request, own_process=True)
     if as_json and summary is not None:
         typer.echo(json.dumps(summary))

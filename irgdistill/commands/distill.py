@@ -1,4 +1,4 @@
-"""Training from the command line: begun or gone on with, in one process or many; what could be matched."""
+"""`irgdistill distill`: start or resume a run, in one process or several; print what it would do (`--dry-run`)."""
 
 from __future__ import annotations
 
@@ -17,30 +17,54 @@ from irgdistill.config import Config, dump, validate
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import Report, RunFolder
 from irgdistill.matching import print_plan
-from irgdistill.runtime import Stopped, World, process_group, restart_count, run_workers, world_size
-from irgdistill.training import Parts, Setup, Trainer, check_processes, open_state, position, prepare, resolved, score
+from irgdistill.runtime import (
+    Stopped,
+    World,
+    keep_memory,
+    process_group,
+    restart_count,
+    run_workers,
+    world_size,
+)
+from irgdistill.training import (
+    Setup,
+    SharedInputs,
+    Trainer,
+    build_components,
+    build_trainer,
+    check_processes,
+    open_state,
+    position,
+    prepare,
+    resolved,
+    score,
+)
 
 
 def dry_run(config: Config, as_json: bool = False) -> None:
-    """Print the resolved configuration and the matching; check everything that can be checked without training."""
+    """Print the resolved configuration and the matching, after all checks that need no training."""
     setup = prepare(config)
-    Parts(setup, Report(quiet=True), World())
+    build_components(setup, World(), Report(quiet=True))
     if as_json:
         plan = None if setup.plan is None else setup.plan.to_dict()
-        values = {"config": setup.config.model_dump(mode="json"), "plan": plan, "start": setup.start}
+        values = {"config": setup.config.model_dump(mode="json"), "plan": plan, "start": setup.start_note}
         print(json.dumps(values))  # noqa: T201  the command's result
         return
     print_plan(setup.plan)
     Report().line(str(setup.splits))
-    if setup.start:
-        Report().line(setup.start)
+    if setup.start_note:
+        Report().line(setup.start_note)
     print(dump(setup.config), end="")  # noqa: T201  the command's result
 
 
-def start(request: DistillRequest) -> dict[str, Any] | None:
-    """Train from the beginning, in a new folder; in `gpus` processes of this machine, or among those of torchrun.
+def start(
+    request: DistillRequest, own_process: bool = False, inputs: SharedInputs | None = None
+) -> dict[str, Any] | None:
+    """Train from the beginning in a new folder, in `gpus` processes of this machine or those of torchrun.
 
-    The summary and the `folder` in the process that leads the run; None in others.
+    `own_process`: the process belongs to this run, so its settings may change for good. `inputs`: data and teacher that
+    other runs use too. Returns the summary and the `folder` in the first process, None in others. Raises
+    UserError for what cannot work, before training where possible.
     """
     restarted = restart_count() > 0
     config = _on_backend(resolved(request.config), request.backend)
@@ -52,33 +76,90 @@ def start(request: DistillRequest) -> dict[str, Any] | None:
                 "--student-checkpoint": config.student.checkpoint,
             }
         )
-    with _says_where_it_stands(folder, begun=False):
-        setup = _ready(config, request.gpus, request.backend)
+    with _explain_stop(folder, resuming=False):
+        setup = _checked_setup(config, request.gpus, request.backend, inputs=inputs)
         if setup is None:
             return None
         with process_group(config.runtime.device, request.backend) as world:
             folder = RunFolder(world.broadcast(folder.path))
             if world.broadcast(restarted and folder.state.exists()):
-                return _go_on(folder, setup, world, open_state(folder)[0])
-            trainer = Trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
+                return _resume(folder, setup, world, open_state(folder)[0], own_process=own_process)
+            trainer = build_trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
             if world.main:
                 print_plan(setup.plan)
             trainer.report.line(str(setup.splits))
-            if setup.start:
-                trainer.report.line(setup.start)
+            if setup.start_note:
+                trainer.report.line(setup.start_note)
             trainer.report.line(f"run folder {folder.path}")
-            _tell(trainer)
+            _report_world(trainer)
             trainer.start(request.overwrite or restarted)
-            return _finish(trainer)
+            return _train(trainer, folder, own_process)
 
 
-def _ready(config: Config, gpus: str | None, backend: str | None, begun: bool = False) -> Setup | None:
-    """What this process trains with; None: workers were started, and have done it. Raises UserError before that."""
-    setup, workers = prepare(config, begun), _workers(config, gpus, backend)
+def resume(request: ResumeRequest, own_process: bool = False) -> dict[str, Any] | None:
+    """Resume the run in a folder from its saved state; takes and returns what `start` does. Raises UserError."""
+    folder = RunFolder(request.path)
+    with _explain_stop(folder, resuming=True):
+        state, config = open_state(folder, request.previous)
+        tree = config.model_dump()
+        for key, value in request.changes.items():
+            section, name = key.split(".")
+            tree[section][name] = value
+        config = _on_backend(validate(tree), request.backend)
+        setup = _checked_setup(config, request.gpus, request.backend, resuming=True)
+        if setup is None:
+            return None
+        with process_group(setup.config.runtime.device, request.backend) as world:
+            return _resume(folder, setup, world, state, request.previous, own_process)
+
+
+def _resume(
+    folder: RunFolder,
+    setup: Setup,
+    world: World,
+    state: dict[str, Any],
+    previous: bool = False,
+    own_process: bool = False,
+) -> dict[str, Any] | None:
+    if world.main:
+        folder.lock()
+    trainer = build_trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
+    trainer.checkpointer.resume(state, previous)
+    trainer.report.line(f"resuming {folder.path} at {position(state)} of {trainer.components.batches}")
+    _report_world(trainer)
+    return _train(trainer, folder, own_process)
+
+
+def _train(trainer: Trainer, folder: RunFolder, own_process: bool) -> dict[str, Any] | None:
+    if own_process:
+        keep_memory(trainer.components.device)
+    if trainer.world.main and trainer.config.runtime.loggers:
+        setup, update = trainer.components.setup, trainer.progress.update
+        trainer.observers = [RunLogger(setup, folder.path, trainer.report, update)]
+    summary = trainer.fit()
+    trainer.report.result(
+        f"best {score(summary)} at epoch {summary['epoch']} of {summary['epochs']}, "
+        f"{summary['seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s: {folder.best}"
+    )
+    return {**summary, "folder": str(folder.path)} if trainer.world.main else None
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def _checked_setup(
+    config: Config,
+    gpus: str | None,
+    backend: str | None,
+    resuming: bool = False,
+    inputs: SharedInputs | None = None,
+) -> Setup | None:
+    """The setup for this process to train; None if workers were started and have trained it. Raises UserError."""
+    setup, workers = prepare(config, resuming, inputs=inputs), _workers(config, gpus, backend)
     check_processes(config, setup.splits, workers or world_size())
     if not workers:
         return setup
-    del setup
+    del setup  # its networks would take memory while the workers train
     run_workers(workers, sys.argv[1:])
     return None
 
@@ -89,9 +170,9 @@ def _on_backend(config: Config, backend: str | None) -> Config:
 
 
 def _workers(config: Config, gpus: str | None, backend: str | None) -> int:
-    """How many processes to start here; 0: none, this is one of them. Raises UserError."""
-    there = torch.cuda.device_count()
-    if backend == "nccl" and not there:
+    """Number of processes to start on this machine; 0 to train in this one. Raises UserError."""
+    found = torch.cuda.device_count()
+    if backend == "nccl" and not found:
         raise UserError("--backend nccl: there is no GPU here; --backend gloo runs the processes on the CPU")
     if gpus is None or world_size() > 1:
         return 0
@@ -100,14 +181,14 @@ def _workers(config: Config, gpus: str | None, backend: str | None) -> int:
             f"--device {config.runtime.device} is one device; with --gpus leave it out, or give cpu or cuda"
         )
     on_cpu = backend == "gloo" or config.runtime.device == "cpu"
-    count = there if gpus == "all" else int(gpus)
-    if count == 0 or (count > there and not on_cpu):
-        raise UserError(f"--gpus {gpus}: there are {there} GPUs here; --backend gloo runs the processes on the CPU")
+    count = found if gpus == "all" else int(gpus)
+    if count == 0 or (count > found and not on_cpu):
+        raise UserError(f"--gpus {gpus}: there are {found} GPUs here; --backend gloo runs the processes on the CPU")
     return count if count > 1 else 0
 
 
-def _tell(trainer: Trainer) -> None:
-    """How many processes train, and what a relation spans."""
+def _report_world(trainer: Trainer) -> None:
+    """Print the number of processes, and what a relation spans."""
     world, runtime, batch = trainer.world, trainer.config.runtime, trainer.config.data.batch_size
     if world.size > 1:
         spans = f"all {batch}" if runtime.graph_scope == "global" else f"the {batch // world.size} of each process"
@@ -118,38 +199,10 @@ def _tell(trainer: Trainer) -> None:
         )
 
 
-def resume(request: ResumeRequest) -> dict[str, Any] | None:
-    """Go on where the state in a run folder stands; returns what `start` does. Raises UserError."""
-    folder = RunFolder(request.path)
-    with _says_where_it_stands(folder, begun=True):
-        state, config = open_state(folder, request.previous)
-        tree = config.model_dump()
-        for key, value in request.changes.items():
-            section, name = key.split(".")
-            tree[section][name] = value
-        setup = _ready(_on_backend(validate(tree), request.backend), request.gpus, request.backend, begun=True)
-        if setup is None:
-            return None
-        with process_group(setup.config.runtime.device, request.backend) as world:
-            return _go_on(folder, setup, world, state, request.previous)
-
-
-def _go_on(
-    folder: RunFolder, setup: Setup, world: World, state: dict[str, Any], previous: bool = False
-) -> dict[str, Any] | None:
-    if world.main:
-        folder.lock()
-    trainer = Trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
-    trainer.resume(state, previous)
-    trainer.report.line(f"resuming {folder.path} at {position(state)} of {trainer.batches}")
-    _tell(trainer)
-    return _finish(trainer)
-
-
 @contextmanager
-def _says_where_it_stands(folder: RunFolder, begun: bool) -> Iterator[None]:
-    """A signal that ends everything at once still says what is left; a state from before a run began is another's."""
-    before = folder.state.stat().st_mtime_ns if folder.state.exists() and not begun else None
+def _explain_stop(folder: RunFolder, resuming: bool) -> Iterator[None]:
+    """Add to a signal that ends the run at once what is saved. A state from before a new run began is another run's."""
+    before = folder.state.stat().st_mtime_ns if folder.state.exists() and not resuming else None
     try:
         yield
     except Stopped as stop:
@@ -157,17 +210,6 @@ def _says_where_it_stands(folder: RunFolder, begun: bool) -> Iterator[None]:
         if folder.state.exists() and folder.state.stat().st_mtime_ns != before:
             left = f"what was saved is safe; go on with: {folder.resume_command}"
         raise Interrupted(128 + stop.number, f"{stop}; {left}") from None
-
-
-def _finish(trainer: Trainer) -> dict[str, Any] | None:
-    if trainer.world.main and trainer.config.runtime.loggers:
-        trainer.observers = [RunLogger(trainer.setup, trainer.folder.path, trainer.report, trainer.update)]
-    summary = trainer.fit()
-    trainer.report.result(
-        f"best {score(summary)} at epoch {summary['epoch']} of {summary['epochs']}, "
-        f"{summary['seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s: {trainer.folder.best}"
-    )
-    return {**summary, "folder": str(trainer.folder.path)} if trainer.world.main else None
 
 
 def _next_folder(config: Config, last: bool = False) -> Path:

@@ -1,8 +1,11 @@
+from .checkpointing import Checkpointer
 from .checks import check_classes, check_input_sizes, check_processes
-from .components import Parts
-from .evaluation import Metrics, evaluate
-from .setup import Setup, open_data, prepare, resolved
-from .state import changes, metric, open_state, position, score
+from .components import RunComponents, build_components
+from .evaluation import Metrics, evaluate, metric_name, score
+from .observer import Observer
+from .progress import Progress
+from .setup import Setup, SharedInputs, open_data, prepare, resolved
+from .state import changes, open_state, position, seed_process
 from .teacher_cache import (
     FORMAT,
     SHARD,
@@ -15,16 +18,22 @@ from .teacher_cache import (
     read_description,
     shard_path,
 )
-from .trainer import Trainer
+from .trainer import Trainer, build_trainer
 
 __all__ = [
     "FORMAT",
     "SHARD",
     "TYPES",
+    "Checkpointer",
     "Metrics",
-    "Parts",
+    "Observer",
+    "Progress",
+    "RunComponents",
     "Setup",
+    "SharedInputs",
     "Trainer",
+    "build_components",
+    "build_trainer",
     "changes",
     "check_classes",
     "check_input_sizes",
@@ -34,7 +43,7 @@ __all__ = [
     "describe_views",
     "evaluate",
     "mark_of",
-    "metric",
+    "metric_name",
     "open_data",
     "open_state",
     "pack_logits",
@@ -43,5 +52,6 @@ __all__ = [
     "read_description",
     "resolved",
     "score",
+    "seed_process",
     "shard_path",
 ]

@@ -1,133 +1,185 @@
-"""What a run keeps and goes on from: its position, its state and weights on disk, what each process has of its own."""
+"""Saves and resumes a run: its state, and the weights of the student, in a run folder."""
 
 from __future__ import annotations
 
 import json
 import platform
 import textwrap
-from typing import Any
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
 import timm
 import torch
-from timm.utils import random_seed
-from torch import Tensor, nn
+from torch import Tensor
 
 from irgdistill.config import dump
-from irgdistill.errors import UserError
-from irgdistill.io import Report, RunFolder, write_text
+from irgdistill.errors import UserError, os_reason
+from irgdistill.io import Report, RunFolder, own_copies, read_tensors, save_tensors, write_text
 from irgdistill.models import describe, timm_config
-from irgdistill.runtime import World, running_statistics
-from irgdistill.training.components import Parts
-from irgdistill.training.setup import Setup
-from irgdistill.training.state import Saver, best_on_disk, mean_of, other_state, random_states, restore_random_states
+from irgdistill.runtime import running_statistics
+from irgdistill.training.components import RunComponents
+from irgdistill.training.evaluation import metric_name, score
+from irgdistill.training.progress import Progress
+from irgdistill.training.state import (
+    mean_of,
+    other_state,
+    position,
+    random_states,
+    restore_random_states,
+    save_state,
+)
 from irgdistill.version import __version__
 
 
-class Saved(Parts):
-    """The parts of a run with its position in a run folder; see `Trainer`, which moves it."""
+class Checkpointer:
+    """Saves and resumes a run. The first process writes; all call every method.
 
-    def __init__(self, setup: Setup, folder: RunFolder, report: Report, world: World) -> None:
-        super().__init__(setup, report, world)
-        self.folder = folder
-        self.epoch = self.batch = self.update = 0
-        """Epochs done, batches of the next one done, updates done."""
-        self.sums: dict[str, Tensor] = {}
-        self.best: dict[str, Any] = {}
-        self.last: dict[str, Any] = {}
-        self.seconds, self.images_seen = 0.0, 0
-        self.tried: dict[str, Any] | None = None
-        """Record of the teacher's accuracy."""
-        self.saver = Saver(folder, self.config.runtime, report.warn)
+    Weights are written before the state, so that a state never refers to weights that are not on disk. A save that
+    fails warns once, is kept in `error`, and is tried again with the next state.
+    """
 
-    def resume(self, state: dict[str, Any], previous: bool = False) -> None:
-        """Go on from a state of the run folder (`open_state`). Raises UserError when it does not fit."""
-        self._check_same(state)
-        try:
-            self.tapped.model.load_state_dict(state["student"])
-            self.adapters.load_state_dict(state.get("adapters", {}))
-            if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why, other = textwrap.shorten(str(error), 200, placeholder=" …"), other_state(self.folder, previous)
-            raise UserError(
-                f"the state in {self.folder.path} does not fit the run's networks: {why}; {other}"
-            ) from None
-        self.epoch, self.batch, self.update = state["epoch"], state["batch"], state["update"]
-        self.scheduler.step_update(self.update)
-        self.best, self.last = state["best"], state["last"]
-        self.seconds, self.images_seen = state["seconds"], state["images_seen"]
-        self.bad.names = state["bad_images"]
-        self._restore_own(state["processes"])
-        self.saver.has(state)
-        if self.world.main:
-            if previous:
-                self.folder.previous_state.replace(self.folder.state)
-            self.report.rewind(state["metrics"])
-            self.tried = state.get("tried")
-            if (self.epoch, self.batch) == (0, 0):  # the first state was saved before the first record
-                self._record_teacher()
-            self._repair()
-        self.best = self.world.broadcast(self.best)
+    def __init__(self, components: RunComponents, progress: Progress, folder: RunFolder, report: Report) -> None:
+        self.components, self.progress, self.folder, self.report = components, progress, folder, report
+        self.saved = "nothing is saved"
+        """What the run could be resumed from, for messages."""
+        self.error: OSError | None = None
+        """Why the last save failed, the same in every process; None if it succeeded."""
+        self._position: str | None = None
+        self._queued: dict[Path, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+        self._last_save = time.monotonic()
 
-    def _record_teacher(self) -> None:
-        if self.tried is not None:
-            self.report.record(self.tried)
+    @property
+    def resume_command(self) -> str:
+        return self.folder.resume_command
 
-    def _check_same(self, state: dict[str, Any]) -> None:
-        """The data, in which a position means nothing elsewhere, and the teacher. Raises UserError."""
-        for name, now in self.data.items():
-            if now != (then := state["data"][name]):
-                raise UserError(f"the data are not those the run was trained on: {name} {now}, were {then}")
-        if self.setup.taught_by != state["taught_by"]:
-            raise UserError(
-                f"the teacher is not the one that the run learns from: its weights' checksum is "
-                f"{self.setup.taught_by}, was {state['taught_by']}"
-            )
-
-    def _repair(self) -> None:
-        """Weights on disk may be older or newer than the state, or damaged: in the end they and the record agree."""
-        evaluated = self.epoch > 0 and self.batch == 0  # the weights of the state are those that `last` is about
-        if not (evaluated and self.best == self.last):
-            self.best = best_on_disk(self.folder.best, self.best, self.report.warn)
-        if evaluated:
-            self.best = self.best or self.last
-            if self.best == self.last:
-                self._save_weights("best")
-            self._save_weights("last")
-        self.saver.write_weights()
-        self._describe()
-
-    def _describe(self) -> None:
-        if not self.folder.config.exists():
-            write_text(self.folder.config, dump(self.config))
-        config = timm_config(self.setup.student, self.setup.classes)
-        write_text(self.folder.timm_config, json.dumps(config, indent=2) + "\n")
+    def due(self) -> bool:
+        """Whether `--save-every-steps` or `--save-every-minutes` asks for a save after this update."""
+        runtime = self.components.config.runtime
+        steps, minutes = runtime.save_every_steps, runtime.save_every_minutes
+        late = minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
+        return late or (steps > 0 and self.progress.update % steps == 0)
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
-    def _save_weights(self, which: str) -> None:
-        if not self.world.main:
-            return
-        setup, teacher = self.setup, self.setup.teacher
-        metadata = {
+    def create(self, overwrite: bool) -> None:
+        """Create the run folder. Raises UserError if it holds another run, or is in use."""
+        if self.components.world.main:
+            self.folder.create(overwrite)
+
+    def save_first(self) -> None:
+        """Save the state of the untrained run, the teacher's record, and the descriptions. Raises OSError."""
+        self.save_state()
+        if self.error is not None:
+            raise self.error
+        self._record_teacher()
+        if self.components.world.main:
+            self._describe()
+
+    def save_weights(self, which: Literal["best", "last"]) -> None:
+        """Queue the evaluated weights: they are written with the next state, which must come before they change."""
+        if self.components.world.main:
+            weights = self.components.evaluated.model.state_dict()
+            self._queued[self._path(which)] = weights, self._metadata(which)
+
+    def save_state(self) -> None:
+        """Write the queued weights and the state; `error` tells whether it failed."""
+        processes = self.components.world.collect(self._process_state())
+        if self.components.world.main:
+            self._write(lambda: self._state(processes))
+        self.error = self.components.world.broadcast(self.error)
+
+    def save_summary(self, summary: dict[str, Any]) -> None:
+        """Write the summary of a finished run. Raises OSError, also if its state could not be saved."""
+        if self.error is not None:
+            raise self.error
+        if self.components.world.main:
+            write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+
+    def unreadable_of_all(self) -> list[str]:
+        """Names of the images that no process could read, each once."""
+        return _union(self.components.world.collect(self.components.unreadable.names))
+
+    def _path(self, which: Literal["best", "last"]) -> Path:
+        return self.folder.best if which == "best" else self.folder.last
+
+    def _write(self, state: Callable[[], dict[str, Any]]) -> None:
+        failed, self._last_save = self.error is not None, time.monotonic()
+        try:
+            self._write_weights()
+            self._write_state(state())
+        except OSError as error:
+            self.error = error
+            # Training goes on and changes the weights, so the queue keeps copies.
+            self._queued = {path: (own_copies(weights), about) for path, (weights, about) in self._queued.items()}
+            if not failed:
+                self.report.warn(f"not saved ({os_reason(error)}); {self.saved}; training continues and tries again")
+        else:
+            self.error = None
+            if failed:
+                self.report.warn(f"saved again: {self.saved}")
+
+    def _write_weights(self) -> None:
+        for path in list(self._queued):
+            save_tensors(path, *self._queued[path])
+            del self._queued[path]
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        if position(state) != self._position:  # otherwise nothing was trained since
+            save_state(self.folder.state, state, self.folder.previous_state)
+            self._mark_saved(position(state))
+
+    def _mark_saved(self, where: str) -> None:
+        """Remember the position of the state just written or loaded."""
+        self._position = where
+        self.saved = f"the last saved state is {where}"
+
+    def _state(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
+        run = self.components
+        return {
+            "config": run.config.model_dump(mode="json"),
+            "data": run.data_facts,
+            "taught_by": run.setup.teacher_checksum,
+            **self.progress.state_dict(),
+            **run.state_dict(),
+            "processes": processes,
+            "bad_images": _union([process["bad_images"] for process in processes]),
+            "metrics": self.report.mark(),
+        }
+
+    def _process_state(self) -> dict[str, Any]:
+        """State of this process alone: random generators, sums since the last record, batch-norm statistics."""
+        run = self.components
+        return {
+            "random": random_states(),
+            "bad_images": run.unreadable.names,
+            "sums": {name: value.cpu() for name, value in self.progress.sums.items()},
+            "statistics": [
+                {name: value.cpu() for name, value in running_statistics(model).items()} for model in run.local_models
+            ],
+        }
+
+    def _metadata(self, which: Literal["best", "last"]) -> dict[str, Any]:
+        setup, config = self.components.setup, self.components.config
+        teacher = setup.teacher
+        return {
             **describe(setup.student, setup.classes),
-            "metrics": self.best if which == "best" else self.last,
-            "method": self.config.method,
-            "losses": self.config.losses.model_dump(mode="json"),
-            "seed": self.config.seed,
+            "metrics": self.progress.best if which == "best" else self.progress.last,
+            "method": config.method,
+            "losses": config.losses.model_dump(mode="json"),
+            "seed": config.seed,
             "teacher": None
             if teacher is None
             else {
                 "architecture": teacher.architecture,
-                **self.config.teacher.model_dump(mode="json", include={"checkpoint", "input_size"}),
+                **config.teacher.model_dump(mode="json", include={"checkpoint", "input_size"}),
                 "name": teacher.name,
-                "weights": setup.taught_by,
+                "weights": setup.teacher_checksum,
             },
-            "matching": self.config.matching.model_dump(mode="json"),
+            "matching": config.matching.model_dump(mode="json"),
             "plan": None if setup.plan is None else setup.plan.to_dict(),
-            "data": self.config.data.model_dump(mode="json"),
+            "data": config.data.model_dump(mode="json"),
             "versions": {
                 "irgdistill": __version__,
                 "torch": torch.__version__,
@@ -135,72 +187,105 @@ class Saved(Parts):
                 "python": platform.python_version(),
             },
         }
-        self.saver.add(getattr(self.folder, which), self.deployed.model.state_dict(), metadata)
 
-    def _save(self) -> None:
-        """The first process writes; all know whether it could."""
-        processes = self.world.collect(self._own())
-        if self.world.main:
-            self.saver.save(lambda: self._state(processes))
-        self.saver.error = self.world.broadcast(self.saver.error)
+    def _describe(self) -> None:
+        """Write config.yaml, unless the user has one there, and timm's config.json."""
+        if not self.folder.config.exists():
+            write_text(self.folder.config, dump(self.components.config))
+        setup = self.components.setup
+        write_text(self.folder.timm_config, json.dumps(timm_config(setup.student, setup.classes), indent=2) + "\n")
 
-    def _state(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "data": self.data,
-            "taught_by": self.setup.taught_by,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "update": self.update,
-            "student": self.tapped.model.state_dict(),
-            "adapters": self.adapters.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "processes": processes,
-            "best": self.best,
-            "last": self.last,
-            "seconds": self.seconds,
-            "images_seen": self.images_seen,
-            "bad_images": self._bad_images([own["bad_images"] for own in processes]),
-            "metrics": self.report.mark(),
-            "tried": self.tried,
-        }
+    def _record_teacher(self) -> None:
+        if self.progress.teacher_record is not None:
+            self.report.record(self.progress.teacher_record)
 
-    @staticmethod
-    def _bad_images(names: list[list[str]]) -> list[str]:
-        return list(dict.fromkeys(name for found in names for name in found))
+    # --- resuming -----------------------------------------------------------------------------------------------------
 
-    # --- what each process has of its own -----------------------------------------------------------------------------
+    def resume(self, state: dict[str, Any], previous: bool = False) -> None:
+        """Restore a state of the run folder, as `open_state` gives it. Raises UserError if it does not fit the run."""
+        run, progress = self.components, self.progress
+        self._check_same(state)
+        try:
+            run.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why, other = textwrap.shorten(str(error), 200, placeholder=" …"), other_state(self.folder, previous)
+            raise UserError(
+                f"the state in {self.folder.path} does not fit the run's networks: {why}; {other}"
+            ) from None
+        progress.load_state_dict(state)
+        run.scheduler.step_update(progress.update)
+        run.unreadable.names = state["bad_images"]
+        self._restore_process(state["processes"])
+        self._mark_saved(position(state))
+        if run.world.main:
+            if previous:
+                self.folder.previous_state.replace(self.folder.state)
+            self.report.rewind(state["metrics"])
+            if (progress.epoch, progress.batch) == (0, 0):  # the first state was saved before the first record
+                self._record_teacher()
+            self._repair_weights()
+            self._describe()
+        progress.best = run.world.broadcast(progress.best)
 
-    def _own(self) -> dict[str, Any]:
-        """What this process has of its own: generators, sums since the last record, batch-norm statistics."""
-        return {
-            "random": random_states(),
-            "bad_images": self.bad.names,
-            "sums": {name: value.cpu() for name, value in self.sums.items()},
-            "statistics": [{k: v.cpu() for k, v in running_statistics(model).items()} for model in self._unshared()],
-        }
+    def _check_same(self, state: dict[str, Any]) -> None:
+        """Raises UserError for other data, in which a position means nothing, and for another teacher."""
+        for name, now in self.components.data_facts.items():
+            if now != (then := state["data"][name]):
+                raise UserError(f"the data are not those the run was trained on: {name} {now}, were {then}")
+        checksum = self.components.setup.teacher_checksum
+        if checksum != state["taught_by"]:
+            raise UserError(
+                f"the teacher is not the one that the run learns from: its weights' checksum is {checksum}, "
+                f"was {state['taught_by']}"
+            )
 
-    def _restore_own(self, processes: list[dict[str, Any]]) -> None:
-        """Each process takes its own entry; another number of them takes the means and starts new generators."""
-        own = processes[self.world.rank % len(processes)]
+    def _restore_process(self, processes: list[dict[str, Any]]) -> None:
+        """Restore this rank's state. If the world size changed, use the mean over ranks and reseed."""
+        run = self.components
+        own = processes[run.world.rank % len(processes)]
         restore_random_states(own["random"])
-        if len(processes) != self.world.size:
-            own = mean_of([{name: entry[name] for name in ("sums", "statistics")} for entry in processes])
-            torch.manual_seed(self.config.seed + self.update * self.world.size + self.world.rank)
-        self.sums = {name: value.to(self.device) for name, value in own["sums"].items()}
-        for model, statistics in zip(self._unshared(), own["statistics"], strict=True):
+        if len(processes) != run.world.size:
+            own = mean_of([{name: process[name] for name in ("sums", "statistics")} for process in processes])
+            torch.manual_seed(run.config.seed + self.progress.update * run.world.size + run.world.rank)
+        self.progress.sums = {name: value.to(run.device) for name, value in own["sums"].items()}
+        for model, statistics in zip(run.local_models, own["statistics"], strict=True):
             model.load_state_dict(statistics, strict=False)
 
-    def _unshared(self) -> list[nn.Module]:
-        """Networks whose batch-norm statistics each process gathers for itself."""
-        if self.config.runtime.sync_bn:
-            return []
-        return [self.tapped.model, *([] if self.ema is None else [self.ema.module])]
+    def _repair_weights(self) -> None:
+        """Make the best and last weights on disk consistent with the restored state.
 
-    def _seed(self) -> None:
-        """Python's and numpy's generators, which mix images, are alike everywhere; torch's, for dropout, are not."""
-        random_seed(self.config.seed)
-        if not self.world.main:
-            torch.manual_seed(self.config.seed + self.world.rank)
+        They may be older or newer than it, or damaged.
+        """
+        progress = self.progress
+        evaluated = progress.epoch > 0 and progress.batch == 0  # the weights of the state are those of `last`
+        if not (evaluated and progress.best == progress.last):
+            progress.best = best_on_disk(self.folder.best, progress.best, self.report.warn)
+        if evaluated:
+            progress.best = progress.best or progress.last
+            if progress.best == progress.last:
+                self.save_weights("best")
+            self.save_weights("last")
+        self._write_weights()
+
+
+def _union(lists: list[list[str]]) -> list[str]:
+    return list(dict.fromkeys(name for names in lists for name in names))
+
+
+def best_on_disk(path: Path, remembered: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
+    """Metrics of the best weights in the file at `path`; {} if it is missing or damaged.
+
+    The file may be newer than the state, if the run was stopped between the two or resumed from the previous state: its
+    weights did reach their metrics, so they count. `remembered`: the metrics in the state.
+    """
+    if not remembered and not path.exists():
+        return {}
+    try:
+        found: dict[str, Any] = (read_tensors(path)[1] or {}).get("metrics", {})
+    except UserError as error:
+        if remembered:
+            warn(f"{error}; {score(remembered)} of epoch {remembered['epoch']} is lost with it")
+        return {}
+    if remembered and found.get(metric_name(remembered), 0) < remembered[metric_name(remembered)]:
+        warn(f"{path} is not the best of the run, {score(remembered)} of epoch {remembered['epoch']}")
+    return found

@@ -1,179 +1,268 @@
-"""What a run is made of, on this process's device: loss, networks, loaders, optimizer."""
+"""Builds what a run is made of on this process's device: loss, networks, loaders, optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from irgdistill.data import UnreadableImages, eval_loader, train_loader
+from irgdistill.config import Config
+from irgdistill.data import Loader, UnreadableImages, eval_loader, train_loader
 from irgdistill.errors import UserError
 from irgdistill.io import Report
-from irgdistill.losses import Learner, build_loss
-from irgdistill.matching import Tapped, has_unused_parameters
-from irgdistill.models import fold_batch_norm
-from irgdistill.runtime import World, autocast, choose_device, keep_memory, sync_batch_norm
-from irgdistill.training.evaluation import evaluate
-from irgdistill.training.optimization import build_mix, build_optimizer, build_scheduler
+from irgdistill.losses import DistillLoss, Learner, build_loss
+from irgdistill.matching import Output, Tapped, has_unused_parameters
+from irgdistill.models import Network, fold_batch_norm
+from irgdistill.runtime import World, autocast, choose_device, sync_batch_norm
+from irgdistill.training.optimization import build_mixup, build_optimizer, build_scheduler
 from irgdistill.training.setup import Setup
+from irgdistill.training.teacher_cache import Cache
 
-What = TypeVar("What", bound=Callable[..., Any])
-
-
-CHECK_IMAGES = 2000
-"""Validation images on which the teacher is tried before training."""
+Compilable = TypeVar("Compilable", bound=Callable[..., Any])
 
 
-class Parts:
-    """Built from a `Setup`; see `Trainer`, which runs them."""
+class Teacher(Protocol):
+    """Answers for the teacher: `LiveTeacher` or `CachedTeacher`."""
 
-    def __init__(self, setup: Setup, report: Report, world: World) -> None:
-        config = setup.config
-        self.setup, self.config, self.report = setup, config, report
-        self.world = world
-        self.device = choose_device(config.runtime.device, self.world.local_rank)
-        keep_memory(self.device)
-        self.autocast = autocast(config.runtime.amp, self.device)
-        self.loss = build_loss(
-            config.losses,
-            setup.plan,
-            self.world if config.runtime.graph_scope == "global" else None,
-            self._booster(),
-            config.data.labels,
-            None if setup.class_weights is None else torch.tensor(setup.class_weights, device=self.device),
-        )
-        for note in self.loss.notes:
-            report.warn(note)
-        if config.runtime.compile and self.world.size == 1:
-            self._prepare_compiler()
-            self.loss.compile()
-        self._build_networks()
-        self._build_loaders()
-        self._build_optimizer()
+    network: Tapped | None
+    """The frozen network; None for a cache, which holds its answers alone."""
 
-    # --- building -----------------------------------------------------------------------------------------------------
+    def __call__(self, images: Tensor, rows: Tensor | None) -> Output:
+        """images (B, 3, H, W) of a step, with the cache's rows (B, n) for them -> logits and features."""
 
-    def _build_networks(self) -> None:
-        setup, config = self.setup, self.config
-        last = config.runtime.channels_last
-        model = self._place(setup.student.model)
-        self.ema = None if config.optim.ema is None else ModelEmaV3(model, decay=config.optim.ema, use_warmup=True)
-        if config.runtime.sync_bn:
-            model = sync_batch_norm(model, self.world)
-        view = setup.student.view().to(self.device)
-        self.tapped = Tapped(model, view, channels_last=last, **self.loss.where("student"))
-        network = self._compiled(self.tapped, config.runtime.compile_mode)
-        self.adapters = self.loss.adapters().to(self.device)
-        if config.runtime.sync_bn and list(self.adapters.parameters()):
-            sync_batch_norm(self.adapters, self.world)
-        learner = Learner(network, self.adapters) if len(self.adapters) else network
-        unused = self.world.size > 1 and (
-            not self.loss.trains_classifier or has_unused_parameters(self.tapped, setup.student.input.shape)
-        )
-        self.student = self.world.wrap(learner, unused)
-        self.deployed = network if self.ema is None else Tapped(self.ema.module, view, (), last)
-        self.teacher = None
-        if setup.teacher is not None and setup.cache is None:
-            model, view = self._place(setup.teacher.model), setup.teacher.view().to(self.device)
-            where = self.loss.where("teacher")
-            if config.runtime.fold_batch_norm:
-                fold_batch_norm(
-                    model.eval(), setup.teacher.input.size, {tap.module for taps in where.values() for tap in taps}
-                )
-            teacher = Tapped(model, view, channels_last=last, **where)
-            self.teacher = self._compiled(teacher.requires_grad_(False).eval(), config.runtime.compile_mode)
 
-    def _booster(self) -> Tapped | None:
-        booster = self.setup.booster
-        if booster is None:
-            return None
-        view = booster.view().to(self.device)
-        return Tapped(self._place(booster.model), view, (), self.config.runtime.channels_last)
+class LiveTeacher:
+    """A frozen network that runs on the images of each step."""
 
-    def _place(self, model: nn.Module) -> nn.Module:
-        model = model.to(self.device)
-        return model.to(memory_format=torch.channels_last) if self.config.runtime.channels_last else model
+    def __init__(self, network: Tapped) -> None:
+        self.network: Tapped | None = network
+        self._forward = network
 
-    def _compiled(self, what: What, mode: str | None = None) -> What:
-        if not self.config.runtime.compile:
-            return what
-        self._prepare_compiler()
-        return cast(What, torch.compile(what, mode=mode))
+    def __call__(self, images: Tensor, rows: Tensor | None = None) -> Output:
+        with torch.no_grad():
+            output: Output = self._forward(images)
+        return output
 
-    def _prepare_compiler(self) -> None:
-        torch._functorch.config.donated_buffer = False  # gradient shares run backward more than once
-        torch._dynamo.config.skip_nnmodule_hook_guards = False  # networks alike may differ in their taps
-        torch._dynamo.reset()  # or earlier runs of this process would use up the limit of recompilations
 
-    def _build_loaders(self) -> None:
-        setup, config, student = self.setup, self.config, self.setup.student
-        self.bad = UnreadableImages(config.data.max_bad_images, self.report.warn)
-        self.cache = setup.cache if config.uses_teacher else None
-        if self.cache is not None:
-            self.cache.open(self.loss.where("teacher"))
-        self.train = train_loader(
-            setup.splits,
-            config.data,
-            config.augment,
-            setup.crop,
-            self.device,
-            config.seed,
-            self.bad,
-            self.world,
-            None if self.cache is None else self.cache.answers,
-        )
-        self.val = eval_loader(
-            setup.splits,
-            config.data,
-            student.input if setup.splits.labelled else setup.crop,
-            self.device,
-            self.bad,
-            world=self.world,
-        )
-        self.data = {
-            "training images": self.train.images,
-            "validation images": int(self.world.sum(torch.tensor(self.val.images))),
-            "classes": setup.classes,
+class CachedTeacher:
+    """The rows of a teacher cache, which the loader brings with the images."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.network: Tapped | None = None
+        self.cache = cache
+
+    def __call__(self, images: Tensor, rows: Tensor | None = None) -> Output:
+        assert rows is not None, "the loader brings the rows of a teacher cache"
+        return self.cache.output(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunComponents:
+    """Networks, loss, data and optimizer of a run, on one process's device."""
+
+    setup: Setup
+    world: World
+    device: torch.device
+    autocast: AbstractContextManager[Any]
+    loss: DistillLoss
+    student: Tapped
+    """The student with its taps. `student.model` is the plain timm model."""
+    adapters: nn.ModuleDict
+    """What some terms train beside the student."""
+    trained: nn.Module
+    """Student and adapters as a step runs them: compiled, and wrapped in DDP, where that is asked for."""
+    evaluated: Tapped
+    """The network that is evaluated and saved: the average of the weights if there is one, else the student."""
+    ema: ModelEmaV3 | None
+    teacher: Teacher | None
+    """None for a method without a teacher."""
+    train: Loader
+    validation: Loader
+    unreadable: UnreadableImages
+    mixup: Any
+    """timm's mixup, None if it is off."""
+    optimizer: Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    batches: int
+    """Batches of an epoch, a multiple of `accumulate`."""
+    data_facts: dict[str, Any]
+    """Numbers of images, and class names: a run resumes only on data with the same."""
+
+    @property
+    def config(self) -> Config:
+        return self.setup.config
+
+    @property
+    def accumulate(self) -> int:
+        """Batches of an update."""
+        return self.config.optim.accumulate
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run."""
+        return self.config.schedule.epochs * (self.batches // self.accumulate)
+
+    @property
+    def local_models(self) -> list[nn.Module]:
+        """Models whose batch-norm statistics each process gathers for itself."""
+        if self.config.runtime.sync_bn:
+            return []
+        return [self.student.model, *([] if self.ema is None else [self.ema.module])]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer and scaler, under the names of the state on disk."""
+        return {
+            "student": self.student.model.state_dict(),
+            "adapters": self.adapters.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
-        self.accumulate = config.optim.accumulate
-        self.batches = len(self.train) // self.accumulate * self.accumulate
-        if not self.batches:
-            raise UserError(
-                f"--accumulate {self.accumulate}: an epoch has {len(self.train)} batches, at most that many accumulate"
-            )
-        self.updates = config.schedule.epochs * (self.batches // self.accumulate)
-        self.mix = build_mix(config.augment, config.data.batch_size, len(setup.classes))
 
-    def _build_optimizer(self) -> None:
-        config = self.config
-        self.optimizer = build_optimizer(self.tapped.model, config.optim, self.adapters)
-        self.scheduler = build_scheduler(self.optimizer, config.schedule, self.batches // self.accumulate)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.runtime.amp == "fp16")
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.student.model.load_state_dict(state["student"])
+        self.adapters.load_state_dict(state.get("adapters", {}))
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
 
-    def _check_teacher(self) -> dict[str, Any] | None:
-        """Evaluate the teacher with its own preprocessing -> what to record. Raises UserError near chance."""
-        teacher, setup = self.setup.teacher, self.setup
-        assert teacher is not None and self.teacher is not None
-        if not setup.splits.labelled:
-            self.report.warn("the validation images have no labels: the teacher's accuracy is not checked")
-            return None
-        if teacher.num_classes != len(setup.classes):
-            self.report.warn(
-                f"the teacher has {teacher.num_classes} classes, the data {len(setup.classes)}: accuracy not checked"
-            )
-            return None
-        loader = eval_loader(
-            setup.splits, self.config.data, teacher.input, self.device, self.bad, limit=CHECK_IMAGES, world=self.world
-        )
-        tried = evaluate(self.teacher, loader, self.autocast, world=self.world)
-        top1, chance = tried.top1 or 0.0, 100 / len(setup.classes)
-        self.report.line(f"teacher {teacher.name}: top-1 {top1:.2f} on {tried.images} validation images")
-        if top1 < chance + 0.1 * (100 - chance):
-            raise UserError(
-                f"the teacher reaches top-1 {top1:.1f} on this data, chance is {chance:.1f}: its classes may be in "
-                "another order, its mean/std or weights wrong; --skip-teacher-check trains all the same"
-            )
-        return {"kind": "teacher", "top1": top1, "images": tried.images}
+
+def build_components(setup: Setup, world: World, report: Report) -> RunComponents:
+    """Build a run on the device of this process. Raises UserError for settings that cannot work."""
+    config = setup.config
+    device = choose_device(config.runtime.device, world.local_rank)
+    loss = _build_loss(setup, device, world, report)
+    networks = _build_networks(setup, loss, device, world)
+    data = _build_data(setup, loss, device, world, report)
+    optimizer = build_optimizer(networks["student"].model, config.optim, networks["adapters"])
+    updates_per_epoch = data["batches"] // config.optim.accumulate
+    return RunComponents(
+        setup=setup,
+        world=world,
+        device=device,
+        autocast=autocast(config.runtime.amp, device),
+        loss=loss,
+        **networks,
+        **data,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.schedule, updates_per_epoch),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.runtime.amp == "fp16"),
+    )
+
+
+def _build_loss(setup: Setup, device: torch.device, world: World, report: Report) -> DistillLoss:
+    config, booster = setup.config, setup.booster
+    loss = build_loss(
+        config.losses,
+        setup.plan,
+        world if config.runtime.graph_scope == "global" else None,
+        None if booster is None else _tapped(booster, device, config.runtime.channels_last),
+        config.data.labels,
+        None if setup.class_weights is None else torch.tensor(setup.class_weights, device=device),
+    )
+    for note in loss.notes:
+        report.warn(note)
+    if config.runtime.compile and world.size == 1:
+        loss.compile()
+    return loss
+
+
+def _build_networks(setup: Setup, loss: DistillLoss, device: torch.device, world: World) -> dict[str, Any]:
+    runtime, optim = setup.config.runtime, setup.config.optim
+    last = runtime.channels_last
+    model = _on_device(setup.student.model, device, last)
+    ema = None if optim.ema is None else ModelEmaV3(model, decay=optim.ema, use_warmup=True)
+    if runtime.sync_bn:
+        model = sync_batch_norm(model, world)
+    view = setup.student.view().to(device)
+    student = Tapped(model, view, channels_last=last, **loss.where("student"))
+    compiled = _compiled(student, setup.config)
+    adapters = loss.adapters().to(device)
+    if runtime.sync_bn and list(adapters.parameters()):
+        sync_batch_norm(adapters, world)
+    learner = Learner(compiled, adapters) if len(adapters) else compiled
+    unused = world.size > 1 and (
+        not loss.trains_classifier or has_unused_parameters(student, setup.student.input.shape)
+    )
+    return {
+        "student": student,
+        "adapters": adapters,
+        "trained": world.wrap(learner, unused),
+        "evaluated": compiled if ema is None else Tapped(ema.module, view, (), last),
+        "ema": ema,
+        "teacher": _build_teacher(setup, loss, device),
+    }
+
+
+def _build_teacher(setup: Setup, loss: DistillLoss, device: torch.device) -> Teacher | None:
+    runtime, taps = setup.config.runtime, loss.where("teacher")
+    if setup.teacher is None:
+        return None
+    if setup.cache is not None:
+        setup.cache.open(taps)
+        return CachedTeacher(setup.cache)
+    model = _on_device(setup.teacher.model, device, runtime.channels_last)
+    view = setup.teacher.view().to(device)
+    if runtime.fold_batch_norm:
+        tapped_modules = {tap.module for kind in taps.values() for tap in kind}
+        fold_batch_norm(model.eval(), setup.teacher.input.size, tapped_modules)
+    network = Tapped(model, view, channels_last=runtime.channels_last, **taps)
+    return LiveTeacher(_compiled(network.requires_grad_(False).eval(), setup.config))
+
+
+def _build_data(setup: Setup, loss: DistillLoss, device: torch.device, world: World, report: Report) -> dict[str, Any]:
+    config = setup.config
+    unreadable = UnreadableImages(config.data.max_bad_images, report.warn)
+    cache = setup.cache if config.uses_teacher else None
+    train = train_loader(
+        setup.splits,
+        config.data,
+        config.augment,
+        setup.crop,
+        device,
+        config.seed,
+        unreadable,
+        world,
+        None if cache is None else cache.answers,
+    )
+    crop = setup.student.input if setup.splits.labelled else setup.crop
+    validation = eval_loader(setup.splits, config.data, crop, device, unreadable, world=world)
+    accumulate = config.optim.accumulate
+    if len(train) < accumulate:
+        raise UserError(f"--accumulate {accumulate}: an epoch has {len(train)} batches, at most that many accumulate")
+    return {
+        "train": train,
+        "validation": validation,
+        "unreadable": unreadable,
+        "mixup": build_mixup(config.augment, config.data.batch_size, len(setup.classes)),
+        "batches": len(train) // accumulate * accumulate,
+        "data_facts": {
+            "training images": train.images,
+            "validation images": int(world.sum(torch.tensor(validation.images))),
+            "classes": setup.classes,
+        },
+    }
+
+
+def _tapped(network: Network, device: torch.device, channels_last: bool) -> Tapped:
+    view = network.view().to(device)
+    return Tapped(_on_device(network.model, device, channels_last), view, (), channels_last)
+
+
+def _on_device(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def _compiled(network: Compilable, config: Config) -> Compilable:
+    if not config.runtime.compile:
+        return network
+    return cast(Compilable, torch.compile(network, mode=config.runtime.compile_mode))

@@ -1,43 +1,52 @@
-"""Accuracy, loss, calibration and agreement over a loader; used by the trainer and by `eval`."""
+"""Accuracy, loss, calibration and agreement over a loader; the check of the teacher before training."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from timm.utils import accuracy
 from torch import Tensor
 
-from irgdistill.data import Loader
-from irgdistill.errors import DataError
+from irgdistill.data import Loader, eval_loader
+from irgdistill.errors import DataError, UserError
+from irgdistill.io import Report
 from irgdistill.losses import soft_targets
 from irgdistill.matching import Tapped
 from irgdistill.runtime import World
 
+if TYPE_CHECKING:
+    from irgdistill.training.components import RunComponents
+
 BINS = 15
+
+
+CHECK_IMAGES = 2000
+"""Validation images on which the teacher is evaluated before training."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Over all readable images of a loader, each counted once."""
+    """Means over all readable images of a loader."""
 
     top1: float | None
     """Percent. This and the next three: None without labels."""
     top5: float | None
-    """Percent; the best min(5, K) classes."""
+    """Percent; the first min(5, K) classes."""
     loss: float | None
     """Mean cross-entropy, no smoothing."""
     calibration_error: float | None
     """Expected calibration error in percent, 15 equal bins of confidence (Guo et al. 2017)."""
     images: int
     images_per_second: float
-    """Of the network's forward pass alone, without loading and without the first batch."""
+    """Speed of the forward pass alone, without loading and without the first batch."""
     agreement: float | None = None
-    """Percent of images on which student and teacher name the same class."""
+    """Percent of images for which student and teacher predict the same class."""
     kl: float | None = None
     """Mean KL(teacher ‖ student) at temperature 1, in nats."""
 
@@ -51,10 +60,10 @@ def evaluate(
     world: World | None = None,
     labelled: bool = True,
 ) -> Metrics:
-    """Run `network` (and `teacher`, on the same crops) over `loader` in eval mode; training mode is put back after.
+    """Run `network`, and `teacher` on the same crops, over `loader` in eval mode, and restore the training mode.
 
-    Of images that are not `labelled` only agreement is measured. With `world`, every process brings its part of the
-    images and gets the metrics of all.
+    Without labels (`labelled` False) only the agreement is measured. With `world`, every process evaluates its part of
+    the images and gets the metrics of all. Raises UserError if no image can be read.
     """
     world = world or World()
     training = network.training
@@ -102,7 +111,7 @@ def _now(device: torch.device) -> float:
 
 
 def _batch_sums(logits: Tensor, labels: Tensor | None, teacher: Tensor | None) -> Tensor:
-    """top-1 %, top-5 %, loss, agreement %, KL, each summed over the batch (5,); 0 where it is not known."""
+    """Sums over the batch (5,) of top-1 %, top-5 %, loss, agreement % and KL; 0 for those that are unknown."""
     count = len(logits)
     values = [logits.new_zeros(())] * 3
     if labels is not None:
@@ -116,8 +125,55 @@ def _batch_sums(logits: Tensor, labels: Tensor | None, teacher: Tensor | None) -
 
 
 def _batch_bins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums of confidence and of correct answers in each bin, (2, 15)."""
+    """Sums of confidence and of correct predictions per bin (2, 15)."""
     confidence, predicted = logits.softmax(1).max(1)
     index = (confidence * BINS).long().clamp(max=BINS - 1)
     rows = torch.stack([confidence, (predicted == labels).float()]).double()
     return torch.zeros(2, BINS, dtype=torch.float64, device=logits.device).index_add_(1, index, rows)
+
+
+# --- metrics in records -----------------------------------------------------------------------------------------------
+
+
+def metric_name(metrics: Mapping[str, Any]) -> str:
+    """The metric that selects the best weights: accuracy, or without labels the agreement with the teacher."""
+    return "top1" if "top1" in metrics else "agreement"
+
+
+def score(metrics: Mapping[str, Any]) -> str:
+    """That metric with its value, such as `top-1 91.20`."""
+    name = metric_name(metrics)
+    return f"{'top-1' if name == 'top1' else name} {metrics[name]:.2f}"
+
+
+def check_teacher(run: RunComponents, report: Report) -> dict[str, Any] | None:
+    """Evaluate a live teacher with its own preprocessing -> its record. Raises UserError if it is near chance."""
+    setup = run.setup
+    if setup.teacher is None or run.teacher is None or run.teacher.network is None or not run.config.teacher.check:
+        return None
+    if not setup.splits.labelled:
+        report.warn("the validation images have no labels: the teacher's accuracy is not checked")
+        return None
+    if setup.teacher.num_classes != len(setup.classes):
+        report.warn(
+            f"the teacher has {setup.teacher.num_classes} classes, the data {len(setup.classes)}: accuracy not checked"
+        )
+        return None
+    loader = eval_loader(
+        setup.splits,
+        run.config.data,
+        setup.teacher.input,
+        run.device,
+        run.unreadable,
+        limit=CHECK_IMAGES,
+        world=run.world,
+    )
+    metrics = evaluate(run.teacher.network, loader, run.autocast, world=run.world)
+    top1, chance = metrics.top1 or 0.0, 100 / len(setup.classes)
+    report.line(f"teacher {setup.teacher.name}: top-1 {top1:.2f} on {metrics.images} validation images")
+    if top1 < chance + 0.1 * (100 - chance):
+        raise UserError(
+            f"the teacher reaches top-1 {top1:.1f} on this data, chance is {chance:.1f}: its classes may be in "
+            "another order, its mean/std or weights wrong; --skip-teacher-check trains all the same"
+        )
+    return {"kind": "teacher", "top1": top1, "images": metrics.images}

@@ -1,4 +1,4 @@
-"""Optimizer, schedule and mixing of images, from configuration, through timm."""
+"""Builds optimizer, schedule and mixup from settings, through timm."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from irgdistill.errors import UserError, nearest
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, adapters: nn.Module | None = None) -> Optimizer:
-    """For the student and what is trained beside it. Weight decay leaves out biases and normalisation.
+    """An optimizer of the student and of what is trained beside it, without weight decay on biases and norms.
 
-    Raises UserError on an unknown name.
+    Raises UserError for an unknown name.
     """
     known = [str(name) for name in list_optimizers()]
     if config.name not in known:
         raise UserError(f"unknown optimizer {config.name!r}{nearest(config.name, known)}")
-    how = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
     try:
-        optimizer: Optimizer = create_optimizer_v2(model, opt=config.name, **how)
+        optimizer: Optimizer = create_optimizer_v2(model, opt=config.name, **options)
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"optimizer {config.name!r} cannot be had here: {' '.join(str(error).split())[:160]}") from None
+        raise UserError(f"optimizer {config.name!r} does not work here: {' '.join(str(error).split())[:160]}") from None
     for group in [] if adapters is None else param_groups_weight_decay(adapters, config.weight_decay):
         if group["params"]:
             optimizer.add_param_group(group)
@@ -34,7 +34,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, adapters: nn.Module |
 
 
 def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Any:
-    """A timm scheduler that is a function of the update alone: `step_update(n)` sets the rate of update n."""
+    """A timm scheduler that depends on the update alone: `step_update(n)` sets the learning rate of update n."""
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="multistep" if config.name == "none" else config.name,
@@ -52,8 +52,8 @@ def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, updates_per_ep
     return scheduler
 
 
-def build_mix(config: AugmentConfig, batch_size: int, num_classes: int) -> Any:
-    """timm's mixup and cutmix on a batch of raw images, or None. Raises UserError on an odd batch."""
+def build_mixup(config: AugmentConfig, batch_size: int, num_classes: int) -> Any:
+    """timm's mixup and cutmix on a batch of raw images; None if both are off. Raises UserError for an odd batch."""
     if config.mixup == 0 and config.cutmix == 0:
         return None
     if batch_size % 2:

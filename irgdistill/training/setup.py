@@ -1,9 +1,10 @@
-"""From a configuration to everything a run needs, checked before anything is trained: data, networks, plan."""
+"""Turns a configuration into the pieces of a run, checked before training: data, networks, matching."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from timm.layers import use_reentrant_ckpt
@@ -18,9 +19,9 @@ from irgdistill.training.checks import check_classes, check_input_sizes, check_l
 from irgdistill.training.teacher_cache import Cache, describe_data, describe_teacher, describe_views
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a run works with."""
+    """The checked pieces of a run: configuration, data, networks, and how they match."""
 
     config: Config
     splits: Splits
@@ -30,39 +31,65 @@ class Setup:
     crop: InputSpec
     """The crop that both networks see: the larger height and the larger width of their inputs."""
     booster: Network | None = None
-    """The untrained network that `rocket` trains beside the student."""
+    """The untrained network that `rocket` trains with the student."""
     cache: Cache | None = None
-    """What answers in the teacher's place, which then has no weights."""
+    """Answers in place of the teacher, which then has no weights."""
     class_weights: list[float] | None = None
-    """Of the cross-entropy, in label order."""
-    taught_by: str | None = None
+    """Weights of the cross-entropy, by class index."""
+    teacher_checksum: str | None = None
     """Checksum of the teacher's weights, cached or live."""
-    start: str = ""
-    """Where the student's weights come from, in words; empty for random ones."""
+    start_note: str = ""
+    """The origin of the student's weights, in words; empty for random ones."""
 
     @property
     def classes(self) -> list[str]:
         return self.splits.classes
 
 
-def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
-    """Build and check. Raises UserError for everything that can be refused before training.
+class SharedInputs:
+    """Data and live teacher of runs that differ in method and seed alone: opened once, for every run."""
 
-    A run that has `begun` brings the student's weights itself: those it started from are not read again. Without
-    `fetch`, pretrained weights are not downloaded: random ones stand for them.
+    def __init__(self) -> None:
+        self._splits: Splits | None = None
+        self._teacher: Network | None = None
+        self._checksum: str | None = None
+
+    def splits(self, config: Config) -> Splits:
+        if self._splits is None:
+            self._splits = open_splits(config.data)
+        return self._splits
+
+    def teacher(self, config: Config, fetch: bool) -> Network:
+        """A copy, because a run folds the teacher's batch-norm and hooks its blocks."""
+        if self._teacher is None:
+            self._teacher = build_teacher(config, fetch)
+        return replace(self._teacher, model=deepcopy(self._teacher.model))
+
+    def checksum(self, teacher: Network) -> str:
+        """The checksum of the weights of `teacher`, a copy of this one."""
+        if self._checksum is None:
+            self._checksum = str(describe_teacher(teacher)["weights"])
+        return self._checksum
+
+
+def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: SharedInputs | None = None) -> Setup:
+    """Build and check a run. Raises UserError for everything that can be refused before training.
+
+    `resuming`: the saved state supplies the student, so its initial checkpoint is not read. `fetch=False`: use random
+    weights instead of downloading pretrained ones. `inputs`: data and teacher that other runs use too.
     """
-    config = resolved(config, begun)
-    check_run(config, begun)
+    config = resolved(config, resuming)
+    check_run(config, resuming)
     cache = None if config.teacher.cache is None else Cache(config.teacher.cache)
     if cache is not None:
         config = cache.adopt(config)
-    splits, teacher = open_data(config, lambda: _teacher(config, cache, fetch))
+    splits, teacher = open_data(config, lambda: _teacher(config, cache, fetch, inputs), inputs)
     class_weights = weigh_classes(config, splits)
     check_logging(config, splits)
     if teacher is not None:
         check_classes(config, teacher, splits.classes)
     random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
-    student, start = build_student(config.student, splits.classes, not begun, fetch)
+    student, start_note = build_student(config.student, splits.classes, not resuming, fetch)
     if config.student.grad_checkpointing:
         _checkpoint_blocks(student)
     plan = None
@@ -74,29 +101,41 @@ def prepare(config: Config, begun: bool = False, fetch: bool = True) -> Setup:
     if cache is not None:
         crop = cache.crop(student.input)
         _check_cache(cache, config, splits, student, plan)
-    taught_by = None
-    if teacher is not None:
-        about = describe_teacher(teacher) if cache is None else cache.about["teacher"]
-        taught_by = str(about["weights"])
-    return Setup(config, splits, student, teacher, plan, crop, booster, cache, class_weights, taught_by, start)
+    return Setup(
+        config=config,
+        splits=splits,
+        student=student,
+        teacher=teacher,
+        plan=plan,
+        crop=crop,
+        booster=booster,
+        cache=cache,
+        class_weights=class_weights,
+        teacher_checksum=None if teacher is None else _checksum(teacher, cache, inputs),
+        start_note=start_note,
+    )
 
 
-def open_data(config: Config, teacher: Callable[[], Network | None]) -> tuple[Splits, Network | None]:
-    """The images, and the teacher that is built; without labels their classes are the teacher's. Raises UserError."""
+def open_data(
+    config: Config, teacher: Callable[[], Network | None], inputs: SharedInputs | None = None
+) -> tuple[Splits, Network | None]:
+    """Open the images and build the teacher, which supplies the classes if there are no labels. Raises UserError."""
     if config.data.labels:
-        return open_splits(config.data), teacher()
+        return (open_splits(config.data) if inputs is None else inputs.splits(config)), teacher()
     network = teacher()
     assert network is not None
     return open_splits(config.data, classes=network.classes or network.num_classes), network
 
 
-def _teacher(config: Config, cache: Cache | None, fetch: bool) -> Network | None:
-    """The teacher, where there is one; without its weights, where a cache answers in its place.
+def _teacher(config: Config, cache: Cache | None, fetch: bool, inputs: SharedInputs | None) -> Network | None:
+    """The teacher of the method, if any; with a cache, without its weights.
 
-    A teacher that is given too must be the one that answered: its weights where they are given, else its architecture.
+    A teacher given beside a cache must be the cached one: the weights are compared if given, else the architecture.
     """
-    if cache is None or not config.uses_teacher:
-        return build_teacher(config, fetch) if config.uses_teacher else None
+    if not config.uses_teacher:
+        return None
+    if cache is None:
+        return build_teacher(config, fetch) if inputs is None else inputs.teacher(config, fetch)
     if config.teacher.checkpoint is not None:
         cache.check_same("teacher", describe_teacher(build_teacher(config)))
     elif config.teacher.name not in (None, cache.about["name"]):
@@ -104,13 +143,20 @@ def _teacher(config: Config, cache: Cache | None, fetch: bool) -> Network | None
     return cache.teacher()
 
 
+def _checksum(teacher: Network, cache: Cache | None, inputs: SharedInputs | None) -> str:
+    """The checksum of the teacher's weights, cached or live."""
+    if cache is not None:
+        return str(cache.about["teacher"]["weights"])
+    return str(describe_teacher(teacher)["weights"]) if inputs is None else inputs.checksum(teacher)
+
+
 def _check_cache(cache: Cache, config: Config, splits: Splits, student: Network, plan: Plan | None) -> None:
-    """Raises UserError where the run is not on what was cached."""
+    """Raises UserError if the run asks for what is not in the cache."""
     if splits.streaming:
-        raise UserError(f"{config.data.source} is a stream, which no teacher cache can be of")
+        raise UserError(f"{config.data.source} is a stream, which cannot have a teacher cache")
     if not splits.labelled:
         raise UserError(
-            "--teacher-cache: validation images without labels are judged by agreement with the live teacher; "
+            "--teacher-cache: validation images without labels need the live teacher, to measure agreement; "
             "put them into class folders, or leave out --teacher-cache"
         )
     crop, count, seed = cache.crop(student.input), cache.views["views"], cache.views["seed"]
@@ -122,7 +168,7 @@ def _check_cache(cache: Cache, config: Config, splits: Splits, student: Network,
 
 
 def weigh_classes(config: Config, splits: Splits) -> list[float] | None:
-    """The weights of `losses.ce.class_weights`. Raises UserError, also where `balanced` has no labels to count."""
+    """The class weights of `losses.ce.class_weights`. Raises UserError, also if `balanced` has no labels to count."""
     asked = config.losses.ce.class_weights
     for flag, on in (("--balanced", config.data.balanced), ("losses.ce.class_weights", asked == "balanced")):
         if on and splits.streaming:
@@ -148,9 +194,9 @@ def _checkpoint_blocks(student: Network) -> None:
         raise UserError(f"{student.name} does not support student.grad_checkpointing") from None
 
 
-def resolved(config: Config, begun: bool = False) -> Config:
-    """The same run, whatever folder it is continued or evaluated from. Raises UserError as `resolve_student` does."""
-    student = config.student if begun else resolve_student(config.student)
+def resolved(config: Config, resuming: bool = False) -> Config:
+    """The configuration with absolute paths, and the student's settings from its checkpoint. Raises UserError."""
+    student = config.student if resuming else resolve_student(config.student)
     data, teacher = config.data, config.teacher
     source = data.source and absolute_source(data.source)
     return config.replaced(

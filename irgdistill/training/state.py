@@ -1,89 +1,25 @@
-"""What a run needs to go on: saved in one piece, checked when read, with the one before it kept. No pickle."""
+"""The state of a run on disk: one file with a checksum and no pickle, beside the state before it."""
 
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import random_seed
 from torch import Tensor
 
-from irgdistill.config import Config, RuntimeConfig, changeable_on_resume, keys, read_yaml, validate
+from irgdistill.config import Config, changeable_on_resume, keys, read_yaml, validate
 from irgdistill.errors import UserError
-from irgdistill.io import FORMAT, RunFolder, own_copies, read_tensors, save_tensors
-
-
-class Saver:
-    """Saves a run: weights that wait, then the state, so that a state never knows of weights that are not on disk.
-
-    What fails is told once, kept, and tried again at the next save.
-    """
-
-    def __init__(self, folder: RunFolder, runtime: RuntimeConfig, warn: Callable[[str], None]) -> None:
-        self.folder, self.runtime = folder, runtime
-        self.saved = "nothing is saved"
-        """What a run could go on from."""
-        self.error: OSError | None = None
-        """Why the last save failed."""
-        self._warn = warn
-        self._position: str | None = None
-        self._waiting: dict[Path, tuple[dict[str, Tensor], dict[str, Any]]] = {}
-        self._tried = time.monotonic()
-
-    def add(self, path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Weights to write at the next save, which must come before they change."""
-        self._waiting[path] = weights, metadata
-
-    def due(self, update: int) -> bool:
-        """Whether `--save-every-steps` or `--save-every-minutes` asks for a save after this update."""
-        steps, minutes = self.runtime.save_every_steps, self.runtime.save_every_minutes
-        late = minutes > 0 and time.monotonic() - self._tried >= 60 * minutes
-        return late or (steps > 0 and update % steps == 0)
-
-    def save(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Write what waits and the state; `error` says what went wrong, if anything did."""
-        failed, self._tried = self.error is not None, time.monotonic()
-        try:
-            self.write_weights()
-            self._write_state(state())
-        except OSError as error:
-            self.error = error
-            self._waiting = {path: (own_copies(weights), about) for path, (weights, about) in self._waiting.items()}
-            if not failed:
-                self._warn(f"not saved ({reason(error)}); {self.saved}; training goes on and tries again")
-        else:
-            self.error = None
-            if failed:
-                self._warn(f"saved again: {self.saved}")
-
-    def write_weights(self) -> None:
-        """Write the weights that wait. Raises OSError."""
-        for path in list(self._waiting):
-            save_tensors(path, *self._waiting[path])
-            del self._waiting[path]
-
-    def has(self, state: Mapping[str, Any]) -> None:
-        """Take note that this state is on disk."""
-        self._position = position(state)
-        self.saved = f"the last saved state is {self._position}"
-
-    def _write_state(self, state: dict[str, Any]) -> None:
-        if position(state) != self._position:  # otherwise nothing was trained since
-            save_state(self.folder.state, state, self.folder.previous_state)
-            self.has(state)
-
-
-def reason(error: OSError) -> str:
-    """Of a failed write, in words."""
-    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+from irgdistill.io import FORMAT, RunFolder, read_tensors, save_tensors
+from irgdistill.runtime import World
 
 
 def position(state: Mapping[str, Any]) -> str:
-    """Where a state stands, in words; its epoch is the one under way."""
+    """The position of a state in words: the epoch under way and its batches done."""
     return f"epoch {state['epoch'] + 1}, batch {state['batch']}"
 
 
@@ -91,14 +27,14 @@ def position(state: Mapping[str, Any]) -> str:
 
 
 def save_state(path: Path, state: Mapping[str, Any], previous: Path | None = None) -> None:
-    """Any tree of dicts, lists, numbers, strings and tensors. What was at `path` goes to `previous`. Raises OSError."""
+    """Write a tree of dicts, lists, numbers, strings and tensors; keep an older file as `previous`. Raises OSError."""
     tensors: dict[str, Tensor] = {}
     packed = _pack(state, "", tensors)
     save_tensors(path, tensors, {"format": FORMAT, "state": packed}, previous)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote. Raises UserError when it is missing, damaged, or of a newer version."""
+    """Read a state. Raises UserError if it is missing, damaged, or of a newer version."""
     tensors, metadata = read_tensors(path)
     if metadata is None or "state" not in metadata:
         raise UserError(f"{path} is not a state of irgdistill")
@@ -107,49 +43,48 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def open_state(folder: RunFolder, previous: bool = False) -> tuple[dict[str, Any], Config]:
-    """The state to go on from, or the one before it, and the run's configuration.
+    """Read the state to resume from, or the `previous` one, and the run's configuration.
 
-    Raises UserError when one is missing, damaged or of another run than the other; the line names the other state
-    where that one is good.
+    Raises UserError if either is missing, damaged or of another run; the message names the other state if it is whole.
     """
     config = None
     if folder.config.exists():
         try:
             config = validate(read_yaml(folder.config), f"{folder.config}: ")
         except UserError as error:
-            raise UserError(f"{error}; put it right, or delete it to take what the state remembers") from None
+            raise UserError(f"{error}; correct it, or delete it to use the configuration in the state") from None
     try:
         state = load_state(folder.previous_state if previous else folder.state)
         remembered = validate(state["config"])
         if config is not None:
-            _check_same(config, remembered, folder)
+            _check_same_run(config, remembered, folder)
     except UserError as error:
         raise UserError(f"{error}; {other_state(folder, previous)}") from None
     return state, config or remembered
 
 
 def other_state(folder: RunFolder, previous: bool) -> str:
-    """What to do when the newer or the `previous` state cannot be used."""
+    """Advice if the newer, or the `previous`, state cannot be used."""
     try:
         state = load_state(folder.state if previous else folder.previous_state)
     except UserError:
-        return "there is no other state to go on from"
+        return "there is no other state to resume from"
     if previous:
         return f"the newer state is whole ({position(state)}): leave out --previous-state"
     return f"the state before it is whole ({position(state)}): {folder.resume_command} --previous-state"
 
 
-def _check_same(config: Config, remembered: Config, folder: RunFolder) -> None:
+def _check_same_run(config: Config, remembered: Config, folder: RunFolder) -> None:
     wrong = changes(config, remembered)
     if wrong:
         raise UserError(
             f"{folder.config} is not what the state was trained with ({'; '.join(wrong)}): "
-            "put it right, or delete it to take what the state remembers"
+            "correct it, or delete it to use the configuration in the state"
         )
 
 
 def changes(config: Config, remembered: Config) -> list[str]:
-    """What differs of what must not between two configurations of one run, in words."""
+    """Settings that a run must keep and that differ between two of its configurations, in words."""
     changeable = changeable_on_resume()
     return [
         f"{key} = {_at(config, key)}, was {_at(remembered, key)}"
@@ -188,38 +123,15 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 # --- parts of a state -------------------------------------------------------------------------------------------------
 
 
-def best_on_disk(path: Path, remembered: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
-    """Metrics of the best weights there are: those of the file at `path`, {} when it is missing or damaged.
-
-    The file may be newer than the state (stopped between the two, or resumed from the previous state): its weights
-    did reach their metrics, so they count. `remembered`: what the state says of it.
-    """
-    if not remembered and not path.exists():
-        return {}
-    try:
-        found: dict[str, Any] = (read_tensors(path)[1] or {}).get("metrics", {})
-    except UserError as error:
-        if remembered:
-            warn(f"{error}; {score(remembered)} of epoch {remembered['epoch']} is lost with it")
-        return {}
-    if remembered and found.get(metric(remembered), 0) < remembered[metric(remembered)]:
-        warn(f"{path} is not the best of the run, {score(remembered)} of epoch {remembered['epoch']}")
-    return found
-
-
-def metric(metrics: Mapping[str, Any]) -> str:
-    """What chooses the best weights: accuracy, or without labelled images agreement with the teacher."""
-    return "top1" if "top1" in metrics else "agreement"
-
-
-def score(metrics: Mapping[str, Any]) -> str:
-    """The same with its value, in words."""
-    name = metric(metrics)
-    return f"{'top-1' if name == 'top1' else name} {metrics[name]:.2f}"
+def seed_process(seed: int, world: World) -> None:
+    """Seed Python's and numpy's generators, which draw mixup, alike in all processes; torch's, for dropout, differ."""
+    random_seed(seed)
+    if not world.main:
+        torch.manual_seed(seed + world.rank)
 
 
 def mean_of(entries: list[Any]) -> Any:
-    """Trees of tensors, alike but for their values -> their mean."""
+    """The mean of trees of tensors that differ in values alone."""
     first = entries[0]
     if isinstance(first, Tensor):
         return torch.stack(entries).mean(0)
@@ -229,7 +141,7 @@ def mean_of(entries: list[Any]) -> Any:
 
 
 def random_states() -> dict[str, Any]:
-    """Of Python, numpy, torch and every CUDA device."""
+    """States of the random generators of Python, numpy, torch and every CUDA device."""
     version, words, gauss = random.getstate()
     name, words_numpy, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -241,7 +153,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` gave."""
+    """Restore the states that `random_states` returned."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, words_numpy, *rest = states["numpy"]

@@ -2,284 +2,280 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from irgdistill.errors import Interrupted, UserError
-from irgdistill.io import Report, RunFolder, write_text
+from irgdistill.errors import Interrupted, TrainingError, os_reason
+from irgdistill.io import Report, RunFolder
 from irgdistill.losses import Batch, gradient_shares
-from irgdistill.matching import Tapped
-from irgdistill.runtime import Signals, Stopped, World, read_later
-from irgdistill.training.checkpointing import Saved
-from irgdistill.training.evaluation import Metrics, evaluate
+from irgdistill.runtime import Signals, Stopped, World, compiler_settings, read_later
+from irgdistill.training.checkpointing import Checkpointer
+from irgdistill.training.components import RunComponents, build_components
+from irgdistill.training.evaluation import Metrics, check_teacher, evaluate, metric_name, score
+from irgdistill.training.observer import Observer
+from irgdistill.training.progress import Progress
 from irgdistill.training.setup import Setup
-from irgdistill.training.state import metric, reason, score
+from irgdistill.training.state import seed_process
 
 
-class Observer(Protocol):
-    """Watches a run while it trains; `fit` enters and leaves it."""
+class Trainer:
+    """Trains a run made by `build_trainer`, in each process of `components.world`."""
 
-    def __enter__(self) -> object: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None: ...
-
-    def epoch_ended(self, teacher: Tapped | None, student: Tapped, epoch: int) -> None:
-        """After every evaluation, and once with `epoch` 0 before training."""
-
-
-class Trainer(Saved):
-    """One run: `Trainer(prepare(config), RunFolder(path), Report(…)).fit()`, in each process of `world`."""
-
-    def __init__(self, setup: Setup, folder: RunFolder, report: Report, world: World | None = None) -> None:
-        super().__init__(setup, folder, report, world or World())
+    def __init__(
+        self,
+        components: RunComponents,
+        progress: Progress,
+        checkpointer: Checkpointer,
+        report: Report,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.components, self.progress, self.checkpointer = components, progress, checkpointer
+        self.report, self.observers = report, observers
+        self.config, self.world = components.config, components.world
         self.signals = Signals(patient=True)
-        self.observers: Sequence[Observer] = ()
-
-    # --- one step -----------------------------------------------------------------------------------------------------
 
     def train_step(self, images: Tensor, labels: Tensor, cached: Tensor | None = None) -> dict[str, Tensor]:
-        """Raw images (B, 3, H, W), labels (B,) -> total and raw terms. One backward; an update at a boundary.
+        """Raw images (B, 3, H, W) and labels (B,) -> total loss and raw terms, scalars without gradient.
 
-        `cached`: answers (B, n) of the teacher cache, where there is one.
+        Runs backward once, and updates the weights when `accumulate` batches have gone by. `cached` (B, n): the
+        teacher cache's rows for these images. Raises TrainingError, before the weights change, if the loss is not finite.
         """
+        run, progress = self.components, self.progress
+        update_due = (progress.batch + 1) % run.accumulate == 0
         if self.config.runtime.compile:
-            torch.compiler.cudagraph_mark_step_begin()  # what recorded graphs gave may be overwritten from here on
+            torch.compiler.cudagraph_mark_step_begin()  # the outputs of the previous step may be overwritten from here
         images, targets = self._mixed(images, labels)
-        boundary = (self.batch + 1) % self.accumulate == 0
-        with self.world.gradients(self.student, exchanged=boundary), self.autocast:
-            with torch.no_grad():
-                teacher = None if self.teacher is None else self.teacher(images)
-            if self.cache is not None and cached is not None:
-                teacher = self.cache.output(cached)
-            student = self.student(images)
-        total, raw, weights = self.loss.losses(Batch(student, targets, teacher), self.update / self.updates)
-        broken = read_later(self.world.maximum((~total.detach().isfinite()).int()))
-        self._sample_shares(raw, weights, broken)
-        self.scaler.scale(total / self.accumulate).backward()
-        self._refuse_non_finite(raw, broken)
-        self.batch += 1
-        if boundary:
-            self._update_weights()
+        with self.world.gradients(run.trained, exchanged=update_due), run.autocast:
+            teacher = None if run.teacher is None else run.teacher(images, cached)
+            student = run.trained(images)
+        total, raw, weights = run.loss.losses(Batch(student, targets, teacher), progress.update / run.updates)
+        non_finite = read_later(self.world.maximum((~total.detach().isfinite()).int()))
+        self._record_gradient_shares(raw, weights, non_finite)
+        run.scaler.scale(total / run.accumulate).backward()
+        self._refuse_non_finite(raw, non_finite)
+        progress.batch += 1
+        if update_due:
+            self.update_weights()
         return {"loss": total.detach(), **{name: value.detach() for name, value in raw.items()}}
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images and their targets, mixed where that is on; None where the labels are not to be used."""
-        known = self.config.data.labels
-        if self.mix is not None:
-            images, labels = self.mix(images.float(), labels if known else torch.zeros_like(labels))
-        return images, labels if known else None
+        """Images and targets after mixup; no targets if the labels are not to be used."""
+        labelled = self.config.data.labels
+        if self.components.mixup is not None:
+            images, labels = self.components.mixup(images.float(), labels if labelled else torch.zeros_like(labels))
+        return images, labels if labelled else None
 
-    def _update_weights(self) -> None:
+    def update_weights(self) -> None:
+        """Clip the gradients, step optimizer and schedule, and average the weights."""
+        run, progress = self.components, self.progress
         if self.config.optim.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.tapped.parameters(), self.config.optim.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.update += 1
-        self.scheduler.step_update(self.update)
-        if self.ema is not None:
-            self.ema.update(self.tapped.model, step=self.update)
+            run.scaler.unscale_(run.optimizer)
+            torch.nn.utils.clip_grad_norm_(run.student.parameters(), self.config.optim.clip_grad)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        progress.update += 1
+        run.scheduler.step_update(progress.update)
+        if run.ema is not None:
+            run.ema.update(run.student.model, step=progress.update)
 
-    def _refuse_non_finite(self, raw: dict[str, Tensor], broken: Callable[[], bool]) -> None:
-        """Raises UserError where the total was `broken`, not finite, in any process."""
-        if broken():
+    def _refuse_non_finite(self, raw: dict[str, Tensor], non_finite: Callable[[], bool]) -> None:
+        """Raises TrainingError if the total is not finite in any process."""
+        if non_finite():
             values = self.world.sum(torch.stack([value.detach().float() for value in raw.values()])).tolist()
             found = zip(raw, values, strict=True)
             guilty = ", ".join(f"{name} = {value}" for name, value in found if not math.isfinite(value))
-            raise UserError(
-                f"the loss is not finite at update {self.update + 1}, epoch {self.epoch + 1} ({guilty or 'total'}); "
-                "the weights were not changed; a lower --lr, --clip-grad 1 or --amp none may help"
+            raise TrainingError(
+                f"the loss is not finite at update {self.progress.update + 1}, epoch {self.progress.epoch + 1} "
+                f"({guilty or 'total'}); the weights were not changed; a lower --lr, --clip-grad 1 or --amp none may "
+                "help"
             )
 
-    def _sample_shares(self, raw: dict[str, Tensor], weights: dict[str, float], broken: Callable[[], bool]) -> None:
-        every = self.config.runtime.gradient_shares_every
-        if every and len(raw) > 1 and self.update % every == 0 and self.batch % self.accumulate == 0:
-            self._refuse_non_finite(raw, broken)
-            shares = gradient_shares(raw, weights, list(self.tapped.parameters()), self.world)
-            self.report.record({"kind": "gradient", "epoch": self.epoch + 1, "update": self.update, "share": shares})
+    def _record_gradient_shares(
+        self, raw: dict[str, Tensor], weights: dict[str, float], non_finite: Callable[[], bool]
+    ) -> None:
+        every, progress = self.config.runtime.gradient_shares_every, self.progress
+        if every and len(raw) > 1 and progress.update % every == 0 and progress.batch % self.components.accumulate == 0:
+            self._refuse_non_finite(raw, non_finite)
+            shares = gradient_shares(raw, weights, list(self.components.student.parameters()), self.world)
+            values = {"epoch": progress.epoch + 1, "update": progress.update, "share": shares}
+            self.report.record({"kind": "gradient", **values})
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
-    def fit(self) -> dict[str, Any]:
-        """Train to the last epoch -> the run's summary. Raises UserError, or Interrupted once everything is saved.
+    def start(self, overwrite: bool = False) -> None:
+        """Check the teacher, create the run folder, save the first state: from here on the run can be resumed.
 
-        A first SIGINT or SIGTERM stops it after the update under way, a second one at once, with `Stopped`.
+        Raises UserError if the folder is in use, OSError if it cannot be written.
         """
-        epochs = self.config.schedule.epochs
+        with compiler_settings(self.config.runtime.compile):
+            self.progress.teacher_record = check_teacher(self.components, self.report)
+        self.checkpointer.create(overwrite)
+        seed_process(self.config.seed, self.world)
+        self.checkpointer.save_first()
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last epoch -> the run's summary. Raises TrainingError, or Interrupted once everything is saved.
+
+        The first SIGINT or SIGTERM stops it after the current update, a second one at once, by `Stopped`.
+        """
+        run, progress, epochs = self.components, self.progress, self.config.schedule.epochs
         with (
             self.signals,
-            self.report.progress(epochs * self.batches, self._done()),
+            compiler_settings(self.config.runtime.compile),
+            self.report.progress(epochs * run.batches, self._batches_done()),
             ExitStack() as stack,
         ):
             for observer in self.observers:
                 stack.enter_context(observer)
-            if self.batch == 0:
+            if progress.batch == 0:
                 self._notify()
-            while self.epoch < epochs:
-                if self.batch < self.batches:
-                    self._train_epoch()
-                self._end_epoch(self._evaluate())
-                if self.epoch < epochs:
+            while progress.epoch < epochs:
+                if progress.batch < run.batches:
+                    self.train_epoch()
+                self.end_epoch(self.evaluate())
+                if progress.epoch < epochs:
                     self._pause()
         return self._finish()
 
-    def start(self, overwrite: bool = False) -> None:
-        """Try the teacher, make the run folder, save the first state: with it, the run has begun.
-
-        Raises UserError where the folder is taken, OSError when it cannot be written.
-        """
-        self.tried = self._check_teacher() if self.teacher is not None and self.config.teacher.check else None
-        if self.world.main:
-            self.folder.create(overwrite)
-        self._seed()
-        self._save()
-        if self.saver.error is not None:
-            raise self.saver.error
-        self._record_teacher()
-        if self.world.main:
-            self._describe()
-
-    def _train_epoch(self) -> None:
-        self.student.train()
-        log_every = self.config.runtime.log_every * self.accumulate
+    def train_epoch(self) -> None:
+        """Train on the batches that are left of the epoch."""
+        run, progress = self.components, self.progress
+        run.trained.train()
+        log_every = self.config.runtime.log_every * run.accumulate
         since, images_since = time.perf_counter(), 0
-        for images, labels, *cached in self.train.epoch(self.epoch, start=self.batch):
-            values = {"count": torch.ones((), device=self.device), **self.train_step(images, labels, *cached)}
-            self.sums = {name: self.sums[name] + value for name, value in values.items()} if self.sums else values
+        for images, labels, *cached in run.train.epoch(progress.epoch, start=progress.batch):
+            progress.add(self.train_step(images, labels, *cached))
             images_since += len(labels) * self.world.size
-            if self.batch % log_every == 0 or self.batch == self.batches:
+            if progress.batch % log_every == 0 or progress.batch == run.batches:
                 self._log(images_since, time.perf_counter() - since)
                 since, images_since = time.perf_counter(), 0
-            if self.batch % self.accumulate == 0:
+            if progress.batch % run.accumulate == 0:
                 self._pause()
-            if self.batch == self.batches:
+            if progress.batch == run.batches:
                 return
 
-    def _evaluate(self) -> Metrics:
-        """Of the student as it is saved. A signal leaves it at once: the state before it is as good.
+    def evaluate(self) -> Metrics:
+        """Evaluate the weights that would be saved.
 
-        Many processes wait for one another, so they finish it.
+        A signal aborts it: the last saved state loses nothing. Several processes wait for one another, so they finish.
         """
-        for model in self._unshared():
+        run = self.components
+        for model in run.local_models:
             self.world.average_statistics(model)
         try:
             with self.signals.impatient() if self.world.size == 1 else nullcontext():
-                labelled = self.setup.splits.labelled
-                teacher = None if labelled else self.teacher
-                return evaluate(self.deployed, self.val, self.autocast, teacher, self.world, labelled)
+                labelled = run.setup.splits.labelled
+                teacher = None if labelled or run.teacher is None else run.teacher.network
+                return evaluate(run.evaluated, run.validation, run.autocast, teacher, self.world, labelled)
         except Stopped:
             self._pause()
             raise
 
+    def end_epoch(self, metrics: Metrics) -> None:
+        """Record the metrics of an epoch and save."""
+        progress, epochs = self.progress, self.config.schedule.epochs
+        better = progress.end_epoch({key: value for key, value in asdict(metrics).items() if value is not None})
+        self.report.record({"kind": "eval", **progress.last})
+        self._notify()
+        if better:
+            self.checkpointer.save_weights("best")
+        self.checkpointer.save_weights("last")
+        self.checkpointer.save_state()
+        details = f"top-5 {metrics.top5:.2f}  val loss {metrics.loss:.3f}" if metrics.top1 is not None else ""
+        details = details or f"KL {metrics.kl:.3f}"
+        best = "  (best)" if better else ""
+        self.report.line(f"epoch {progress.epoch}/{epochs}  {score(progress.last)}  {details}{best}")
+
     def _log(self, images: int, seconds: float) -> None:
-        self.seconds, self.images_seen = self.seconds + seconds, self.images_seen + images
-        asked = time.perf_counter()
-        count, *sums = self.world.mean(torch.stack([value.float() for value in self.sums.values()])).tolist()
-        means = dict(zip(list(self.sums)[1:], (value / count for value in sums), strict=True))
-        self.sums = {}
-        terms = {name: value for name, value in means.items() if name != "loss"}
-        self.report.record(
-            {
-                "kind": "train",
-                "epoch": self.epoch + 1,
-                "update": self.update,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "loss": means["loss"],
-                "terms": terms,
-                "images_per_second": images / seconds,
-            }
-        )
-        slow = self.train.bottleneck(seconds, time.perf_counter() - asked)
+        run, progress = self.components, self.progress
+        progress.seconds, progress.images = progress.seconds + seconds, progress.images + images
+        read = time.perf_counter()
+        means = progress.take_means(self.world)
+        record = {
+            "kind": "train",
+            "epoch": progress.epoch + 1,
+            "update": progress.update,
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "loss": means["loss"],
+            "terms": {name: value for name, value in means.items() if name != "loss"},
+            "images_per_second": images / seconds,
+        }
+        self.report.record(record)
+        slow = run.train.bottleneck(seconds, time.perf_counter() - read)
         if slow:
             self.report.warn(slow)
-        title = f"epoch {self.epoch + 1}/{self.config.schedule.epochs}"
-        if self.best and self.last:
-            title += f"  {score(self.last)} (best {self.best[metric(self.best)]:.2f})"
-        self.report.advance(self._done(), title, means, images / seconds)
-
-    def _end_epoch(self, metrics: Metrics) -> None:
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.last = {"epoch": self.epoch, **{k: v for k, v in asdict(metrics).items() if v is not None}}
-        self.report.record({"kind": "eval", **self.last})
-        self._notify()
-        better = not self.best or self.last[metric(self.last)] > self.best[metric(self.last)]
-        if better:
-            self.best = self.last
-            self._save_weights("best")
-        self._save_weights("last")
-        self._save()
-        more = (
-            f"KL {metrics.kl:.3f}" if metrics.top1 is None else f"top-5 {metrics.top5:.2f}  val loss {metrics.loss:.3f}"
-        )
-        epochs, best = self.config.schedule.epochs, "  (best)" if better else ""
-        self.report.line(f"epoch {self.epoch}/{epochs}  {score(self.last)}  {more}{best}")
+        title = f"epoch {progress.epoch + 1}/{self.config.schedule.epochs}"
+        if progress.best and progress.last:
+            title += f"  {score(progress.last)} (best {progress.best[metric_name(progress.best)]:.2f})"
+        self.report.advance(self._batches_done(), title, means, images / seconds)
 
     def _finish(self) -> dict[str, Any]:
-        teacher = self.setup.teacher
-        if self.saver.error is not None:
-            self._save()
+        progress, setup, saver = self.progress, self.components.setup, self.checkpointer
+        best, last = progress.best, progress.last
+        if saver.error is not None:
+            saver.save_state()
         summary: dict[str, Any] = {
             "method": self.config.method,
-            "student": self.setup.student.name,
-            "teacher": None if teacher is None else teacher.name,
-            **{key: self.best[key] for key in ("top1", "top5", "agreement", "epoch") if key in self.best},
-            f"last_{metric(self.last)}": self.last[metric(self.last)],
+            "student": setup.student.name,
+            "teacher": None if setup.teacher is None else setup.teacher.name,
+            **{key: best[key] for key in ("top1", "top5", "agreement", "epoch") if key in best},
+            f"last_{metric_name(last)}": last[metric_name(last)],
             "epochs": self.config.schedule.epochs,
-            "seconds": self.seconds,
-            "images_per_second": self.images_seen / max(self.seconds, 1e-9),
+            "seconds": progress.seconds,
+            "images_per_second": progress.images / max(progress.seconds, 1e-9),
             "seed": self.config.seed,
-            "bad_images": self._bad_images(self.world.collect(self.bad.names)),
+            "bad_images": saver.unreadable_of_all(),
         }
         try:
-            if self.saver.error is not None:
-                raise self.saver.error
-            if self.world.main:
-                write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+            saver.save_summary(summary)
         except OSError as error:
-            raise UserError(
-                f"trained to the end, but not all is saved ({reason(error)}): {self.saver.saved}; "
-                f"make room, then: {self.folder.resume_command}"
+            raise TrainingError(
+                f"trained to the end, but not all is saved ({os_reason(error)}): {saver.saved}; "
+                f"free some space, then: {saver.resume_command}"
             ) from None
         return summary
 
-    def _notify(self) -> None:
-        for observer in self.observers:
-            observer.epoch_ended(self.teacher, self.deployed, self.epoch)
+    # --- observers and signals ----------------------------------------------------------------------------------------
 
-    # --- stopping -----------------------------------------------------------------------------------------------------
+    def _notify(self) -> None:
+        run = self.components
+        teacher = None if run.teacher is None else run.teacher.network
+        for observer in self.observers:
+            observer.epoch_ended(teacher, run.evaluated, self.progress.epoch)
 
     def _pause(self) -> None:
-        """Between two updates: stop if a signal asked any process for it, save if it is time."""
-        here = [self.signals.received or 0, int(self.saver.due(self.update))]
-        asked, due = self.world.maximum(torch.tensor(here)).tolist()
-        if asked:
-            self._stop(asked)
+        """Between two updates: stop if any process received a signal, save if it is time."""
+        here = [self.signals.received or 0, int(self.checkpointer.due())]
+        received, due = self.world.maximum(torch.tensor(here)).tolist()
+        if received:
+            self.stop(received)
         if due:
-            self._save()
+            self.checkpointer.save_state()
 
-    def _stop(self, number: int) -> None:
-        self._save_weights("last")
-        self._save()
-        where = f"epoch {self.epoch + 1}, batch {self.batch} of {self.batches}"
+    def stop(self, number: int) -> None:
+        """Save, and raise Interrupted with the exit code of a signal."""
+        progress, saver = self.progress, self.checkpointer
+        saver.save_weights("last")
+        saver.save_state()
+        where = f"epoch {progress.epoch + 1}, batch {progress.batch} of {self.components.batches}"
         saved = "all saved"
-        if self.saver.error is not None:
-            saved = f"but this could not be saved ({reason(self.saver.error)}): {self.saver.saved}"
-        raise Interrupted(
-            128 + number,
-            f"stopped at {where}, {saved}; go on with: {self.folder.resume_command}",
-        )
+        if saver.error is not None:
+            saved = f"but this could not be saved ({os_reason(saver.error)}): {saver.saved}"
+        raise Interrupted(128 + number, f"stopped at {where}, {saved}; go on with: {saver.resume_command}")
 
-    def _done(self) -> int:
-        return self.epoch * self.batches + self.batch
+    def _batches_done(self) -> int:
+        return self.progress.epoch * self.components.batches + self.progress.batch
+
+
+def build_trainer(setup: Setup, folder: RunFolder, report: Report, world: World | None = None) -> Trainer:
+    """A trainer of `setup` that saves to `folder`: call `start()` or `checkpointer.resume(state)`, then `fit()`."""
+    components, progress = build_components(setup, world or World(), report), Progress()
+    return Trainer(components, progress, Checkpointer(components, progress, folder, report), report)

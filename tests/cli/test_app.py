@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import SMALL, Result, Run, interrupted, records, write_images
+from support import SMALL, Result, Run, interrupted, position, records, write_images
 
 import irgdistill.models  # noqa: F401  registers the CIFAR networks
 from irgdistill.io.run_folder import RunFolder
@@ -130,7 +130,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert distill(run, teacher, folder, whole, *options).code == 0
 
-    with interrupted(lambda trainer: trainer.epoch * trainer.batches + trainer.batch == 4):
+    with interrupted(lambda trainer: position(trainer) == 4):
         result = distill(run, teacher, folder, parts, *options)
     assert result.code == 130
     assert f"go on with: irgdistill distill --resume {parts}" in result.err
@@ -417,7 +417,7 @@ def test_another_teacher_is_refused(run: Run, teacher: Path, folder: Path, tmp_p
     from irgdistill.training.trainer import Trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_end_epoch", lambda self, metrics: self._stop(15))
+        patch.setattr(Trainer, "end_epoch", lambda self, metrics: self.stop(15))
         assert distill(run, teacher, folder, tmp_path / "run", "--epochs", 2).code == 143
     weights = load_file(teacher / "best.safetensors")
     metadata = read_metadata(teacher / "best.safetensors")

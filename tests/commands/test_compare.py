@@ -41,9 +41,9 @@ def test_a_comparison_is_run_told_and_not_run_again(
     output = tmp_path / "out"
     options = (*RECIPE, *teacher, "--set", "losses.kd.fade=[0.5, 1.0]")
     command = ("compare", "--methods", "none,kd", "--seeds", 2, *options, "--seed", 3, "--output", output)
-    with interrupted(lambda trainer: trainer.config.seed == 4 and trainer.update == 3):
+    with interrupted(lambda trainer: trainer.config.seed == 4 and trainer.progress.update == 3):
         stopped = run(*command)
-    assert stopped.code == 130 and "goes on with all" in stopped.err
+    assert stopped.code == 130 and "repeat the `compare` command" in stopped.err
     done = {path.parent: path.stat().st_mtime_ns for path in output.glob("*/*/summary.json")}
     assert {f"{path.parent.name}/{path.name}" for path in done} == {"none/3", "kd/3"}
 
@@ -163,7 +163,7 @@ def test_several_runs_at_once(
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
-    assert process.returncode == 130 and "the same command goes on" in error
+    assert process.returncode == 130 and "repeat the command to continue" in error
     for method in ("none", "fitnet"):
         log = (together / method / "0" / "log.txt").read_text()
         assert "all saved" in log or "stopped by SIGTERM" in log

@@ -55,13 +55,14 @@ def test_the_memory_of_a_large_step_follows_from_small_ones(monkeypatch: pytest.
     flags = {"teacher.name": "cifar_resnet20", "student.name": "cifar_resnet14_x0_5", "optim.ema": 0.9}
     setup = prepare(load_config("quickstart", flags=flags), fetch=False)
     found = try_run(setup, 32, LARGE)
-    trainer = trial.Trainer(setup, trial.RunFolder(Path("none")), trial.Report(quiet=True))
+    trainer = trial.build_trainer(setup, trial.RunFolder(Path("none")), trial.Report(quiet=True))
+    run = trainer.components
     trial._step(trainer, 2)
     measured = trial._peak(trainer, 256)
     assert found.fixed + 256 * found.per_image == pytest.approx(measured, rel=0.05)
-    student, teacher = (trial._size(trial._tensors([network])) for network in (trainer.tapped, trainer.teacher))
+    student, teacher = (trial._size(trial._tensors([network])) for network in (run.student, run.teacher.network))
     assert found.weights == pytest.approx(2 * student + teacher, rel=1e-3), "with the average"
-    momentum = sum(p.numel() * 4 for p in trainer.tapped.parameters())
+    momentum = sum(p.numel() * 4 for p in run.student.parameters())
     assert found.optimizer == momentum
     assert found.memory(found.largest(10**8)) <= 10**8 < found.memory(found.largest(10**8) + 2)
     assert found.step_images == 32 and found.step_rate > 0 and found.loader_rate > 0
@@ -127,7 +128,7 @@ def test_a_slow_loader_is_told_how_many_workers_it_takes(run: Run, monkeypatch: 
     monkeypatch.setattr(doctor, "cores", lambda: 1000)
     shown = run("doctor", *PLAN, "--batch-size", 8, "--json")
     (verdict,) = (v["text"] for v in json.loads(shown.out)["verdicts"] if v["kind"] == "change")
-    assert shown.code == 0 and verdict.startswith("training waits for images") and "--workers " in verdict
+    assert shown.code == 0 and verdict.startswith("data loading takes") and "--workers " in verdict
     monkeypatch.setattr(doctor, "cores", lambda: 1)
     assert "more than there are cores" in run("doctor", *PLAN, "--batch-size", 8, "--workers", 1).out
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from support import Run, input_spec, interrupted, write_images
+from support import Run, input_spec, interrupted, position, write_images
 
 from irgdistill.config.schema import AugmentConfig, DataConfig, LossesConfig
 from irgdistill.data.dataset import UnreadableImages
@@ -110,7 +110,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(run: Run, uneven: Path, tmp_p
     options = ("--data", uneven, "--student", "cifar_resnet14_x0_5", "--epochs", 2, "--balanced", *SMALL)
     options += ("--set", "losses.ce.class_weights=balanced", "--mixup", 0.2)
     assert run("distill", *options, "--output", tmp_path / "whole").code == 0
-    with interrupted(lambda trainer: trainer.epoch * trainer.batches + trainer.batch == 6):
+    with interrupted(lambda trainer: position(trainer) == 6):
         assert run("distill", *options, "--output", tmp_path / "parts").code == 130
     resumed = run("distill", "--resume", tmp_path / "parts")
     assert resumed.code == 0, resumed.err

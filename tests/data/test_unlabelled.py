@@ -215,7 +215,7 @@ def test_such_a_run_goes_on_and_compare_refuses_it(run: Run, teacher: Path, tmp_
     options = ("--epochs", 2, "--val-fraction", 0.25)
     assert distill(run, teacher, data, tmp_path / "whole", *options).code == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_end_epoch", lambda self, metrics: self._stop(15))
+        patch.setattr(Trainer, "end_epoch", lambda self, metrics: self.stop(15))
         assert distill(run, teacher, data, tmp_path / "parts", *options).code == 143
     resumed = run("distill", "--resume", tmp_path / "parts")
     assert resumed.code == 0 and "best agreement" in resumed.err, resumed.err

@@ -22,6 +22,7 @@ from support import SMALL, Run
 from irgdistill.io.loggers import base
 from irgdistill.io.loggers.tensorboard import TensorBoard
 from irgdistill.plugins import snapshot
+from irgdistill.training.checkpointing import Checkpointer
 from irgdistill.training.trainer import Trainer
 
 pytest.importorskip("tensorboard")
@@ -188,13 +189,13 @@ def die(patch: pytest.MonkeyPatch, where: str) -> None:
             raise Killed
         return step(self, *batch)
 
-    def never(self: Trainer, which: str) -> None:
+    def never(self: Checkpointer, which: str) -> None:
         raise Killed
 
     if where == "step":
         patch.setattr(Trainer, "train_step", fifth)
     else:
-        patch.setattr(Trainer, "_save_weights", never)
+        patch.setattr(Checkpointer, "save_weights", never)
 
 
 @pytest.mark.parametrize(("where", "every"), [("step", 2), ("evaluation", 3)])

@@ -401,12 +401,13 @@ def _steps(world: World, teacher: Path, folder: Path) -> dict[str, Tensor]:
     flags |= {"data.source": "digits", "data.workers": 0, "data.batch_size": 16, "runtime.sync_bn": True}
     flags |= {"schedule.epochs": 1, "losses.fitnet.fade": [0.0, 0.02]}
     trainer = trainer_of(world, {**flags, "runtime.device": "cpu"}, folder)
-    for images, labels in trainer.train.epoch():
-        assert (trainer.loss.weights(trainer.update / trainer.updates)["fitnet"] == 0) == (trainer.update == 2)
+    for images, labels in trainer.components.train.epoch():
+        run, update = trainer.components, trainer.progress.update
+        assert (run.loss.weights(update / run.updates)["fitnet"] == 0) == (update == 2)
         trainer.train_step(images, labels)
-        if trainer.update == 3:
+        if trainer.progress.update == 3:
             break
-    return {name: value.clone() for name, value in trainer.student.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.components.trained.state_dict().items()}
 
 
 def test_what_is_trained_beside_the_student_is_the_same_on_two_processes(
@@ -489,7 +490,7 @@ def test_what_is_trained_beside_the_student_is_resumed(
     options = (*teachers["cifar_resnet20"], *QUICK, "--epochs", 2, "--student", "cifar_resnet14_x0_5")
     options += ("--method", method, "--lr", 0.01, "--ema", 0.9)
     assert run("distill", *options, "--output", tmp_path / "whole").code == 0
-    with interrupted(lambda trainer: trainer.update == 9):
+    with interrupted(lambda trainer: trainer.progress.update == 9):
         assert run("distill", *options, "--output", tmp_path / "parts").code == 130
     resumed = run("distill", "--resume", tmp_path / "parts")
     assert resumed.code == 0, resumed.err

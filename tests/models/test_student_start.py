@@ -125,7 +125,7 @@ def test_a_run_that_began_needs_its_first_weights_no_more(
     ours(first, list("abcd"), input_size=(24, 24), args={"drop_rate": 0.1}, preprocessing={"mean": (0.5, 0.5, 0.5)})
     options = ("--student-checkpoint", first, "--data", folder, *ALONE, "--epochs", 2)
     assert run("distill", *options, "--output", tmp_path / "whole").code == 0
-    with interrupted(lambda trainer: trainer.update == 4):
+    with interrupted(lambda trainer: trainer.progress.update == 4):
         assert run("distill", *options, "--output", tmp_path / "parts").code == 130
     first.unlink()
     again = run("distill", "--resume", tmp_path / "parts", "--json")

@@ -77,6 +77,11 @@ def interrupted(when: Callable[[Any], bool]) -> Iterator[None]:
         yield
 
 
+def position(trainer: Any) -> int:
+    """Batches that a run has trained on."""
+    return int(trainer.progress.epoch * trainer.components.batches + trainer.progress.batch)
+
+
 def write_images(root: Path, classes: dict[str, int], size: int = 16, seed: int = 0) -> Path:
     """An ImageFolder of noisy images whose colour tells the class."""
     rng = np.random.default_rng(seed)

@@ -80,7 +80,7 @@ def passing(point: Callable[[str], None]) -> None:
     tensors.save_file = around(tensors.save_file, lambda _, path: f"write {Path(path).name}")
     trainer.evaluate = around(trainer.evaluate, lambda *_: "evaluate")
     trainer.Trainer.train_step = around(trainer.Trainer.train_step, lambda *_: "step")  # type: ignore[method-assign]
-    trainer.Trainer._update_weights = around(trainer.Trainer._update_weights, lambda *_: "update")  # type: ignore[method-assign]
+    trainer.Trainer.update_weights = around(trainer.Trainer.update_weights, lambda *_: "update")  # type: ignore[method-assign]
     evaluation._batch_sums = around(evaluation._batch_sums, lambda *_: "evaluated batch")
 
 

@@ -14,7 +14,7 @@ import torch
 from irgdistill.config import load_config
 from irgdistill.io import Report, RunFolder
 from irgdistill.runtime import World, process_group
-from irgdistill.training import Trainer, prepare
+from irgdistill.training import Trainer, build_trainer, prepare, seed_process
 
 
 def _one(rank: int, size: int, port: int, path: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -48,7 +48,7 @@ def trainer_of(world: World, flags: dict[str, Any], folder: Path) -> Trainer:
     run = RunFolder(folder)
     if world.main:
         run.create(overwrite=True)
-    trainer = Trainer(prepare(config), run, Report(run.metrics, quiet=not world.main), world)
-    trainer._seed()
-    trainer.student.train()
+    trainer = build_trainer(prepare(config), run, Report(run.metrics, quiet=not world.main), world)
+    seed_process(config.seed, world)
+    trainer.components.trained.train()
     return trainer

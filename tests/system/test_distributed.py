@@ -24,7 +24,7 @@ from irgdistill.runtime.distributed import World
 from irgdistill.training.evaluation import evaluate
 from irgdistill.training.setup import prepare
 from irgdistill.training.state import open_state
-from irgdistill.training.trainer import Trainer
+from irgdistill.training.trainer import build_trainer
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -138,16 +138,18 @@ def _train(world: World, flags: dict[str, Any], folder: Path, steps: int, dtype:
     torch.set_default_dtype(getattr(torch, dtype))
     trainer = trainer_of(world, flags, folder)
     losses = []
-    for images, labels in trainer.train.epoch():
+    for images, labels in trainer.components.train.epoch():
         values = trainer.train_step(images, labels)
         losses.append(world.mean(torch.stack(list(values.values())).detach()))
         if len(losses) == steps:
             break
     assert len(losses) == steps
-    for model in trainer._unshared():
+    for model in trainer.components.local_models:
         world.average_statistics(model)
-    weights = {name: value.clone() for name, value in trainer.tapped.model.state_dict().items()}
-    metrics = evaluate(trainer.deployed, trainer.val, trainer.autocast, world=world)
+    weights = {name: value.clone() for name, value in trainer.components.student.model.state_dict().items()}
+    metrics = evaluate(
+        trainer.components.evaluated, trainer.components.validation, trainer.components.autocast, world=world
+    )
     return {"weights": weights, "losses": torch.stack(losses), "images": metrics.images, "top1": metrics.top1}
 
 
@@ -184,11 +186,11 @@ def test_training_is_the_same_on_1_2_and_4_processes(tmp_path: Path, teacher: Pa
 def _broken(world: World, flags: dict[str, Any], folder: Path) -> str:
     """What a step says in which the second process's total is not finite."""
     trainer = trainer_of(world, flags, folder)
-    total = trainer.loss.total
+    total = trainer.components.loss.total
     if world.rank == 1:
-        trainer.loss.total = lambda raw, weights: total(raw, weights) * torch.inf  # type: ignore[method-assign]
+        trainer.components.loss.total = lambda raw, weights: total(raw, weights) * torch.inf  # type: ignore[method-assign]
     with pytest.raises(UserError) as refused:
-        trainer.train_step(*next(iter(trainer.train.epoch())))
+        trainer.train_step(*next(iter(trainer.components.train.epoch())))
     return str(refused.value)
 
 
@@ -255,13 +257,13 @@ def _run(world: World, flags: dict[str, Any], folder: Path, stop: int | None, re
     """A whole run, or one that a signal stops after `stop` updates; or the rest of it."""
     config = load_config(flags=flags)
     run = RunFolder(folder)
-    trainer = Trainer(prepare(config), run, Report(run.metrics, quiet=not world.main), world)
-    trainer.resume(open_state(run)[0]) if resume else trainer.start()
+    trainer = build_trainer(prepare(config), run, Report(run.metrics, quiet=not world.main), world)
+    trainer.checkpointer.resume(open_state(run)[0]) if resume else trainer.start()
     if stop is not None:
         step = trainer.train_step
 
         def counted(*args: Any) -> Any:
-            if trainer.update == stop and world.rank == world.size - 1:  # one process alone is told to stop
+            if trainer.progress.update == stop and world.rank == world.size - 1:  # one process alone is told to stop
                 trainer.signals.received = 15
             return step(*args)
 
@@ -270,7 +272,7 @@ def _run(world: World, flags: dict[str, Any], folder: Path, stop: int | None, re
             trainer.fit()
     else:
         trainer.fit()
-    return {name: value.clone() for name, value in trainer.deployed.model.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.components.evaluated.model.state_dict().items()}
 
 
 def test_a_run_of_two_processes_goes_on_where_it_stood(tmp_path: Path, teacher: Path) -> None:

@@ -18,7 +18,7 @@ from irgdistill.io.console import Report
 from irgdistill.io.run_folder import RunFolder
 from irgdistill.models.build import build_network
 from irgdistill.training.setup import prepare
-from irgdistill.training.trainer import Trainer
+from irgdistill.training.trainer import Trainer, build_trainer
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"))
 METHODS = ("irg+kd+at", "mtk", "logits", "dkd", "fitnet", "at", "fsp", "rkd", "sp", "pkt", "rocket")
@@ -55,8 +55,8 @@ def trainer_of(teacher: Path, folder: Path, device: str, method: str = "irg+kd+a
         "runtime.device": device, "runtime.amp": "none", "runtime.gradient_shares_every": 0,
     }  # fmt: skip
     config = load_config(flags={**flags, **{key.replace("__", "."): value for key, value in more.items()}})
-    trainer = Trainer(prepare(config), RunFolder(folder), Report(quiet=True))
-    trainer.student.train()
+    trainer = build_trainer(prepare(config), RunFolder(folder), Report(quiet=True))
+    trainer.components.trained.train()
     return trainer
 
 
@@ -68,7 +68,7 @@ def batch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def steps(trainer: Trainer, count: int) -> torch.Tensor:
     """Total and raw terms of `count` steps on one batch (count, terms)."""
-    found = [trainer.train_step(*batch(trainer.device)) for _ in range(count)]
+    found = [trainer.train_step(*batch(trainer.components.device)) for _ in range(count)]
     return torch.tensor([[value.item() for value in step.values()] for step in found])
 
 
@@ -78,16 +78,16 @@ def test_a_loss_that_is_not_finite_changes_no_weight(teacher: Path, tmp_path: Pa
     trainer = trainer_of(teacher, tmp_path, device, runtime__gradient_shares_every=every)
     trainer.report.record = lambda record: None  # type: ignore[method-assign]
     steps(trainer, 1)
-    before = [parameter.detach().clone() for parameter in trainer.tapped.parameters()]
-    total = trainer.loss.total
-    trainer.loss.total = lambda raw, weights: total(raw, weights) * torch.inf  # type: ignore[method-assign]
+    before = [parameter.detach().clone() for parameter in trainer.components.student.parameters()]
+    total = trainer.components.loss.total
+    trainer.components.loss.total = lambda raw, weights: total(raw, weights) * torch.inf  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"not finite at update 2, epoch 1 \(total\); the weights were not changed"):
         steps(trainer, 1)
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.tapped.parameters(), strict=True))
-    trainer.loss.total = total  # type: ignore[method-assign]
-    trainer.optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.components.student.parameters(), strict=True))
+    trainer.components.loss.total = total  # type: ignore[method-assign]
+    trainer.components.optimizer.zero_grad()
     steps(trainer, 1)
-    assert not any(torch.equal(a, b) for a, b in zip(before, trainer.tapped.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, trainer.components.student.parameters(), strict=True))
 
 
 @on_gpu
@@ -105,7 +105,7 @@ def test_nothing_within_a_step_waits_for_the_device(teacher: Path, tmp_path: Pat
     """But for the one look at whether the loss is finite, which leaves the backward pass at work."""
     trainer = trainer_of(teacher, tmp_path, CUDA, method, runtime__amp="bf16")
     steps(trainer, 2)
-    images, labels = batch(trainer.device)
+    images, labels = batch(trainer.components.device)
     torch.cuda.set_sync_debug_mode("error")
     try:
         trainer.train_step(images, labels)

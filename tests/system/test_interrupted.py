@@ -24,7 +24,8 @@ from irgdistill.io import metrics_file as journal
 from irgdistill.io import tensors as files
 from irgdistill.io.metrics_file import records
 from irgdistill.io.run_folder import RunFolder
-from irgdistill.training.state import Saver, load_state, position, save_state
+from irgdistill.training.checkpointing import Checkpointer
+from irgdistill.training.state import load_state, position, save_state
 from irgdistill.training.trainer import Trainer
 
 OPTIONS = ("--method", "none", "--student", "cifar_resnet14_x0_5", "--input-size", 16, "--workers", 0, "--epochs", 3)
@@ -395,7 +396,7 @@ def test_weights_of_the_epoch_just_ended_are_written_again(
     begin: Run, run: Run, whole: Path, tmp_path: Path, name: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        on_call(patch, Trainer, "_end_epoch", {2: send(signal.SIGTERM)})
+        on_call(patch, Trainer, "end_epoch", {2: send(signal.SIGTERM)})
         assert "stopped at epoch 3, batch 0 of 6, all saved" in one_line(begin(), 143)
     (tmp_path / "run" / f"{name}.safetensors").unlink()
     result = run("distill", "--resume", tmp_path / "run")
@@ -518,8 +519,13 @@ def test_unreadable_images_are_remembered(begin: Run, run: Run, whole: Path, tmp
 def test_the_clock_saves_too(begin: Run, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         states: list[str] = []
-        save = Saver._write_state
-        patch.setattr(Saver, "_write_state", lambda self, state: (states.append(position(state)), save(self, state)))
+        save = Checkpointer._write_state
+
+        def write(self: Checkpointer, state: dict[str, Any]) -> None:
+            states.append(position(state))
+            save(self, state)
+
+        patch.setattr(Checkpointer, "_write_state", write)
         assert begin("--save-every-steps", 0, "--save-every-minutes", 1e-9, "--epochs", 1).code == 0
         every_update, states[:] = list(states), []
         assert begin("--save-every-steps", 0, "--save-every-minutes", 60, "--epochs", 1, "--overwrite").code == 0

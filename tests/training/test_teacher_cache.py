@@ -20,7 +20,7 @@ from irgdistill.losses.terms.logits import soft_targets
 from irgdistill.training import teacher_cache as cache
 from irgdistill.training.setup import prepare
 from irgdistill.training.teacher_cache import Cache, pack_logits, unpack_logits
-from irgdistill.training.trainer import Trainer
+from irgdistill.training.trainer import build_trainer
 
 RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--batch-size", 128, "--warmup-epochs", 0)
 RECIPE += ("--device", "cpu", "--workers", 0)
@@ -242,9 +242,9 @@ def test_only_what_the_terms_compare_is_read(
     flags = {"method": method, "teacher.cache": cached["fp32-all"], "student.name": "cifar_resnet14_x0_5"}
     flags |= {"data.batch_size": 128, "data.workers": 0, "runtime.device": "cpu"}
     setup = prepare(load_config(preset="quickstart", flags=flags))
-    trainer = Trainer(setup, RunFolder(tmp_path), Report(quiet=True))
-    assert trainer.cache is not None
-    assert {name.partition(" ")[0] for name in trainer.cache.rows([0])} == {"logits", *kinds}
+    run = build_trainer(setup, RunFolder(tmp_path), Report(quiet=True)).components
+    assert run.setup.cache is not None
+    assert {name.partition(" ")[0] for name in run.setup.cache.rows([0])} == {"logits", *kinds}
 
 
 def test_the_largest_logits_keep_the_mass_of_the_rest() -> None:

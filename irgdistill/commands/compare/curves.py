@@ -13,7 +13,7 @@ from irgdistill.commands.inspect.figures import INK
 
 
 def curves_figure(title: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
-    """Validation top-1 by epoch: for every method the mean of its seeds (S, E), and from lowest to highest."""
+    """Validation top-1 by epoch: per method the mean over its seeds (S, E), shaded from lowest to highest."""
     figure = Figure(figsize=(9.0, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)

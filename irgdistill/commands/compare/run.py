@@ -1,4 +1,4 @@
-"""The same recipe under several methods and seeds: runs what is missing, then one table, with its spread.
+"""`irgdistill compare`: train one recipe under several methods and seeds, then tabulate the results.
 
 OUTPUT/METHOD/SEED           a run folder each, with log.txt where several ran at once
 OUTPUT/compare.json .md .csv the table
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from irgdistill.commands.compare.table import Run, summary_of, tell
+from irgdistill.commands.compare.table import Run, summary_of, write_table
 from irgdistill.commands.distill import resume, start
 from irgdistill.commands.requests import CompareRequest, DistillRequest, ResumeRequest
 from irgdistill.config import changeable_on_resume, dump, read_yaml, validate
@@ -25,18 +25,18 @@ from irgdistill.losses import build_loss
 from irgdistill.matching import Tapped
 from irgdistill.models import described
 from irgdistill.runtime import Stopped, cores
-from irgdistill.training import changes, prepare, resolved
+from irgdistill.training import SharedInputs, changes, prepare, resolved
 
 POLL = 0.2
-"""Seconds between two looks at the runs at work."""
+"""Seconds between two checks of the running processes."""
 
 
 def compare(request: CompareRequest) -> None:
-    """Train what is not trained yet, then print and save the table. The same call goes on after an interruption.
+    """Train the runs that are missing, then print and save the table. Repeat it after an interruption.
 
-    Raises UserError before the first run for whatever can be known by then.
+    Raises UserError, before the first run if the error can be found by then.
     """
-    runs = _plan(request)
+    runs, inputs = _planned_runs(request), SharedInputs()
     left = [run for run in runs if not run.folder.summary.exists()]
     for run in runs:
         if run not in left:
@@ -47,23 +47,23 @@ def compare(request: CompareRequest) -> None:
         runs, left = [run for run in runs if run not in left], []
         if not runs:
             raise UserError(f"--finished: {request.output} has no finished run of these methods and seeds")
-    _check(request, left)
+    _check(request, left, inputs)
     try:
         if request.jobs == 1:
             for number, run in enumerate(left):
                 Report().line(f"[{len(runs) - len(left) + number + 1}/{len(runs)}] {run.name}")
-                _train(run, request)
+                _train(run, request, inputs)
         else:
             _train_together(left, request)
     except Stopped as stop:
-        raise Interrupted(128 + stop.number, f"{stop}; the same command goes on") from None
+        raise Interrupted(128 + stop.number, f"{stop}; repeat the command to continue") from None
     except Interrupted as stop:
-        raise Interrupted(stop.code, f"{stop}; the same `compare` goes on with all") from None
-    tell(request.output, runs, request.jobs, request.as_json)
+        raise Interrupted(stop.code, f"{stop}; repeat the `compare` command to continue") from None
+    write_table(request.output, runs, request.jobs, request.as_json)
 
 
-def _plan(request: CompareRequest) -> list[Run]:
-    """All runs, seed by seed, so that an unfinished comparison is a fair one."""
+def _planned_runs(request: CompareRequest) -> list[Run]:
+    """All runs, seed by seed, so that an unfinished comparison covers all methods."""
     methods = list(dict.fromkeys(request.methods))
     first = request.config(methods[0]).seed
     return [
@@ -73,8 +73,8 @@ def _plan(request: CompareRequest) -> list[Run]:
     ]
 
 
-def _check(request: CompareRequest, left: Sequence[Run]) -> None:
-    """Refuse another comparison's folder, and runs that could not start. Raises UserError."""
+def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -> None:
+    """Raises UserError for the folder of another comparison, and for runs that cannot start."""
     for path in sorted(request.output.glob("*/*/config.yaml")):
         there = validate(read_yaml(path), f"{path}: ")
         if different := changes(resolved(request.config(there.method, there.seed)), there):
@@ -82,16 +82,16 @@ def _check(request: CompareRequest, left: Sequence[Run]) -> None:
             raise UserError(f"{request.output} holds a comparison with other settings ({what}); give another --output")
     teachers = _teachers(request.output)
     for config in {run.config.method: run.config for run in left}.values():
-        setup = prepare(config)
+        setup = prepare(config, inputs=inputs)
         for path, weights in teachers.items():
-            if setup.taught_by not in (None, weights):
+            if setup.teacher_checksum not in (None, weights):
                 raise UserError(f"{path} learnt from a teacher with other weights; give another --output")
         booster = None if setup.booster is None else Tapped(setup.booster.model, setup.booster.view())
         build_loss(config.losses, setup.plan, None, booster)
 
 
 def _teachers(output: Path) -> dict[Path, str]:
-    """Run folder -> checksum of the weights of its teacher, of those that had one."""
+    """Folder of each run that had a teacher -> checksum of the teacher's weights."""
     found = {path.parent: described(path) for path in sorted(output.glob("*/*/last.safetensors"))}
     return {path: about["teacher"]["weights"] for path, about in found.items() if about and about["teacher"]}
 
@@ -99,38 +99,39 @@ def _teachers(output: Path) -> dict[Path, str]:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def _train(run: Run, request: CompareRequest) -> None:
-    """In this process, from the beginning or from where it stands."""
+def _train(run: Run, request: CompareRequest, inputs: SharedInputs) -> None:
+    """Start or resume a run in this process."""
     try:
         if run.folder.state.exists():
-            moved = {key: value for key, value in (request.flags or {}).items() if key in changeable_on_resume()}
-            resume(ResumeRequest(run.folder.path, moved))
+            flags, changeable = request.flags or {}, changeable_on_resume()
+            changed = {key: value for key, value in flags.items() if key in changeable}
+            resume(ResumeRequest(run.folder.path, changed), own_process=True)
         else:
-            start(DistillRequest(run.config, run.folder.path, overwrite=True))
+            start(DistillRequest(run.config, run.folder.path, overwrite=True), own_process=True, inputs=inputs)
     except UserError as error:
         raise UserError(f"{run.name}: {error}") from None
 
 
 def _train_together(left: Sequence[Run], request: CompareRequest) -> None:
-    """As `irgdistill distill` in processes of their own, `request.jobs` at a time. One that fails stops the others."""
-    waiting, working = list(left), dict[Run, subprocess.Popen[bytes]]()
+    """Run `irgdistill distill` in `request.jobs` processes at a time. A run that fails stops the others."""
+    waiting, running = list(left), dict[Run, subprocess.Popen[bytes]]()
     try:
-        while waiting or working:
-            while waiting and len(working) < request.jobs:
+        while waiting or running:
+            while waiting and len(running) < request.jobs:
                 run = waiting.pop(0)
-                working[run] = _launch(run, request)
+                running[run] = _launch(run, request)
                 Report().line(f"{run.name}: {run.folder.path / 'log.txt'}")
             time.sleep(POLL)
-            for run, process in list(working.items()):
+            for run, process in list(running.items()):
                 if process.poll() is not None:
-                    del working[run]
-                    _done(run, process.returncode)
+                    del running[run]
+                    _finish(run, process.returncode)
     finally:
-        _stop(list(working.values()))
+        _stop(list(running.values()))
 
 
 def _launch(run: Run, request: CompareRequest) -> subprocess.Popen[bytes]:
-    """Start a run, apart from this one's terminal: Ctrl-C is for this process to pass on."""
+    """Start or resume a run in a process of its own session: this process passes Ctrl-C on."""
     folder = run.folder.path
     folder.mkdir(parents=True, exist_ok=True)
     if run.folder.state.exists():
@@ -151,17 +152,17 @@ def _launch(run: Run, request: CompareRequest) -> subprocess.Popen[bytes]:
         )
 
 
-def _done(run: Run, code: int) -> None:
+def _finish(run: Run, code: int) -> None:
     if code:
         lines = (run.folder.path / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "no word")
+        last = next((line for line in reversed(lines) if line.strip()), "no output")
         raise Interrupted(code if code > 0 else 128 - code, f"{run.name} ended with code {code}: {last}")
     summary = summary_of(run)
     Report().line(f"{run.name}: top-1 {summary['last_top1']:.2f}, best {summary['top1']:.2f}")
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Let all save and end; a second signal ends them at once."""
+    """Stop the processes, which save first. A second signal kills them."""
     for process in processes:
         process.send_signal(signal.SIGTERM)
     try:

@@ -1,4 +1,4 @@
-"""The table of a comparison: finished runs -> means, spreads, paired differences, curves."""
+"""The table of a comparison: means, spreads, paired differences and curves of finished runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Run:
 
 
 def summary_of(run: Run) -> dict[str, Any]:
-    """Of a finished run. Raises UserError where it cannot be read."""
+    """The summary of a finished run. Raises UserError if it cannot be read."""
     try:
         summary: dict[str, Any] = json.loads(run.folder.summary.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -54,8 +54,8 @@ def summary_of(run: Run) -> dict[str, Any]:
     return summary
 
 
-def tell(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) -> None:
-    """Compare what the students say of the validation images, then print and save."""
+def write_table(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) -> None:
+    """Run all students on the validation images, then print and save their comparison."""
     config = runs[0].config
     spec = config.teacher
     teacher = None
@@ -63,7 +63,7 @@ def tell(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) ->
         teacher = build_teacher(config)
     elif spec.cache is not None:
         Report().line(
-            "agreement with the teacher is left out: a cache does not hold its weights, --teacher-checkpoint does"
+            "agreement with the teacher is not measured: a cache has no weights to run; give --teacher-checkpoint"
         )
     students = {run: restore(run.folder.last)[0] for run in runs}
     student, device = students[runs[0]], choose_device(config.runtime.device)
@@ -98,7 +98,7 @@ def tell(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) ->
 
 @torch.no_grad()
 def _predict(network: Network, loader: Loader, amp: str) -> Tensor:
-    """Classes that a network names for the images of a loader (N,)."""
+    """Predicted classes (N,) of the images of a loader."""
     tapped = Tapped(network.model.to(loader.device), network.view().to(loader.device)).eval()
     with autocast(amp, loader.device):
         return torch.cat([tapped(images).logits.argmax(1).cpu() for images, _ in loader.epoch()])
@@ -133,7 +133,7 @@ def _save(output: Path, result: Mapping[str, Any], title: str, as_json: bool) ->
 
 
 def _rows(runs: Sequence[Run], right: Mapping[Run, Tensor]) -> list[dict[str, Any]]:
-    """One for each method, in the order asked for. `right`: which validation images (N,) a run's student names."""
+    """One row per method, in the order of the runs. `right`: which validation images (N,) are predicted correctly."""
     by_method: dict[str, list[Run]] = {}
     for run in runs:
         by_method.setdefault(run.config.method, []).append(run)
@@ -162,14 +162,14 @@ def _difference(
     summaries: Mapping[Run, Mapping[str, Any]],
     right: Mapping[Run, Tensor],
 ) -> dict[str, Any]:
-    """Last top-1 less that of the student alone, paired over seeds, or over validation images where there is one."""
+    """Difference of the last top-1 to the baseline's, paired over seeds, or over images for a single seed."""
     alone = {run.config.seed: run for run in baseline}
     pairs = [(run, alone[run.config.seed]) for run in members if run.config.seed in alone]
     if not pairs:
         return {}
     values, over = [summaries[run]["last_top1"] - summaries[other]["last_top1"] for run, other in pairs], "seeds"
     difference, _ = mean_and_deviation(values)
-    if len(pairs) == 1:  # predicted again here, where low precision may round a few images otherwise
+    if len(pairs) == 1:  # predicted again here: in low precision a few images may differ from the run's evaluation
         ours, theirs = (100 * right[run].double() for run in pairs[0])
         values, over = (ours - theirs).tolist(), "images"
     return {"difference": difference, "half_width_95": paired_interval(values)[1], "paired_over": over}
@@ -206,7 +206,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The numbers of the rows; no lists."""
+    """The single numbers of the rows as CSV."""
     names = list(dict.fromkeys(key for row in rows for key, v in row.items() if not isinstance(v, (list, dict))))
     file = io.StringIO()
     writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")

@@ -1,4 +1,4 @@
-"""What this machine has, and whether a planned run fits it: `irgdistill doctor`."""
+"""`irgdistill doctor`: describe this machine, and whether a planned run fits it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from irgdistill.training import Setup, check_processes, prepare
 from irgdistill.version import __version__
 
 SHARED = Path("/dev/shm")
-"""Where loader processes pass images on."""
+"""Shared memory, through which loader workers pass images."""
 
 
 MARGIN = {"cpu": 1.5}
-"""What allocators and libraries take, over the tensors alone; 1.1 on other devices. On a CPU, which keeps freed memory,
-1.2 and 1.6 times as much was held (benchmarks/results/pages.json, less what a run of tiny networks holds)."""
+"""Memory of the process over that of its tensors, by device; 1.1 on others. On a CPU, where freed memory is kept, 1.2
+and 1.6 times as much was measured (benchmarks/results/pages.json, less the memory of a run of tiny networks)."""
 
 
 STYLES = {"ok": "green", "change": "yellow", "no": "bold red"}
@@ -39,18 +39,18 @@ STYLES = {"ok": "green", "change": "yellow", "no": "bold red"}
 
 @dataclass
 class Findings:
-    """Rows of the table, numbers for scripts, and what follows from them."""
+    """Rows of the table, the same values for scripts, and verdicts."""
 
     rows: list[list[str]] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
     verdicts: list[tuple[str, str]] = field(default_factory=list)
-    """A kind of `STYLES` and a sentence: all is well, better change something, it will not run."""
+    """Pairs of a kind in `STYLES` and a sentence: it works, something should change, it will not run."""
 
     def row(self, name: str, text: str, **values: Any) -> None:
         self.rows.append([name, text])
         self.values |= values
 
-    def say(self, kind: str, text: str) -> None:
+    def verdict(self, kind: str, text: str) -> None:
         self.verdicts.append((kind, text))
 
     @property
@@ -59,15 +59,15 @@ class Findings:
 
 
 def diagnose(request: DoctorRequest) -> bool:
-    """Print what there is and, of a planned run, what it needs -> whether it fits.
+    """Print what this machine has and what a planned run needs -> whether it fits.
 
-    Raises UserError where the run itself would be refused.
+    Raises UserError if the run itself would be refused.
     """
     found = Findings()
     _software(found)
     _machine(found, request.output)
     if request.planned:
-        _plan(request, found)
+        _planned_run(request, found)
     if request.as_json:
         verdicts = [{"kind": kind, "text": text} for kind, text in found.verdicts]
         print(json.dumps({**found.values, "verdicts": verdicts, "fits": found.fits}))  # noqa: T201  the command's result
@@ -129,7 +129,7 @@ def _machine(found: Findings, output: Path) -> None:
 
 
 def memory() -> int:
-    """Bytes that processes of this container may still take; all there are, where the system does not tell."""
+    """Bytes that processes of this container may still take; the whole memory if the system does not report it."""
     if not Path("/proc/meminfo").exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -145,7 +145,7 @@ def memory() -> int:
 
 
 def _room(path: Path) -> int:
-    """Bytes free where `path` is, or will be."""
+    """Free bytes on the disk of `path`, which need not exist."""
     path = path.absolute()
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
 
@@ -163,8 +163,8 @@ def size(count: float) -> str:
 # --- a planned run ----------------------------------------------------------------------------------------------------
 
 
-def _plan(request: DoctorRequest, found: Findings) -> None:
-    """Measure one process of the run, and judge. Raises UserError as the run would."""
+def _planned_run(request: DoctorRequest, found: Findings) -> None:
+    """Measure one process of a planned run and add verdicts. Raises UserError as the run would."""
     config = request.config
     if request.backend == "gloo":
         config = config.replaced({"runtime.device": "cpu"})
@@ -185,7 +185,7 @@ def _plan(request: DoctorRequest, found: Findings) -> None:
     try:
         trial = try_run(setup, share, there)
     except torch.OutOfMemoryError:
-        found.say("no", f"not even a few images fit in the {size(there)} of {device}")
+        found.verdict("no", f"not even a few images fit in the {size(there)} of {device}")
         return
     found.values["trial"] = asdict(trial)
     _memory_verdict(trial, share, there, device, found)
@@ -202,11 +202,11 @@ def _memory_verdict(trial: Trial, share: int, there: int, device: torch.device, 
     found.row("step", f"{size(trial.per_image)} an image and {size(trial.fixed)} for gradients")
     found.row("memory", f"about {size(needed)} of {size(there)} on {device}", needed=needed, available=there)
     if needed <= there:
-        found.say("ok", f"it fits: about {size(needed)} of {size(there)} on {device}")
+        found.verdict("ok", f"it fits: about {size(needed)} of {size(there)} on {device}")
         return
     largest = trial.largest(int(there / margin))
     smaller = f"a batch of {largest} would fit" if largest >= 2 else "no batch fits"
-    found.say(
+    found.verdict(
         "no",
         f"it does not fit: about {size(needed)} of {size(there)} on {device}; {smaller} (--batch-size), or try "
         "--amp bf16 or --set student.grad_checkpointing=true",
@@ -225,15 +225,15 @@ def _speed_verdict(trial: Trial, setup: Setup, processes: int, found: Findings) 
     wanted = math.ceil(max(data.workers, 1) * step / loader)
     most = max(cores() // processes, 1)
     if rate > 0.9 * step:
-        found.say("ok", "the loader keeps up with the step")
+        found.verdict("ok", "the loader keeps up with the step")
     elif max(wanted, 1) <= most:
-        found.say("change", f"training waits for images, {1 - rate / step:.0%} of its time: --workers {wanted}")
+        found.verdict("change", f"data loading takes {1 - rate / step:.0%} of the training time: --workers {wanted}")
     else:
         more = f"--workers {most}, " if most > data.workers else ""
-        found.say(
+        found.verdict(
             "change",
-            f"training waits for images, {1 - rate / step:.0%} of its time; it would take {_count(wanted, 'worker')}, "
-            f"more than there are cores: {more}smaller images on disk, or lighter augmentation",
+            f"data loading takes {1 - rate / step:.0%} of the training time; it needs {_count(wanted, 'worker')}, more "
+            f"than there are cores: {more}smaller images on disk, or lighter augmentation",
         )
 
 
@@ -241,19 +241,19 @@ def _room_verdicts(trial: Trial, setup: Setup, share: int, output: Path, process
     workers = setup.config.data.workers * processes
     shared, passing = _room(SHARED) if SHARED.is_dir() else None, 2 * workers * share * 3 * math.prod(setup.crop.size)
     if shared is not None and passing > shared:
-        found.say(
+        found.verdict(
             "no",
             f"{_count(workers, 'worker')} may hold {size(passing)} in shared memory, {size(shared)} are free: "
             "fewer --workers, a smaller --batch-size, or more of it (docker: --shm-size)",
         )
     if trial.saved > _room(output):
-        found.say("no", f"the run folder may take {size(trial.saved)}, {size(_room(output))} are free for {output}")
+        found.verdict("no", f"the run folder may take {size(trial.saved)}, {size(_room(output))} are free for {output}")
     if trial.bad_images:
-        found.say("change", f"unreadable images: {', '.join(trial.bad_images[:3])}")
+        found.verdict("change", f"unreadable images: {', '.join(trial.bad_images[:3])}")
 
 
 def _fetch(role: str, name: str, found: Findings) -> None:
     try:
         build_network(name, pretrained=True)
     except UserError as error:
-        found.say("change", f"not tried: the {role}'s weights; {error}")
+        found.verdict("change", f"not tried: the {role}'s weights; {error}")

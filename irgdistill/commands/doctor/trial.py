@@ -1,7 +1,7 @@
-"""A planned run tried on this machine: the memory of its step, measured on few images; the speed of step and loader.
+"""Tries a planned run on this machine: the memory of a step, the speed of step and loader.
 
-Images of noise go through the trainer's own step, twice as many each time until it takes long enough to be timed; the
-memory of the two largest gives that of any batch. Nothing is written. `torch.compile` is left out.
+Batches of noise go through the trainer's own step, doubled until a step takes long enough to be timed. Memory is linear
+in the batch size, so the two largest batches give that of any other. Nothing is written, nothing compiled.
 """
 
 from __future__ import annotations
@@ -19,83 +19,83 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from irgdistill.io import Report, RunFolder
-from irgdistill.training import Setup, Trainer
+from irgdistill.runtime import keep_memory
+from irgdistill.training import Setup, Trainer, build_trainer
 
 FEW = 2
 """Images of the first step."""
 
 
 STEP_SECONDS, LOADER_SECONDS = 1.0, 5.0
-"""A step this long is long enough; the loader is watched for so long at most."""
+"""Steps are doubled up to the first duration; the loader is timed for the second at most."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one process of a run needs, in bytes, and how fast it goes."""
+    """Memory of one process of a run in bytes, and its speed."""
 
     weights: int
-    """Of all networks."""
+    """All networks."""
     optimizer: int
     fixed: int
-    """Gradients, and whatever else a step holds for any number of images."""
+    """Gradients, and other memory of a step that does not depend on the number of images."""
     per_image: float
     saved: int
-    """On disk at once, at most: two students and three states."""
+    """Most bytes on disk at once: two students and three states."""
     step_images: int
-    """Images of the largest step that was tried."""
+    """Images of the largest step."""
     step_rate: float
     """Images per second."""
     loader_rate: float
     bad_images: list[str]
 
     def memory(self, batch: int) -> int:
-        """Bytes at a batch size. What grows faster than the batch (B² edges, B³ angles of `rkd`) counts as if not."""
+        """Bytes at a batch size. Terms that grow faster than the batch (B² edges, B³ angles) count as linear."""
         return int(self.weights + self.optimizer + self.fixed + self.per_image * batch)
 
     def largest(self, available: int) -> int:
-        """The largest batch that fits; 0: none."""
+        """The largest batch that fits, 0 if none does."""
         room = available - self.memory(0)
         return max(int(room / max(self.per_image, 1.0)), 0)
 
 
 def try_run(setup: Setup, batch: int, available: int) -> Trial:
-    """Try a run whose processes take `batch` images each. Raises UserError as the run would, OutOfMemoryError."""
+    """Try a run with `batch` images per process. Raises UserError as the run would, and OutOfMemoryError."""
     # At a learning rate near 0 the noise teaches nothing.
     setup = replace(setup, config=setup.config.replaced({"runtime.compile": False, "optim.lr": 1e-12}))
-    trainer = Trainer(setup, RunFolder(Path("none")), Report(quiet=True))
-    trainer.student.train()
+    trainer = build_trainer(setup, RunFolder(Path("none")), Report(quiet=True))
+    components = trainer.components
+    keep_memory(components.device)
+    components.trained.train()
     tried = _try_steps(trainer, batch, available // 2)
     (few, less, _), (images, peak, seconds) = tried[-2:] if len(tried) > 1 else [(0, 0, 0.0), *tried]
     per_image = (peak - less) / (images - few)
-    networks = [
-        trainer.student,
-        trainer.teacher,
-        trainer.ema,
-        *([] if setup.booster is None else [setup.booster.model]),
-    ]
-    student, optimizer = _size(_tensors([trainer.tapped])), _size(tree_leaves(trainer.optimizer.state_dict()["state"]))
+    teacher = None if components.teacher is None else components.teacher.network
+    booster = None if setup.booster is None else setup.booster.model
+    student = _size(_tensors([components.student]))
+    optimizer = _size(tree_leaves(components.optimizer.state_dict()["state"]))
     return Trial(
-        weights=_size(_tensors(networks)),
+        weights=_size(_tensors([components.trained, teacher, components.ema, booster])),
         optimizer=optimizer,
         fixed=int(peak - images * per_image),
         per_image=per_image,
-        saved=2 * student + 3 * (_size(_tensors([trainer.student, trainer.ema])) + optimizer),
+        saved=2 * student + 3 * (_size(_tensors([components.trained, components.ema])) + optimizer),
         step_images=images,
         step_rate=images / seconds,
         loader_rate=_time_loader(trainer),
-        bad_images=trainer.bad.names,
+        bad_images=components.unreadable.names,
     )
 
 
 def _try_steps(trainer: Trainer, batch: int, most: int) -> list[tuple[int, int, float]]:
-    """Images, bytes and seconds of ever larger steps, up to the batch, to `STEP_SECONDS`, or to `most` bytes."""
+    """Images, bytes and seconds of ever larger steps, up to the batch, `STEP_SECONDS`, or `most` bytes."""
     tried: list[tuple[int, int, float]] = []
     count = min(FEW, batch)
-    _step(trainer, count)  # optimizers make their state in the first update
+    _step(trainer, count)  # the first update creates the optimizer's state
     while True:
-        peak, begin = _peak(trainer, count), _now(trainer.device)
+        peak, begin = _peak(trainer, count), _now(trainer.components.device)
         _step(trainer, count)
-        tried.append((count, peak, _now(trainer.device) - begin))
+        tried.append((count, peak, _now(trainer.components.device) - begin))
         enough = len(tried) > 1 and (tried[-1][2] > STEP_SECONDS or 2 * peak > most)
         if count == batch or enough:
             return tried
@@ -104,22 +104,24 @@ def _try_steps(trainer: Trainer, batch: int, most: int) -> list[tuple[int, int, 
 
 def _step(trainer: Trainer, count: int) -> None:
     """One update on `count` images of noise, like the run's first one."""
-    device, size = trainer.device, (count, 3, *trainer.setup.crop.size)
-    images = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
-    labels = torch.randint(0, len(trainer.setup.classes), (count,), device=device)
-    trainer.batch = trainer.update = 0
-    while trainer.update == 0:
-        trainer.train_step(images, labels)
+    run, progress = trainer.components, trainer.progress
+    images = torch.randint(0, 256, (count, 3, *run.setup.crop.size), dtype=torch.uint8, device=run.device)
+    labels = torch.randint(0, len(run.setup.classes), (count,), device=run.device)
+    cached = None if run.setup.cache is None else run.setup.cache.answers([0] * count).to(run.device)
+    progress.batch = progress.update = 0
+    while progress.update == 0:
+        trainer.train_step(images, labels, cached)
 
 
 def _peak(trainer: Trainer, count: int) -> int:
-    """Bytes that a step takes beyond what was there before it."""
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize(trainer.device)
-        torch.cuda.reset_peak_memory_stats(trainer.device)
-        before = int(torch.cuda.memory_allocated(trainer.device))
+    """Bytes that a step takes beyond those in use before it."""
+    device = trainer.components.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = int(torch.cuda.memory_allocated(device))
         _step(trainer, count)
-        return int(torch.cuda.max_memory_allocated(trainer.device)) - before
+        return int(torch.cuda.max_memory_allocated(device)) - before
     live = LiveBytes()
     with live:
         _step(trainer, count)
@@ -127,7 +129,11 @@ def _peak(trainer: Trainer, count: int) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within, counts the bytes of the tensors that operators make, for as long as they live."""
+    """A context that counts the bytes of the tensors that operators create, as long as they live.
+
+    PyTorch does not count CPU memory itself. This relies on two private interfaces of torch: `TorchDispatchMode`, and
+    `_cdata` as the identity of a storage.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -162,11 +168,11 @@ def _now(device: torch.device) -> float:
 
 
 def _time_loader(trainer: Trainer) -> float:
-    """Images per second, after as many batches as there are workers: those were made while they started."""
-    images, begin = 0, time.perf_counter()
+    """Images per second, without the first batch of each worker, which is loaded while the workers start."""
+    images, begin, loader = 0, time.perf_counter(), trainer.components.train
     workers = trainer.config.data.workers
-    warm = workers if len(trainer.train) > 2 * workers else 0
-    for number, (_, labels) in enumerate(trainer.train.epoch()):
+    warm = workers if len(loader) > 2 * workers else 0
+    for number, (_, labels, *_) in enumerate(loader.epoch()):
         if number < warm:
             begin = time.perf_counter()
             continue

@@ -16,7 +16,7 @@ from irgdistill.config import Config, dump, read_yaml, validate
 from irgdistill.errors import UserError
 from irgdistill.io import RunFolder, records
 from irgdistill.models import Network, multiply_adds, parameters
-from irgdistill.training import metric, score
+from irgdistill.training import metric_name, score
 
 CITATION = """```bibtex
 @inproceedings{liu2019knowledge,
@@ -196,7 +196,7 @@ def _chosen(metrics: Mapping[str, Any], run: RunFolder) -> str:
     summary = json.loads(run.summary.read_text(encoding="utf-8"))
     if metrics["epoch"] == summary["epochs"]:
         return f"These are the weights after the last of {summary['epochs']} epochs.\n"
-    last = score({metric(metrics): summary[f"last_{metric(metrics)}"]})
+    last = score({metric_name(metrics): summary[f"last_{metric_name(metrics)}"]})
     return f"The best of {summary['epochs']} epochs, chosen on these same images; after the last epoch {last} %.\n"
 
 

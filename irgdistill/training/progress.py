@@ -1,0 +1,79 @@
+"""The position of a run, its results so far, and the sums behind its next record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irgdistill.runtime import World
+from irgdistill.training.evaluation import metric_name
+
+
+@dataclass
+class Progress:
+    """All that changes while a run goes on, beside weights and optimizer."""
+
+    epoch: int = 0
+    """Epochs done."""
+    batch: int = 0
+    """Batches of the next epoch done."""
+    update: int = 0
+    """Updates of the weights done."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """Metrics of the best evaluation, with its `epoch`; empty before the first one."""
+    last: dict[str, Any] = field(default_factory=dict)
+    """Metrics of the last evaluation, likewise."""
+    seconds: float = 0.0
+    """Time of training, without evaluation."""
+    images: int = 0
+    """Images trained on, those of all processes."""
+    teacher_record: dict[str, Any] | None = None
+    """The teacher's accuracy before training, as it is recorded."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of the values of this process's steps since the last record, and their `count`."""
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add the values of one step, scalars on its device, to the sums."""
+        count = torch.ones((), device=next(iter(values.values())).device)
+        values = {"count": count, **values}
+        self.sums = {name: self.sums[name] + value for name, value in values.items()} if self.sums else values
+
+    def take_means(self, world: World) -> dict[str, float]:
+        """Means over all steps and processes since the last call. Clears the sums."""
+        count, *sums = world.mean(torch.stack([value.float() for value in self.sums.values()])).tolist()
+        means = dict(zip(list(self.sums)[1:], (value / count for value in sums), strict=True))
+        self.sums = {}
+        return means
+
+    def end_epoch(self, metrics: Mapping[str, Any]) -> bool:
+        """Take the metrics of an evaluation and move to the next epoch -> whether they are the best so far."""
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.last = {"epoch": self.epoch, **metrics}
+        name = metric_name(self.last)
+        better = not self.best or self.last[name] > self.best[name]
+        if better:
+            self.best = self.last
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all processes share, under the names of the state on disk."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "update": self.update,
+            "best": self.best,
+            "last": self.last,
+            "seconds": self.seconds,
+            "images_seen": self.images,
+            "tried": self.teacher_record,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.batch, self.update = state["epoch"], state["batch"], state["update"]
+        self.best, self.last = state["best"], state["last"]
+        self.seconds, self.images = state["seconds"], state["images_seen"]
+        self.teacher_record = state.get("tried")
