@@ -44,8 +44,8 @@ class Trainer:
     def train_step(self, images: Tensor, labels: Tensor, cached: Tensor | None = None) -> dict[str, Tensor]:
         """Raw images (B, 3, H, W) and labels (B,) -> total loss and raw terms, scalars without gradient.
 
-        Runs backward once, and updates the weights when `accumulate` batches have gone by. `cached` (B, n): the
-        teacher cache's rows for these images. Raises TrainingError, before the weights change, if the loss is not finite.
+        Runs backward once, and updates the weights when `accumulate` batches have gone by. `cached` (B, n): the rows of
+        the teacher cache for these images. Raises TrainingError before the weights change if the loss is not finite.
         """
         run, progress = self.components, self.progress
         update_due = (progress.batch + 1) % run.accumulate == 0
