@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import Run, input_spec, write_images
+from support import Run, input_spec, write_images, write_plugin
 from torchvision import datasets as torchvision_datasets
 
 from irgdistill.config import sources
@@ -351,35 +351,12 @@ def test_an_unreadable_image_in_an_archive_is_named(run: Run, folder: Path, tmp_
 
 # --- a source of your own ---------------------------------------------------------------------------------------------
 
-PLUGIN = """
-from PIL import Image
-from irgdistill.data import Splits, hold_out, source
-
-class Shades:
-    def __init__(self, count):
-        self.count = count
-    def __len__(self):
-        return self.count
-    def load(self, index):
-        return Image.new("RGB", (16, 16), (80 * (index % 3), index, 0)), index % 3
-    def describe(self, index):
-        return f"shades {index}"
-    def labels(self):
-        return [index % 3 for index in range(self.count)]
-
-@source("shades/")
-def open_shades(config, val_only=False):
-    images = Shades(int(config.source.removeprefix("shades/")))
-    return hold_out(images, images.labels(), ["dark", "middle", "light"], config.val_fraction or 0.2)
-"""
-
 
 def test_a_plugin_file_adds_a_source(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "shades.py").write_text(PLUGIN)
     assert "no data folder 'shades/120'" in refused(run, "--data", "shades/120")
     restore = snapshot()
     try:
-        plugin = ("--plugin", tmp_path / "shades.py")
+        plugin = ("--plugin", write_plugin(tmp_path))
         found = train_and_evaluate(run, tmp_path / "run", "shades/120", "--val-fraction", 0.25, *plugin)
         assert "90 images of 3 classes to train on, 30 for validation" in found["err"]
         assert found["classes"] == ["dark", "middle", "light"]

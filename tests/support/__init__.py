@@ -39,6 +39,14 @@ def input_spec(size: int, interpolation: str = "bilinear", crop_pct: float = 1.0
     return InputSpec((size, size), mean, std, interpolation, crop_pct)
 
 
+def write_plugin(folder: Path) -> Path:
+    """The plug-in file in docs/data.md, which adds the data source `shades/` and the logger `lines`."""
+    page = (SUPPORT.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    path = folder / "plugin.py"
+    path.write_text(page.partition("```python\n")[2].partition("```")[0], encoding="utf-8")
+    return path
+
+
 @dataclass
 class Result:
     code: int

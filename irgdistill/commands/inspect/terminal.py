@@ -1,4 +1,4 @@
-"""Heatmaps on a terminal: coloured half blocks, or characters of growing density where there is no colour."""
+"""Heatmaps on a terminal, which rich does not draw: coloured half blocks, or characters where there is no colour."""
 
 from __future__ import annotations
 
