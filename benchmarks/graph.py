@@ -46,10 +46,10 @@ def one(kind: str, batch: int, rounds: int) -> dict[str, Any]:
         elif kind == "whole":
             relation_loss(edge_matrix(student), edge_matrix(teacher)).backward()
         else:
-            from irgdistill.commands.inspect.measures import graph_of, likeness
+            from irgdistill.commands.inspect.measures import graph_of, similarity
 
             graphs = [graph_of({"tap": features.detach()}, "tap", None) for features in (teacher, student)]
-            likeness(*graphs, 5)
+            similarity(*graphs, 5)
         times.append(time.perf_counter() - started)
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return {"seconds": statistics.median(times), "memory_mib": round(memory, 1), "rounds": rounds}

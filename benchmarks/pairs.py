@@ -98,8 +98,8 @@ def three_steps(teacher_name: str, student_name: str, splits: Splits) -> dict[st
     without = {"losses.transform.weight": 0.0} if not any(pair.transformation() for pair in plan.pairs) else {}
     config = load_config(flags={**FLAGS, "method": "irg+kd", **without})
     images, targets = _batch(config, splits, student.input.covering(teacher.input))
-    tapped_teacher = Tapped(teacher.model, teacher.view(), plan.teacher_taps()).requires_grad_(False)
-    tapped = Tapped(student.model, student.view(), plan.student_taps(config.losses.edges.blocks))
+    tapped_teacher = Tapped(teacher.model, teacher.preprocess(), plan.teacher_taps()).requires_grad_(False)
+    tapped = Tapped(student.model, student.preprocess(), plan.student_taps(config.losses.edges.blocks))
     _calibrate(tapped_teacher, images)
     with torch.no_grad():
         output = tapped_teacher.eval()(images)  # the same for every step: the same batch

@@ -104,7 +104,9 @@ def measure(
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(alone.components.device)
     labels = torch.randint(0, 10, (batch,)).to(alone.components.device)
     network.model.to(alone.components.device, memory_format=torch.channels_last)
-    plain = Tapped(network.model, network.view().to(alone.components.device), (), True).requires_grad_(False).eval()
+    plain = (
+        Tapped(network.model, network.preprocess().to(alone.components.device), (), True).requires_grad_(False).eval()
+    )
     steps: dict[str, Step] = {
         "student": bare(alone, None, images, labels, torch.no_grad),
         "floor": bare(floored, floored.components.teacher.network, images, labels, torch.inference_mode),

@@ -41,8 +41,8 @@ def pair(name: str, device: torch.device) -> tuple[Tapped, Tapped]:
     torch.manual_seed(0)
     network = build_network(name, num_classes=10)
     plan = match(build_network(PARTNER, meta=True).levels(), network.levels())
-    plain = Tapped(copy.deepcopy(network.model), network.view())
-    return plain.to(device).train(), Tapped(network.model, network.view(), plan.student_taps()).to(device).train()
+    plain = Tapped(copy.deepcopy(network.model), network.preprocess())
+    return plain.to(device).train(), Tapped(network.model, network.preprocess(), plan.student_taps()).to(device).train()
 
 
 def step(network: nn.Module, images: Tensor) -> None:

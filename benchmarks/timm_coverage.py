@@ -32,6 +32,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,11 @@ class Partner:
         torch.manual_seed(0)
         self.network = build_network(PARTNER, num_classes=CLASSES)
         self.levels = self.network.levels()
-        self.network.size = (64, 64)
+        self.network.input = replace(self.network.input, size=(64, 64))
         self.images = torch.randint(0, 256, (BATCH, 3, 64, 64), dtype=torch.uint8)
         self.targets = torch.arange(BATCH) % CLASSES
         taps = [tap for level in self.levels for tap in (level.entry, *level.blocks) if tap]
-        self.tapped = Tapped(self.network.model, self.network.view(), dict.fromkeys(taps))
+        self.tapped = Tapped(self.network.model, self.network.preprocess(), dict.fromkeys(taps))
         self.first = dict(self.network.model.named_parameters())["conv1.weight"]
         with torch.no_grad():
             self.output: Output = self.tapped.train()(self.images)
@@ -141,17 +142,17 @@ def check_numbers(full: Network, levels: list[Level], partner: Partner, row: Row
     with quick_random():
         torch.manual_seed(0)
         network = build_network(full.name, num_classes=CLASSES, input_size=input_size, args=args)
-    network.size = input_size or network.size
+    network.input = replace(network.input, size=input_size or network.input.size)
     row["numbers"], row["numbers_params"] = "cut" if args else "full", parameters(network.model)
-    row["input"] = "x".join(map(str, network.size))
+    row["input"] = "x".join(map(str, network.input.size))
     as_student, as_teacher = _plans(levels, partner)
     model, keys = network.model, list(network.model.state_dict())
     taps = dict.fromkeys([*as_student.student_taps(), *as_teacher.teacher_taps()])
-    view = network.view()
+    preprocess = network.preprocess()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # the statistics of the one train pass, not a tenth of them
-    tapped = Tapped(model, view, taps)
+    tapped = Tapped(model, preprocess, taps)
     with first_weight(model) as first:
         output = tapped.train()(partner.images)
     student = losses(as_student, output, partner.output, partner.targets, row)
@@ -165,7 +166,7 @@ def check_numbers(full: Network, levels: list[Level], partner: Partner, row: Row
     tapped_keys = list(tapped.model.state_dict())
     plain = tapped.release()
     with torch.no_grad():
-        logits = plain(view(partner.images))
+        logits = plain(preprocess(partner.images))
     logits = logits[0] if isinstance(logits, (tuple, list)) else logits
     row["logits_equal"] = torch.equal(logits, output.logits) and bool(logits.isfinite().all())
     row["keys_unchanged"] = tapped_keys == list(plain.state_dict()) == keys and not any(
@@ -229,7 +230,7 @@ def first_weight(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def smallest(network: Network, levels: list[Level], args: dict[str, Any]) -> tuple[tuple[int, int] | None, list[Level]]:
     """An input size for the numbers, None for the network's own, and the levels as the project finds them there."""
-    height, width = network.size
+    height, width = network.input.size
     wanted = [[tap.module for tap in level.blocks] for level in levels]
     for size in [*SIZES, None]:
         if size is not None and (size >= height or size < 2 ** (levels[-1].level + 1)):
@@ -237,7 +238,7 @@ def smallest(network: Network, levels: list[Level], args: dict[str, Any]) -> tup
         input_size = None if size is None else (size, round(size * width / height))
         try:
             small = build_network(network.name, num_classes=CLASSES, input_size=input_size, args=args, meta=True)
-            found = find_levels(small.model, (3, *(input_size or network.size)))
+            found = find_levels(small.model, (3, *(input_size or network.input.size)))
             same = [[tap.module for tap in level.blocks] for level in found] == wanted
             if min(found[-1].exit.height, found[-1].exit.width) > 1 and (same or args):
                 return input_size, small.levels()

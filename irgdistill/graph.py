@@ -1,4 +1,4 @@
-"""The mathematics of instance relationship graphs: edges and transformations. Pure tensor functions, torch only.
+"""Instance relationship graphs: edges and transformations. Pure tensor functions; imports torch only.
 
 Shapes: B images, D features.
 
@@ -6,13 +6,13 @@ Shapes: B images, D features.
     edge_matrix          (B, B)   A[i, j] = |f_i - f_j|² / max, symmetric, zero diagonal, in [0, 1]
     transformation_vector(B,)     v[i] = |last_i - first_i|² / max, in [0, 1]
 
-On many processes each holds b of the B images. The losses, `edge_loss` and `transformation_loss`, then take its own
-rows of the edge matrix, (b, B), and its own part of the transformation vector, (b,); `maximum` turns the largest value
-it sees into the largest of all.
+With several processes, each holds b of the B images. The losses `edge_loss` and `transformation_loss` then compare the
+process's own rows of the edge matrix, (b, B), and its own part of the transformation vector, (b,); `maximum` turns the
+process's largest value into the largest of all processes.
 
 Source: Liu et al., "Knowledge Distillation via Instance Relationship Graph", CVPR 2019, sections 3.2 and 3.3, and
-the authors' Caffe layers: the maximum is a constant in the backward pass. Theirs divide by zero where all features
-are equal; here such a graph is all zeros, and a loss against it is zero with zero gradient: nothing is to be learnt.
+the authors' Caffe layers: the maximum is a constant in the backward pass. Theirs divide by zero if all features are
+equal; here such a graph is all zeros, and a loss against it is zero with zero gradient.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 Maximum = Callable[[Tensor], Tensor]
-"""Largest value here -> largest value of all processes, elementwise, without gradient."""
+"""Largest value of this process -> largest value of all processes, elementwise, without gradient."""
 
 
-def _alone(values: Tensor) -> Tensor:
+def _identity(values: Tensor) -> Tensor:
     return values
 
 
@@ -35,10 +35,10 @@ def edge_matrix(features: Tensor) -> Tensor:
     """Normalised squared distances between all images of a batch.
 
     `features` is (B, D) of any floating type; the result is (B, B), float32 (float64 stays float64), also inside
-    autocast. Distances do not change when a constant is subtracted from every row, so the first
-    row and then the mean are removed: features with a large common offset keep their digits in the matrix product, and
-    equal features become exact zeros. B = 1 and all-equal features give zeros with zero gradient. Raises ValueError
-    where `features` is no matrix.
+    autocast. Distances do not change when a constant is subtracted from every row, so the first row and then the mean
+    are subtracted: features with a large common offset keep their precision in the matrix product, and equal features
+    become exact zeros. B = 1 and all-equal features give zeros with zero gradient. Raises ValueError if `features` is
+    not a matrix.
     """
     x = _matrix(features, "features")
     with torch.autocast(x.device.type, enabled=False):
@@ -46,24 +46,23 @@ def edge_matrix(features: Tensor) -> Tensor:
         norms = x.square().sum(1)
         distances = (norms[:, None] + norms - 2 * (x @ x.T)).clamp(min=0)
         distances = distances.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
-        return _by(distances.detach().amax(), distances)
+        return _normalised(distances.detach().amax(), distances)
 
 
 def transformation_vector(first: Tensor, last: Tensor, least: float = 0.0) -> Tensor:
-    """How far each image moves between two layers of one network, relative to the image that moves farthest.
+    """Squared distance of each image's features between two layers of one network, relative to the largest.
 
     `first` and `last` are (B, D) with equal D; the result is (B,), float32 (float64 stays float64), also inside
-    autocast. Where no image moves farther than the share `least` of the longest feature vector, nothing has moved: the
-    result is zeros. Ours: the relation divides by the movement, so one that is nearly nothing (residual branches that
-    begin near zero, in the extreme mere rounding) has nearly infinite gradients. Raises ValueError when the shapes
-    differ.
+    autocast. The result is zeros if no image moves farther than the share `least` of the longest feature vector. This
+    is not in the paper: the relation divides by the movement, so a movement near zero (residual branches initialised
+    near zero, in the extreme case rounding) has nearly infinite gradients. Raises ValueError if the shapes differ.
     """
-    vectors, _ = _transformations([(first, last)], _alone, least)
+    vectors, _ = _transformations([(first, last)], _identity, least)
     return vectors[0]
 
 
 def _transformations(stages: Sequence[tuple[Tensor, Tensor]], maximum: Maximum, least: float) -> tuple[Tensor, Tensor]:
-    """(first, last) of S stages -> their transformation vectors (S, B), and which stages moved (S,)."""
+    """Transformation vectors (S, B) of the (first, last) of S stages, and whether each stage moved (S,)."""
     with torch.autocast(stages[0][0].device.type, enabled=False):
         pairs = [(widen(_matrix(first, "first")), widen(_matrix(last, "last"))) for first, last in stages]
         for first, last in pairs:
@@ -74,14 +73,14 @@ def _transformations(stages: Sequence[tuple[Tensor, Tensor]], maximum: Maximum, 
         lengths = torch.stack([last.detach().square().sum(1) for _, last in pairs])
         farthest, size = maximum(torch.stack([distances.detach(), lengths]).amax(2))
         farthest = farthest.masked_fill(farthest <= least**2 * size, 0)
-        return _by(farthest[:, None], distances), farthest > 0
+        return _normalised(farthest[:, None], distances), farthest > 0
 
 
 def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of two normalised relations of equal shape: edge matrices or transformation vectors.
 
-    Zero, with zero gradient, when either relation is degenerate (all zeros): a maximum of 1 marks every other one.
-    The authors' Euclidean loss is B/2 times this for both kinds, and their edge gradient half of that loss's.
+    Zero, with zero gradient, if either relation is degenerate (all zeros); every other one has a maximum of 1. The
+    authors' Euclidean loss is B/2 times this for both kinds, and their edge gradient is half of that loss's.
     """
     informative = ((student.detach().amax() > 0) & (teacher.detach().amax() > 0)).to(student.dtype)
     return informative * (student - teacher.to(student.dtype)).square().mean()
@@ -90,13 +89,13 @@ def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def transformation_loss(
     student: Sequence[tuple[Tensor, Tensor]],
     teacher: Sequence[tuple[Tensor, Tensor]],
-    maximum: Maximum = _alone,
+    maximum: Maximum = _identity,
     least: float = 0.0,
 ) -> Tensor:
     """Mean over matched stages of the `relation_loss` of their transformation vectors; a stage is its (first, last).
 
-    Both networks and all stages need `maximum` but once: a stage's largest entry is 1, or it has not moved. Raises
-    ValueError as `transformation_vector`.
+    One call of `maximum` serves both networks and all stages: a stage's largest entry is 1, or it has not moved. Raises
+    ValueError as `transformation_vector` does.
     """
     vectors, moved = _transformations([*student, *teacher], maximum, least)
     here, there = vectors.unflatten(0, (2, -1)).unbind()
@@ -105,11 +104,12 @@ def transformation_loss(
     return total.mean()
 
 
-def edge_loss(student: Tensor, teacher: Tensor, rows: slice = slice(None), maximum: Maximum = _alone) -> Tensor:
-    """`relation_loss` of the edge matrices of two networks' features, (B, D) and (B, D'); mean over the asked rows.
+def edge_loss(student: Tensor, teacher: Tensor, rows: slice = slice(None), maximum: Maximum = _identity) -> Tensor:
+    """`relation_loss` of the edge matrices of two networks' features, (B, D) and (B, D'); mean over `rows`.
 
-    Large graphs are never held: blocks of rows are computed, compared and turned into the gradient one after another,
-    so that memory grows with B and not with B². Only `student` gets a gradient. Raises ValueError as `edge_matrix`.
+    The edge matrices are never stored: blocks of rows are computed, compared and turned into the gradient one after
+    another, so memory grows with B, not with B². Only `student` gets a gradient. Raises ValueError as `edge_matrix`
+    does.
     """
     with torch.autocast(student.device.type, enabled=False):
         x, y = centred(_matrix(student, "student")), centred(_matrix(teacher, "teacher")).detach()
@@ -117,11 +117,11 @@ def edge_loss(student: Tensor, teacher: Tensor, rows: slice = slice(None), maxim
 
 
 BLOCK = {"cpu": 2**20}
-"""Entries of a block: few enough for a processor's cache; on other devices (2²⁶), enough to be worth a launch."""
+"""Entries of a block: small enough for a CPU's cache; on other devices (2²⁶), large enough for a kernel launch."""
 
 
 class _EdgeLoss(torch.autograd.Function):
-    """Loss and gradient of `edge_loss` in one go.
+    """Computes the loss of `edge_loss` and its gradient in one pass.
 
     With D[i, j] = |x_i - x_j|² and G = ∂loss/∂D, the gradient is 2 Σ_j G[i, j] (x_i - x_j) for each row, and the
     negative of each summand for its column.
@@ -157,7 +157,7 @@ class _EdgeLoss(torch.autograd.Function):
 
 
 def _blocks(x: Tensor, rows: slice) -> Iterator[slice]:
-    """Parts of `rows`, each of them with all columns about one BLOCK."""
+    """Split `rows` into parts of about BLOCK entries each."""
     wanted = range(len(x))[rows]
     size = max(BLOCK.get(x.device.type, 2**26) // len(x), 1)
     for start in range(wanted.start, wanted.stop, size):
@@ -173,7 +173,7 @@ def _distances(x: Tensor, norms: Tensor, rows: slice) -> Tensor:
 
 
 def centred(x: Tensor) -> Tensor:
-    """In float32 at least, with the first row and then the mean subtracted."""
+    """Subtract the first row and then the mean, in float32 or float64."""
     x = widen(x)
     x = x - x[:1].detach()
     return x - x.mean(0).detach()
@@ -186,7 +186,7 @@ def _matrix(x: Tensor, name: str) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """At least float32."""
+    """Convert to float32; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -196,7 +196,7 @@ def unit(x: Tensor) -> Tensor:
     return x * squared.masked_fill(squared == 0, torch.inf).rsqrt()
 
 
-def _by(largest: Tensor, distances: Tensor) -> Tensor:
-    """`distances` over the largest of them; zeros where that is 0."""
+def _normalised(largest: Tensor, distances: Tensor) -> Tensor:
+    """Divide `distances` by their largest; zeros if that is 0."""
     none = largest == 0
     return (distances / torch.where(none, torch.ones_like(largest), largest)).masked_fill(none, 0)

@@ -108,7 +108,7 @@ def test_the_loss_is_the_trainers(method: str, tmp_path: Path) -> None:
     distiller.adapters.load_state_dict(trainer.components.adapters.state_dict())
 
     values = trainer.train_step(images, labels)
-    loss, terms = distiller(setup.student.view()(images), labels, setup.teacher.view()(images))
+    loss, terms = distiller(setup.student.preprocess()(images), labels, setup.teacher.preprocess()(images))
     loss.backward()
     assert {"loss": loss.item(), **terms} == pytest.approx(
         {name: value.item() for name, value in values.items()}, rel=1e-6

@@ -85,7 +85,7 @@ def cache_teacher(request: CacheRequest) -> None:
         model = model.to(memory_format=torch.channels_last)
     if config.runtime.fold_batch_norm:
         fold_batch_norm(model.eval(), teacher.input.size, {tap.module for tap in taps})
-    network = Tapped(model, teacher.view().to(device), taps, config.runtime.channels_last, energies=attended)
+    network = Tapped(model, teacher.preprocess().to(device), taps, config.runtime.channels_last, energies=attended)
     network.requires_grad_(False).eval()
     try:
         _write(request.output, about, images, network, config, largest, TYPES[request.store], report)

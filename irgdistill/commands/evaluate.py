@@ -11,7 +11,6 @@ from irgdistill.config import Config, DataConfig, data_of
 from irgdistill.data import UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import Report, table
-from irgdistill.matching import Tapped
 from irgdistill.models import Network, multiply_adds, open_network, parameters
 from irgdistill.runtime import autocast, choose_device, keep_memory
 from irgdistill.training import Metrics, evaluate
@@ -20,11 +19,11 @@ from irgdistill.training import Metrics, evaluate
 def evaluate_targets(request: EvalRequest) -> None:
     """Evaluate each target and print a table, or JSON: one object, or a list of them for several targets."""
     config, against, against_checkpoint = request.config, request.against, request.against_checkpoint
-    if against is None and against_checkpoint is not None:  # one of ours names its network
+    if against is None and against_checkpoint is not None:  # an irgdistill checkpoint knows its architecture
         against, against_checkpoint = str(against_checkpoint), None
     opened = [open_network(target, request.checkpoint, config.student.input_size) for target in request.targets]
     sets = [
-        data_of(target, metadata, config.data, request.given)
+        data_of(target, None if metadata is None else metadata.data, config.data, request.given)
         for target, (_, metadata) in zip(request.targets, opened, strict=True)
     ]
     teacher = open_network(against, against_checkpoint, None)[0] if against else None
@@ -57,9 +56,9 @@ def _evaluate(network: Network, teacher: Network | None, data: DataConfig, confi
     bad = UnreadableImages(data.max_bad_images, Report().warn)
     crop = network.input.covering(None if teacher is None else teacher.input)
     loader = eval_loader(splits, data, crop, device, bad)
-    plain = [None if n is None else Tapped(n.model.to(device), n.view().to(device)).eval() for n in (network, teacher)]
-    assert plain[0] is not None
-    return evaluate(plain[0], loader, autocast(config.runtime.amp, device), plain[1], labelled=splits.labelled)
+    against = None if teacher is None else teacher.tapped(device)
+    amp = autocast(config.runtime.amp, device)
+    return evaluate(network.tapped(device), loader, amp, against, labelled=splits.labelled)
 
 
 def _print_results(results: list[dict[str, Any]]) -> None:

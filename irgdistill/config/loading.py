@@ -147,21 +147,21 @@ def _assign(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[key] = value
 
 
-def data_of(target: str, metadata: Mapping[str, Any], asked: DataConfig, given: Collection[str]) -> DataConfig:
+def data_of(target: str, recorded: Mapping[str, Any] | None, asked: DataConfig, given: Collection[str]) -> DataConfig:
     """The data set that a checkpoint records, with the keys in `given` taken from `asked`.
 
     Raises UserError: no data set is recorded or it is gone, or `--val-fraction` would hold out training images.
     """
-    if "data" not in metadata:
+    if recorded is None:
         if asked.source is None:
             raise UserError(f"{target} records no data set; give --data")
         return asked
-    recorded = DataConfig.model_validate(current_keys(metadata["data"], "data"))
-    if "data.val_fraction" in given and "data.source" not in given and asked.val_fraction != recorded.val_fraction:
+    own = validate({"data": recorded}, f"{target}: ").data
+    if "data.val_fraction" in given and "data.source" not in given and asked.val_fraction != own.val_fraction:
         raise UserError(f"{target} is evaluated on the images its run held out; --val-fraction needs another --data")
     names = {key.removeprefix("data.") for key in given if key.startswith("data.")}
     names |= {"eval_batch_size", "workers"}
-    data = recorded.replaced({name: getattr(asked, name) for name in names})
+    data = own.replaced({name: getattr(asked, name) for name in names})
     if data.source and "/" in data.source and Path(data.source).is_absolute() and not Path(data.source).exists():
         raise UserError(f"the data set of {target} is no longer at {data.source}; give its place with --data")
     return data

@@ -2,7 +2,7 @@ from .levels import Level, LevelsError, Tap, find_levels
 from .plan import Ends, Plan, ends, match
 from .pooling import MAP_LAYOUTS
 from .table import print_plan
-from .taps import Output, Tapped, has_unused_parameters, tap_name
+from .taps import Output, Tapped, first_output, has_unused_parameters, tap_name
 
 __all__ = [
     "MAP_LAYOUTS",
@@ -15,6 +15,7 @@ __all__ = [
     "Tapped",
     "ends",
     "find_levels",
+    "first_output",
     "has_unused_parameters",
     "match",
     "print_plan",

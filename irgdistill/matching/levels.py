@@ -1,9 +1,9 @@
-"""One network -> its levels: where its stages begin and end, found by a dry run, without a table of names.
+"""Finds the levels of a network: where its stages begin and end, from a dry run, without a table of names.
 
-A level k holds the blocks whose map is 1/2^k of the network's input. What a block is, is read from the data
-flow: its output is a *cut*, a tensor that every path from image to logits passes. Tensors on a residual branch,
-gates, inception branches and dense layers are none. Among the modules whose output is a cut, the module tree
-tells the blocks from the lists of blocks.
+Level k holds the blocks whose map is 1/2^k of the network's input. The data flow defines a block: its output is a
+*cut*, a tensor that every path from image to logits passes. Tensors on a residual branch, gates, inception branches
+and dense layers are not cuts. Among the modules whose output is a cut, the module tree distinguishes blocks from lists
+of blocks.
 
 B batch, C channels, H W the map, L tokens.
 """
@@ -22,8 +22,8 @@ from torch import nn
 from irgdistill.errors import UserError
 from irgdistill.matching.trace import BATCH, Call, Geometries, Trace, dry_run, weight_rank
 
-# Words in the name of a module that prepares a stage or follows the last: it is no block.
 NOT_BLOCKS = ("stem", "down", "patch_embed", "neck")
+"""Words in the names of modules that prepare a stage or follow the last one: they are not blocks."""
 
 
 class LevelsError(UserError):
@@ -39,13 +39,13 @@ class Tap:
     channels: int
     height: int
     width: int
-    """Of the map at the size the network was read at; a tap serves at any size"""
+    """Size of the map in the dry run; a tap works at any size"""
     layout: str
     """NCHW, NHWC, BLC (tokens), BTNC (tiles of tokens), BCPN (patches of pixels)"""
     prefix: int = 0
-    """Tokens before the map's (class, registers), left out of the mean; BLC only"""
+    """Number of leading tokens (class, registers) that do not belong to the map; BLC only"""
     index: int | None = None
-    """The element of a returned tuple; None: the tensor itself, or a tuple's tensors joined along C"""
+    """Element of a returned tuple; None: the tensor itself, or all tensors of a tuple joined along C"""
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,19 @@ class Level:
     level: int
     """k of /2^k: floor(log2(sqrt(H_in/H * W_in/W)) + 0.5)"""
     entry: Tap | None
-    """Output of the first block, as wide as the exit where possible; None if there is no other tensor"""
+    """Output of the first block, as wide as the exit if possible; None if there is no other tensor"""
     exit: Tap
     """Output of the last block"""
     kind: str
     """How the entry was chosen.
 
-    block: the first block as wide as the exit. block-inner: no other block is as wide as the exit, so the first
-    of the last blocks that are alike; the last of those is its partner. stage-input: no two blocks are alike,
-    so the first cut as wide as the exit, mostly what the stage begins with. inner: so a tensor inside the last
-    block. unequal: the first block, or the first cut, of another width. single: there is no other tensor.
+    - block: the first block as wide as the exit.
+    - block-inner: no other block is as wide as the exit; the first of the last blocks of equal shape, and the last of
+      them is its partner.
+    - stage-input: no two blocks have equal shapes; the first cut as wide as the exit, usually the input of the stage.
+    - inner: no such cut; a tensor inside the last block.
+    - unequal: the first block, or the first cut, of another width.
+    - single: there is no other tensor.
     """
     blocks: tuple[Tap, ...]
     """All block outputs in order, the exit last; an isotropic network has one level with all its depth"""
@@ -73,8 +76,8 @@ class Level:
 def find_levels(model: nn.Module, input_size: tuple[int, int, int]) -> list[Level]:
     """The levels of `model` for images of `input_size` (C, H, W), finest first.
 
-    The model may be on any device, meta included, and stays as it was. Raises LevelsError where its forward
-    does not run on the meta device and where it has no block with a map.
+    The model may be on any device, meta included, and is not changed. Raises LevelsError if its forward does not run
+    on the meta device, or if it has no block with a map.
     """
     what = f"{type(model).__name__} at input size {tuple(input_size)}"
     try:
@@ -93,7 +96,7 @@ def find_levels(model: nn.Module, input_size: tuple[int, int, int]) -> list[Leve
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """A tap and the call that gives it."""
+    """A tap and the call whose output it reads."""
 
     tap: Tap
     call: Call
@@ -104,13 +107,13 @@ class _Place:
 
 
 class _Reader:
-    """What the calls of one run give: maps, weights, levels."""
+    """Reads maps, weights and levels from the calls of one run."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.trace = trace
         times = Counter(call.name for call in trace.calls)
         self.calls = {call.name: call for call in trace.calls if times[call.name] == 1}
-        """By name; a module that runs more than once cannot be tapped"""
+        """Name -> call, for modules that run exactly once: no other can be tapped"""
         prefix = getattr(model, "num_prefix_tokens", 0)
         self.geometries = Geometries(trace, (prefix if isinstance(prefix, int) else 0, 0, 1, 2))
         weights = [call for call in trace.calls if weight_rank(call.module) > 1 and _is_leaf(call.module)]
@@ -125,12 +128,12 @@ class _Reader:
         return math.floor(math.log2(math.sqrt(height / place.tap.height * width / place.tap.width)) + 0.5)
 
     def places(self, call: Call) -> list[_Place]:
-        """The maps that a call makes: one, or one for each element of a tuple; equal sizes are joined along C.
+        """The maps in the output of a call: one, or one for each element of a tuple; equal sizes are joined along C.
 
-        Tensors it only passes on are not its own (the shortcut that SelecSLS hands from block to block). Where
+        Inputs that are returned unchanged do not count (the shortcut that SelecSLS passes from block to block). If
         C = H = W, a module with linear layers and no convolution is NHWC.
         """
-        name = self._firing(call)
+        name = self._hookable_module(call)
         known, maps = {None, *(value.node for value in call.inputs)}, []
         for value in call.outputs:
             geometry = self.geometries.read(value.shape)
@@ -148,10 +151,10 @@ class _Reader:
         convolutions = _between(self.convolutions, call.start, call.end)
         return convolutions == 0 and self.weights_between(call.start, call.end) > 0
 
-    def _firing(self, call: Call) -> str:
-        """The innermost module that returns what a Sequential returns.
+    def _hookable_module(self, call: Call) -> str:
+        """The module to hook: of a Sequential, the innermost one with the same output.
 
-        Gradient checkpointing in timm runs a Sequential's children one by one: its own hooks do not fire.
+        timm's gradient checkpointing runs the children of a Sequential one by one, so its own hooks do not fire.
         """
         name, module = call.name, call.module
         while type(module).forward is nn.Sequential.forward and not _is_leaf(module):
@@ -163,13 +166,13 @@ class _Reader:
         return name
 
     def weights_between(self, start: int, end: int) -> int:
-        """Calls of modules with a weight between two moments of the run."""
+        """Number of calls of modules with a weight between two moments of the run."""
         return _between(self.weights, start, end)
 
     def may_be_block(self, call: Call) -> bool:
-        """True for a module that gives a map and has two weights at least that act on it (or on windows of it).
+        """Whether a module returns a map and has at least two weights that act on it (or on windows of it).
 
-        Where most weights see the class token alone, it is class attention: the map is no longer worked on.
+        If most weights act on the class token alone, it is class attention, which does not change the map.
         """
         places = self.places(call)
         on_map = _between(self.map_weights, call.start, call.end)
@@ -182,7 +185,7 @@ class _Reader:
 
 
 class _Tree:
-    """The module tree, read as blocks and lists of blocks."""
+    """Finds blocks and lists of blocks in the module tree."""
 
     def __init__(self, model: nn.Module, reader: _Reader) -> None:
         self.reader = reader
@@ -198,8 +201,8 @@ class _Tree:
     def blocks(self) -> list[_Place]:
         """All block outputs in the order of the run.
 
-        Where a level has no cut, because a second path runs beside its blocks through all of it (NASNet), blocks
-        are looked for without that test, outside of those already found.
+        A level has no cut if a second path runs beside its blocks through all of it (NASNet). Its blocks are then
+        found without that test, outside the blocks already found.
         """
         found, _ = self._read("", self.cuts)
         levels = {self.reader.level(place) for place in found}
@@ -212,8 +215,8 @@ class _Tree:
     def _read(self, name: str, candidates: set[str]) -> tuple[list[_Place], bool]:
         """The blocks under a module, and whether it is a list of blocks.
 
-        It is one if it holds two numbered candidates in a row, or a list, or ends at another resolution than
-        its last candidate. What it does after its last block, if that has a weight, counts as a block.
+        It is a list if it contains two numbered candidates in a row or another list, or if its output has another
+        resolution than its last candidate. Weights after its last block count as one more block.
         """
         children = self._children(name)
         parts = [self._read(child, candidates) for child in children]
@@ -246,9 +249,9 @@ class _Tree:
         return any(value.node in given for value in self.reader.calls[first].outputs)
 
     def _alike(self, name: str, cut: str) -> bool:
-        """True for a sibling of a block, of the same size, in a list that is not called itself.
+        """Whether a module is a sibling of the block `cut`, of the same shape, in a list that is not called itself.
 
-        It belongs to the same stage although something else runs beside it (the global query of GC-ViT).
+        It belongs to the same stage although another path runs beside it (the global query of GC-ViT).
         """
         parent = name.rpartition(".")[0]
         if parent != cut.rpartition(".")[0] or parent in self.maps or _series(name) != _series(cut):
@@ -257,7 +260,7 @@ class _Tree:
 
 
 def _plain_blocks(reader: _Reader) -> list[_Place]:
-    """For a network without blocks (VGG): what each convolution becomes before the next one or a pooling."""
+    """Blocks of a network without block modules (VGG): the map between a convolution and the next or a pooling."""
     starts = reader.map_weights
     found: dict[int, _Place] = {}
     for call in reader.calls.values():
@@ -304,11 +307,11 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _series(name: str) -> str:
-    """What numbered siblings have in common: `stage.block` of `stage.block12`; another name is its own."""
+    """The name without its number: `stage.block` of `stage.block12`."""
     parent, _, child = name.rpartition(".")
     return f"{parent}.{re.split('[0-9]', child)[0]}"
 
 
 def _between(moments: list[int], start: int, end: int) -> int:
-    """How many of the sorted moments lie between the two; 0 where `end` comes first."""
+    """Number of the sorted moments between two; 0 if `end` comes first."""
     return max(0, bisect_left(moments, end) - bisect_right(moments, start))

@@ -1,9 +1,9 @@
-"""Two networks' levels -> a plan: which stages meet, which blocks are tapped, what is left out and why.
+"""Matches the stages of two networks: which stages are compared, which blocks are tapped, what is skipped and why.
 
-A level k holds the blocks whose map is 1/2^k of that network's own input, so stages of networks with different input
-sizes meet. The deepest stages always meet, because they are nearest to the logits; a match that would cross that one
-is dropped. Levels finer than /4 are left out where two others remain: they hold edges and colours. A network with one
-level (a plain transformer) is split by depth.
+Level k holds the blocks whose map is 1/2^k of that network's own input, so networks with different input sizes can be
+matched. The deepest stages are always matched, because they are nearest to the logits; a match that would cross that
+one is dropped. Levels finer than /4, which encode edges and colours, are skipped if two others remain. A network with
+one level (a plain transformer) is split by depth.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from irgdistill.errors import UserError, nearest
 from irgdistill.matching.levels import Level, Tap
 
 FINEST = 2
-"""Levels below this one (/4) are left out where two others remain."""
+"""Finer levels than this one (/4) are skipped if two others remain."""
 
 
 DEPTH_GROUPS = 4
-"""Parts of two networks of one resolution each."""
+"""Stages of two networks with one resolution each."""
 
 
 Ends = tuple[Tap, Tap]
@@ -37,24 +37,24 @@ class Pair:
     student: Level
 
     def transformation(self) -> tuple[Ends, Ends] | None:
-        """First and last tap of equal width, of teacher and student; None where either has no two."""
+        """First and last tap of equal width, of teacher and student; None if either network has no such two."""
         teacher, student = ends(self.teacher), ends(self.student)
         return (teacher, student) if teacher is not None and student is not None else None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages that meet, in order of depth; the last is the one nearest to the logits."""
+    """The matched stages in order of depth; the last is the one nearest to the logits."""
 
     pairs: tuple[Pair, ...]
     notes: tuple[str, ...] = ()
 
     def teacher_taps(self) -> list[Tap]:
-        """All places tapped in the teacher."""
+        """All taps in the teacher."""
         return _taps(pair.teacher for pair in self.pairs)
 
     def student_taps(self, blocks: int = 1) -> list[Tap]:
-        """All places tapped in the student, with the last `blocks` blocks of its last stage."""
+        """All taps in the student, with the last `blocks` blocks of its last stage."""
         return list(dict.fromkeys([*_taps(pair.student for pair in self.pairs), *self.student_tail(blocks)]))
 
     def student_tail(self, blocks: int) -> tuple[Tap, ...]:
@@ -67,7 +67,7 @@ class Plan:
 
 
 def ends(level: Level) -> Ends | None:
-    """First and last tap of a stage that are equally wide: the exit, or the last block as wide as the entry."""
+    """First and last tap of equal width in a stage: the entry, and the exit or the last block as wide."""
     if level.entry is None:
         return None
     for tap in (level.exit, *reversed(level.blocks)):
@@ -77,18 +77,18 @@ def ends(level: Level) -> Ends | None:
 
 
 def match(teacher: Sequence[Level], student: Sequence[Level], config: MatchingConfig | None = None) -> Plan:
-    """Match the levels of two networks. Raises UserError: no level left, or one asked for that is not there."""
+    """Match the levels of two networks. Raises UserError: no level left, or a requested one does not exist."""
     config = config or MatchingConfig()
     notes: list[str] = []
-    named = {"teacher": config.taps_teacher, "student": config.taps_student}
+    requested = {"teacher": config.taps_teacher, "student": config.taps_student}
     sides = {}
     for role, levels in (("teacher", teacher), ("student", student)):
         kept = [level for level in levels if 2**level.level not in config.skip]
         if not kept:
             raise UserError(f"the {role} has no stage {'left' if levels else 'that can be tapped'}")
-        sides[role] = _by_name(levels, named[role], role) if named[role] else kept
+        sides[role] = _by_name(levels, requested[role], role) if requested[role] else kept
     _check_skip(config.skip, [*teacher, *student])
-    matched = _meet(sides["teacher"], sides["student"], config, notes)
+    matched = _match_stages(sides["teacher"], sides["student"], config, notes)
     pairs = tuple(Pair(_name(t, s, i), t, s) for i, (t, s) in enumerate(matched))
     for pair in pairs:
         for role, level in (("teacher", pair.teacher), ("student", pair.student)):
@@ -97,12 +97,12 @@ def match(teacher: Sequence[Level], student: Sequence[Level], config: MatchingCo
     return Plan(pairs, tuple(notes))
 
 
-def _meet(
+def _match_stages(
     teacher: list[Level], student: list[Level], config: MatchingConfig, notes: list[str]
 ) -> list[tuple[Level, Level]]:
     by_name = bool(config.taps_teacher or config.taps_student)
     if config.taps_teacher and config.taps_student and len(teacher) != len(student):
-        raise UserError(f"{len(teacher)} teacher taps and {len(student)} student taps were named: give as many of each")
+        raise UserError(f"{len(teacher)} teacher taps and {len(student)} student taps: give the same number of each")
     if not by_name and config.levels is None and len(teacher) > 1 and len(student) > 1:
         matched = _by_level(teacher, student, notes)
         if len(matched) > 1:
@@ -135,9 +135,9 @@ def _by_level(teacher: list[Level], student: list[Level], notes: list[str]) -> l
 
 
 def _by_depth(levels: list[Level], count: int) -> list[Level]:
-    """Split a network of one level into `count` groups of consecutive blocks; others stay as they are.
+    """Split a network of one level into `count` groups of consecutive blocks; other networks are not changed.
 
-    Where branches of other widths run beside the last one (crossvit), only the last one's blocks count.
+    Of parallel branches with different widths (crossvit), only the blocks of the last one count.
     """
     if len(levels) != 1:
         return levels
@@ -150,7 +150,7 @@ def _by_depth(levels: list[Level], count: int) -> list[Level]:
 
 
 def _by_name(levels: Sequence[Level], names: Sequence[str], role: str) -> list[Level]:
-    """Stages that end at the named blocks, each beginning after the one before."""
+    """Stages that end at the named blocks, each starting after the previous one."""
     blocks = [(level, tap) for level in levels for tap in level.blocks]
     modules = [tap.module for _, tap in blocks]
     for name in names:
@@ -168,7 +168,7 @@ def _by_name(levels: Sequence[Level], names: Sequence[str], role: str) -> list[L
 
 
 def _stage(level: Level, blocks: tuple[Tap, ...], before: tuple[Tap, ...] = ()) -> Level:
-    """A stage of consecutive blocks. A single one is entered where the stage before it ends, if that is as wide."""
+    """A stage of consecutive blocks. The entry of a single block is the previous block, if that is as wide."""
     if len(blocks) == 1 and before and before[0].channels == blocks[0].channels:
         return replace(level, entry=before[0], exit=blocks[0], blocks=blocks, kind="stage-input")
     alike = [tap for tap in blocks if tap.channels == blocks[-1].channels]

@@ -1,4 +1,4 @@
-"""What is taken at a tap: pooled features, whole maps, attention energies."""
+"""Reads the output at a tap: pooled features, whole maps, attention energies."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from irgdistill.matching.levels import Tap
 
 
 def pool(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
-    """Mean over the map of what stands at `tap`, of any batch and size -> (B, C), float32 (float64 stays).
+    """Mean over the map at `tap`, for any batch and size -> (B, C), float32 (float64 stays float64).
 
-    A tuple is what the module returned: `tap.index` is taken from it, or its tensors are joined along C.
+    From a tuple, the element `tap.index` is taken, or all its tensors are joined along C.
     """
     if not isinstance(output, Tensor):
         items = output if tap.index is None else [output[tap.index]]
@@ -28,15 +28,15 @@ def pool(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
 
 
 class _MapMean(torch.autograd.Function):
-    """Mean over `axes`; its gradient is one vector seen at each pixel, where torch's own fills a float32 map.
+    """Mean over `axes`. Its gradient is one vector expanded over the map; torch's own fills a float32 map.
 
-    Where the channels lie innermost, it is a row of pixels seen at each height: what adds a vector of few channels to a
-    map pixel by pixel takes ten times as long as adding two maps. A CPU writes a narrow map in float32 before it adds;
-    a few images at a time, so that this copy stays in the processor's cache.
+    For channels-last maps the gradient is materialised as one row and expanded over the height: adding a broadcast
+    vector of few channels would be 10× slower. On a CPU the mean of a half-precision map first makes a float32 copy:
+    a few images at a time, so that the copy stays in the processor's cache.
     """
 
     COPY = 8 << 20
-    """Bytes of that copy: the fastest on two cores of large and small maps; a single image is slower than two"""
+    """Bytes of that copy, the fastest for large and small maps on two cores; at least two images"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axes: list[int]) -> Tensor:
@@ -65,18 +65,18 @@ MAP_LAYOUTS = ("NCHW", "NHWC", "BLC")
 
 
 def feature_map(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
-    """What stands at `tap`, laid out as (B, C, H, W); prefix tokens are left out. `tap.layout` is one of MAP_LAYOUTS.
+    """The map at `tap`, laid out as (B, C, H, W) without prefix tokens. `tap.layout` is one of MAP_LAYOUTS.
 
-    Tokens at another size than the network was read at keep the map's aspect ratio. Raises UserError where they fill no
-    such map. It is a copy: what follows the tap may change it in place.
+    Tokens of images of another size keep the map's aspect ratio. Raises UserError if they fill no such map. Returns a
+    copy: later layers may change the output in place.
     """
-    return _laid_out(output, tap).clone()
+    return _as_nchw(output, tap).clone()
 
 
-def _laid_out(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
+def _as_nchw(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
     if not isinstance(output, Tensor):
         items = output if tap.index is None else [output[tap.index]]
-        return torch.cat([_laid_out(item, tap) for item in items if isinstance(item, Tensor)], dim=1)
+        return torch.cat([_as_nchw(item, tap) for item in items if isinstance(item, Tensor)], dim=1)
     if tap.layout == "NCHW":
         return output
     if tap.layout == "NHWC":
@@ -85,26 +85,29 @@ def _laid_out(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
     count = tokens.shape[2]
     height = round((count * tap.height / tap.width) ** 0.5)
     if count % height:
-        raise UserError(f"{tap.module}: {count} tokens fill no map in the proportion {tap.height}×{tap.width}")
+        raise UserError(f"{tap.module}: {count} tokens do not fill a map of the aspect ratio {tap.height}:{tap.width}")
     return tokens.reshape(*tokens.shape[:2], height, count // height)
 
 
 def energy_or_map(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
-    """The energies (B, H, W); where they need a gradient the map, whose squares are summed outside of blocks that
-    gradient checkpointing runs again.
+    """Energies (B, H, W), or the whole map when gradients are on.
+
+    The squares of that map are then summed in `forward`, because gradient checkpointing runs the hook again.
     """
-    return feature_map(output, tap) if torch.is_grad_enabled() else energy(_laid_out(output, tap))
+    return feature_map(output, tap) if torch.is_grad_enabled() else energy(_as_nchw(output, tap))
 
 
 def energy(feature_map: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W), float32 (float64 stays): squares summed over the channels; no wider map is made."""
+    """Sum of squares over the channels: (B, C, H, W) -> (B, H, W), float32 (float64 stays), without a wider map."""
     energies: Tensor = _Energy.apply(feature_map)
     return energies
 
 
 class _Energy(torch.autograd.Function):
-    """Fewer than 32 channels that lie innermost a CPU multiplies pixel by pixel: with a factor as wide as the map that
-    takes a fifth of the time.
+    """Sum of squares over the channels.
+
+    On a CPU, scaling a channels-last map of fewer than 32 channels by a broadcast factor is 5× slower than by a factor
+    of full size.
     """
 
     @staticmethod

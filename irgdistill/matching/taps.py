@@ -1,9 +1,8 @@
-"""One forward of a network -> logits and pooled block outputs.
+"""Runs a network and collects logits and pooled block outputs in one forward.
 
-Hooks stand on the blocks that the plan names and pool at once, so nothing larger than (B, C) is kept and nothing can be
-changed in place afterwards; whole maps are kept where a term asks for them, as copies. Hooks are installed once,
-before any `torch.compile`, and live on this wrapper's model; what is saved is that model's `state_dict`, in which
-nothing of the tapping appears.
+Hooks on the blocks of the plan pool at once: nothing larger than (B, C) is kept, and nothing can be changed in place
+afterwards. Whole maps are copied, if a term needs them. Hooks are installed once, before any `torch.compile`; the
+model's `state_dict` does not change.
 """
 
 from __future__ import annotations
@@ -19,36 +18,42 @@ from irgdistill.matching.pooling import energy, energy_or_map, feature_map, pool
 
 
 class Output(NamedTuple):
-    """What a network says about a batch."""
+    """Outputs of one network for a batch."""
 
     logits: Tensor
     """(B, K)"""
     features: dict[str, Tensor]
     """Tap name -> (B, C), float32"""
     maps: dict[str, Tensor] = {}  # noqa: RUF012  never changed
-    """Tap name -> (B, C, H, W), where asked for"""
+    """Tap name -> (B, C, H, W), for the requested taps"""
     energies: dict[str, Tensor] = {}  # noqa: RUF012
-    """Tap name -> (B, H, W), float32: squares summed over the channels, where asked for"""
+    """Tap name -> (B, H, W), float32: squares summed over the channels, for the requested taps"""
     adapted: dict[str, dict[str, Tensor]] = {}  # noqa: RUF012
-    """Term -> what its adapter makes of this output; see `losses.Learner`"""
+    """Term -> output of its adapter; see `losses.Learner`"""
+
+
+def first_output(output: Any) -> Tensor:
+    """The logits: the output of a network, or the first of several."""
+    logits: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return logits
 
 
 def tap_name(tap: Tap) -> str:
-    """Unique, readable key of a tap: its module, and the element of a tuple that is taken there."""
+    """Unique, readable key of a tap: its module, and the index of the tuple element."""
     return tap.module + ("" if tap.index is None else f"[{tap.index}]")
 
 
 class Tapped(nn.Module):
-    """A network behind its view, with pooled taps. `forward` (B, 3, H, W) raw images -> `Output`.
+    """A network with taps. `forward` (B, 3, H, W) raw images -> `Output`.
 
-    `taps` are pooled, `maps` kept whole, `energies` summed over the channels. Without a view, images are taken as they
-    are.
+    `taps` are pooled, `maps` kept whole, `energies` summed over the channels. `preprocess` resizes and normalises raw
+    images; None: the images are prepared already.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        view: nn.Module | None,
+        preprocess: nn.Module | None,
         taps: Iterable[Tap] = (),
         channels_last: bool = False,
         maps: Iterable[Tap] = (),
@@ -56,54 +61,53 @@ class Tapped(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.view = view
+        self.preprocess = preprocess
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._kept: tuple[dict[str, Tensor], ...] = ({}, {}, {})
-        wanted = ((taps, pool), (maps, feature_map), (energies, energy_or_map))
+        kinds = ((taps, pool), (maps, feature_map), (energies, energy_or_map))
         self._hooks = [
-            self._install(tap, kept, take)
-            for kept, (places, take) in zip(self._kept, wanted, strict=True)
-            for tap in places
+            self._install(tap, kept, read)
+            for kept, (tapped, read) in zip(self._kept, kinds, strict=True)
+            for tap in tapped
         ]
 
     def forward(self, images: Tensor) -> Output:
-        self._forget()
-        seen = images if self.view is None else self.view(images)
-        logits = self.model(seen.contiguous(memory_format=self.memory_format))
-        if isinstance(logits, (tuple, list)):
-            logits = logits[0]
-        features, maps, attended = (dict(kept) for kept in self._kept)
-        energies = {name: energy(x) if x.dim() == 4 else x for name, x in attended.items()}
+        self._clear()
+        inputs = images if self.preprocess is None else self.preprocess(images)
+        logits = first_output(self.model(inputs.contiguous(memory_format=self.memory_format)))
+        features, maps, energies_or_maps = (dict(kept) for kept in self._kept)
+        energies = {name: energy(x) if x.dim() == 4 else x for name, x in energies_or_maps.items()}
         output = Output(logits, features, maps, energies)
-        self._forget()
+        self._clear()
         return output
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         for kept in self._kept:
             kept.clear()
 
     def release(self) -> nn.Module:
-        """Remove the hooks and give back the plain model."""
+        """Remove the hooks and return the plain model."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         return self.model
 
-    def _install(self, tap: Tap, kept: dict[str, Tensor], take: Callable[[Any, Tap], Tensor]) -> Any:
+    def _install(self, tap: Tap, kept: dict[str, Tensor], read: Callable[[Any, Tap], Tensor]) -> Any:
         module, name = self.model.get_submodule(tap.module), tap_name(tap)
 
         def keep(value: Any) -> None:
-            # Gradient checkpointing runs the block, and this hook, again in backward: the first value counts.
+            # Gradient checkpointing runs the block and this hook again in backward: keep the first value.
             if name not in kept:
-                kept[name] = take(value, tap)
+                kept[name] = read(value, tap)
 
         return module.register_forward_hook(lambda _module, _args, output: keep(output))
 
 
 def has_unused_parameters(network: Tapped, shape: tuple[int, int, int]) -> bool:
-    """Whether some parameters get no gradient from logits and taps (a second head), for images of `shape` (C, H, W).
+    """Whether some parameters, such as a second head, get no gradient from logits and taps.
 
-    Found on the meta device."""
+    `shape` is that of an image, (C, H, W). Runs on the meta device.
+    """
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     meta = {name: value.detach().to("meta").requires_grad_(value.requires_grad) for name, value in tensors.items()}
     wanted = [value for value in meta.values() if value.requires_grad]

@@ -1,7 +1,7 @@
-"""A dry run of a network on the meta device: which module gives which map, which tensors all data passes.
+"""Traces a network on the meta device: which module returns which map, and which tensors every path passes.
 
-The parameters are frozen meta tensors and the image is the only leaf that requires a gradient, so the
-autograd graph of the output is exactly the data flow from image to logits. Nothing is computed or allocated.
+The parameters are frozen meta tensors and the image is the only leaf that requires a gradient, so the autograd graph of
+the output is exactly the data flow from image to logits. Nothing is computed or allocated.
 
 B batch, C channels, H W the map, L tokens.
 """
@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.func import functional_call
 
-BATCH = 3  # odd and small: an activation whose first axis is not 3 holds something else, such as windows
+BATCH = 3  # odd and small: an activation with another first axis is something else, such as windows
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A tensor as a hook saw it: graph node and version are of that moment, not of the end of the run."""
+    """A tensor at the time of a hook: its graph node and version then, not at the end of the run."""
 
     tensor: Tensor
     node: Node | None
     version: int
     index: int | None = None
-    """Which element of a module's tuple output; None: the output itself"""
+    """Element of a module's tuple output; None: the output itself"""
 
     @classmethod
     def of(cls, tensor: Tensor, index: int | None = None) -> Value:
@@ -44,7 +44,7 @@ class Value:
 
     @property
     def overwritten(self) -> bool:
-        """True if an in-place operation changed the tensor after the hook saw it."""
+        """Whether an in-place operation changed the tensor after the hook."""
         return self.tensor._version != self.version
 
 
@@ -62,7 +62,7 @@ class Call:
 
 @dataclass(eq=False)
 class Trace:
-    """All calls of one forward in the order they ended, and the nodes all paths from image to output pass."""
+    """All calls of one forward, in the order they end, and the nodes that every path from image to output passes."""
 
     image: Tensor
     calls: list[Call]
@@ -70,7 +70,7 @@ class Trace:
     cuts: set[Node]
 
     def is_cut(self, values: Iterable[Value]) -> bool:
-        """True if every path from image to output passes one of the tensors (of one tensor: passes it)."""
+        """Whether every path from image to output passes at least one of the tensors."""
         nodes = {value.node for value in values if value.node is not None}
         if len(nodes) < 2:
             return bool(nodes & self.cuts)
@@ -79,16 +79,16 @@ class Trace:
         while stack:
             parents = _parents(stack.pop())
             if not parents:
-                return False  # the image, reached around the tensors
+                return False  # a path from the image avoids the tensors
             stack += [parent for parent in parents if parent not in seen]
             seen.update(parents)
         return True
 
 
 def dry_run(model: nn.Module, input_size: tuple[int, int, int]) -> Trace:
-    """Run `model`, on any device, on a meta image (BATCH, *input_size) in eval mode; it stays as it was.
+    """Run `model`, on any device, on a meta image (BATCH, *input_size) in eval mode, without changing it.
 
-    Raises whatever the model's forward raises, and RuntimeError where the output is independent of the image.
+    Raises whatever the model's forward raises, and RuntimeError if the output does not depend on the image.
     """
     with torch.inference_mode(False), torch.enable_grad(), _eval_mode(model):
         state = {name: torch.empty_like(tensor, device="meta", requires_grad=False) for name, tensor in _slots(model)}
@@ -103,10 +103,10 @@ def dry_run(model: nn.Module, input_size: tuple[int, int, int]) -> Trace:
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every place that holds a parameter or a buffer, under one name.
+    """Every attribute that holds a parameter or a buffer, under one name.
 
-    A place with two names (its module is used in two others) comes once, or `functional_call` would leave the
-    meta tensor in it. A parameter in two places comes twice.
+    An attribute with two names (its module is used in two others) comes once, because `functional_call` would leave the
+    meta tensor in it. A parameter in two attributes comes twice.
     """
     for prefix, module in model.named_modules():
         yield from module.named_parameters(prefix, recurse=False, remove_duplicate=False)
@@ -116,8 +116,8 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _cuts(roots: list[Node]) -> set[Node]:
     """The nodes of an autograd graph that no edge jumps over.
 
-    Walks from the outputs to the image in topological order and counts the open edges, those from a visited
-    node to one not yet visited. Where all open edges lead to one node, every path passes it.
+    Walks from the outputs to the image in topological order and counts the open edges, those from a visited node to one
+    not yet visited. If all open edges lead to one node, every path passes it.
     """
     uses = Counter(roots)
     stack = list(roots)
@@ -202,7 +202,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 class Geometry(NamedTuple):
-    """What an activation's axes mean."""
+    """Meaning of an activation's axes."""
 
     channels: int
     height: int
@@ -212,12 +212,12 @@ class Geometry(NamedTuple):
 
 
 class Geometries:
-    """Reads activations' shapes: B is any, the map is one that the image can have."""
+    """Reads the geometry of an activation from its shape: the map must be a plausible reduction of the image."""
 
     def __init__(self, trace: Trace, prefixes: Iterable[int]) -> None:
         self.height, self.width = trace.image.shape[2:]
         self.prefixes = list(dict.fromkeys(prefixes))
-        self.grids = {  # certain: the outputs of convolutions and poolings are NCHW
+        self.grids = {  # known maps: the outputs of convolutions and poolings are NCHW
             value.shape[2:]
             for call in trace.calls
             if isinstance(call.module, (nn.MaxPool2d, nn.AvgPool2d)) or weight_rank(call.module) == 4
@@ -226,7 +226,7 @@ class Geometries:
         }
 
     def read(self, shape: tuple[int, ...]) -> Geometry | None:
-        """The geometry of an activation of this shape, or None if it holds no map."""
+        """The geometry of an activation of this shape, or None if it is not a map."""
         if len(shape) == 3:
             for prefix in self.prefixes:
                 if grid := self._tokens(shape[1] - prefix):
@@ -245,14 +245,14 @@ class Geometries:
         return None
 
     def _is_map(self, height: int, width: int) -> bool:
-        """True for more than one place, as elongated as the image, up to rounding."""
+        """Whether a size has more than one pixel and the image's aspect ratio, up to rounding."""
         if (height, width) in self.grids:
             return True
         skew = abs(height * self.width - width * self.height)
         return 1 < height * width <= self.height * self.width and skew < max(self.height, self.width)
 
     def _tokens(self, number: int) -> tuple[int, int] | None:
-        """The map that so many tokens make, or None. Sizes seen at convolutions come first."""
+        """Height and width of a map with this number of tokens, or None. Sizes of known maps come first."""
         for height, width in self.grids:
             if height * width == number:
                 return height, width
@@ -263,5 +263,5 @@ class Geometries:
 
 
 def weight_rank(module: nn.Module) -> int:
-    """The most axes that a parameter of the module's own has: 4 convolution, 2 linear, 1 norm, 0 none."""
+    """Largest number of axes of the module's own parameters: 4 convolution, 2 linear, 1 norm, 0 none."""
     return max((parameter.dim() for parameter in module.parameters(recurse=False)), default=0)

@@ -1,20 +1,21 @@
-"""One call that turns a name (and perhaps a checkpoint) into a network with everything needed to feed it."""
+"""Builds a network, with everything needed to feed it, from its name and perhaps its weights."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from irgdistill.errors import UserError, nearest
-from irgdistill.models.network import Network
-from irgdistill.models.weights import LOCAL, SOURCES, classes_of, load_weights, short_reason
+from irgdistill.errors import UserError, nearest, one_line
+from irgdistill.models.network import Network, NetworkRecord
+from irgdistill.models.weights import LOCAL, SOURCES, Weights, classes_of, load_weights
 
 
 def known_models() -> list[str]:
@@ -26,18 +27,17 @@ def build_network(
     name: str,
     *,
     pretrained: bool = False,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Weights | None = None,
     num_classes: int | None = None,
     input_size: tuple[int, int] | None = None,
     args: Mapping[str, Any] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
-    origin: str = "",
     meta: bool = False,
 ) -> Network:
     """Build `name`, with pretrained weights, with `weights` (loaded strictly), or from random ones.
 
-    `preprocessing` may hold mean, std, interpolation and crop_pct that override the network's own; `origin` names where
-    the weights come from; `meta` builds shapes without weights, also of the largest networks.
+    `preprocessing` may hold mean, std, interpolation and crop_pct that override the network's own; `meta` builds
+    shapes without weights, even of the largest networks.
     Raises UserError: unknown name (nearest ones), weights that do not fit or cannot be fetched.
     """
     _check_name(name)
@@ -45,47 +45,66 @@ def build_network(
     if args.get("in_chans", 3) != 3:
         raise UserError(f"{name} with in_chans = {args['in_chans']}: images have 3 channels")
     if num_classes is None and weights is not None:
-        num_classes = classes_of(name, weights)
+        num_classes = classes_of(name, weights.tensors)
     if input_size is not None and _fixed_size(name, args):
         args["img_size"] = input_size
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's concern
     try:
-        device = {"device": "meta"} if meta else {}
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args, **device)
+        with _quiet_hub():
+            device = {"device": "meta"} if meta else {}
+            model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args, **device)
     except (OSError, RuntimeError, FileNotFoundError) as error:
         if not pretrained:
-            raise UserError(f"{name} cannot be built: {short_reason(error)}") from None
+            raise UserError(f"{name} cannot be built: {one_line(error)}") from None
         raise UserError(
-            f"no pretrained weights of {name} could be fetched ({short_reason(error)}); "
+            f"no pretrained weights of {name} could be fetched ({one_line(error)}); "
             "give them with --teacher-checkpoint or --student-checkpoint FILE (eval: --checkpoint)"
         ) from None
     except TypeError as error:
         wanted = {**args, **({} if num_classes is None else {"num_classes": num_classes})}
-        raise UserError(f"{name} does not accept {wanted}: {short_reason(error)}") from None
+        raise UserError(f"{name} does not accept {wanted}: {one_line(error)}") from None
     if weights is not None:
-        load_weights(model, weights, name, origin)
+        load_weights(model, weights, name)
     return Network.of(model, name, args, input_size, preprocessing)
 
 
-def rebuild_network(about: Mapping[str, Any], *, input_size: tuple[int, int] | None = None, **how: Any) -> Network:
-    """The network of `Network.describe`, at its own size or another; `how` as in `build_network`, which raises."""
+def rebuild_network(
+    record: NetworkRecord,
+    *,
+    input_size: tuple[int, int] | None = None,
+    weights: Weights | None = None,
+    meta: bool = False,
+) -> Network:
+    """Build the network of a record, at its own input size or another. Raises UserError as `build_network` does."""
     return build_network(
-        about["architecture"],
-        num_classes=about["num_classes"],
-        input_size=input_size or tuple(about["input_size"]),
-        args={key: value for key, value in about["args"].items() if key != "img_size"},
-        preprocessing={key: about[key] for key in ("mean", "std", "interpolation", "crop_pct")},
-        **how,
+        record.architecture,
+        weights=weights,
+        num_classes=record.num_classes,
+        input_size=input_size or record.input_size,
+        args=record.args_without_size,
+        preprocessing=record.preprocessing,
+        meta=meta,
     )
 
 
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Silence the retries of huggingface_hub: only the final failure matters to the user."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def parameters(model: nn.Module) -> int:
-    """Number of trainable and frozen parameters."""
+    """Number of parameters, trainable and frozen."""
     return sum(p.numel() for p in model.parameters())
 
 
 def multiply_adds(network: Network) -> int:
-    """Multiply-adds of one image, counted on shapes alone."""
+    """Multiply-adds for one image, counted on the meta device."""
     tensors = {**dict(network.model.named_parameters()), **dict(network.model.named_buffers())}
     meta = {key: value.detach().to("meta") for key, value in tensors.items()}
     image = torch.empty(1, *network.input.shape, device="meta")

@@ -1,17 +1,86 @@
-"""Weights that describe themselves: safetensors with all that rebuilds and feeds their network. No pickle."""
+"""Checkpoints that describe themselves: safetensors with everything that rebuilds the network. No pickle."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from irgdistill.errors import UserError
 from irgdistill.io import FORMAT, read_metadata, read_tensors
 from irgdistill.models.build import build_network, rebuild_network
-from irgdistill.models.network import Network
-from irgdistill.models.weights import read_weights
+from irgdistill.models.network import Network, NetworkRecord
+from irgdistill.models.weights import Weights, read_weights
+
+
+class TeacherRecord(BaseModel):
+    """The teacher of the run that wrote a checkpoint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    architecture: str
+    name: str
+    """timm name, with its source and weight tag."""
+    weights: str
+    """Checksum of its weights."""
+    checkpoint: str | None = None
+    """File of its weights; None: pretrained."""
+    input_size: tuple[int, int] | None = None
+    """Height and width that the run asked for."""
+
+
+class CheckpointMetadata(NetworkRecord):
+    """What a checkpoint records of its network and of the run that wrote it.
+
+    The fields of the run have defaults: a checkpoint may describe a network alone. Unknown fields are ignored.
+    """
+
+    format: int
+    classes: list[str]
+    """Class names in label order."""
+    metrics: Mapping[str, Any] = Field(default_factory=dict)
+    """Result of the last evaluation of these weights."""
+    method: str = ""
+    losses: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    """Term -> its settings."""
+    seed: int = 0
+    teacher: TeacherRecord | None = None
+    matching: Mapping[str, Any] = Field(default_factory=dict)
+    """Settings of the section `matching`."""
+    plan: Mapping[str, Any] | None = None
+    """The matched stages, as `Plan.to_dict` gives them."""
+    data: Mapping[str, Any] | None = None
+    """Settings of the section `data`."""
+    versions: Mapping[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """The metadata of a checkpoint; None for weights that irgdistill did not write.
+
+        Raises UserError: unreadable, the state of a run, or a field that does not fit.
+        """
+        values = read_metadata(path) if path.suffix == ".safetensors" else None
+        return None if values is None else cls.parse(values, path)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], path: Path) -> Self:
+        """Validate the metadata read from `path`. Raises UserError as `read` does."""
+        if "architecture" not in values:
+            raise UserError(f"{path} is the state of a run; its weights are in best.safetensors and last.safetensors")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path} has metadata that do not fit: {field}: {first['msg'].lower()}") from None
+
+    def check_name(self, path: Path, name: str | None, option: str) -> None:
+        """Raises UserError if `name`, given with `option`, is another architecture."""
+        if name is not None and name.split(".")[0] != self.architecture:
+            raise UserError(f"{path} holds a {self.architecture}, not a {name}; leave {option} out")
 
 
 def describe(network: Network, classes: list[str]) -> dict[str, Any]:
@@ -33,39 +102,32 @@ def timm_config(network: Network, classes: list[str]) -> dict[str, Any]:
     }
 
 
-def described(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint of ours says of itself; None for any other file of weights.
-
-    Raises UserError: unreadable, or the state of a run.
-    """
-    metadata = read_metadata(path) if path.suffix == ".safetensors" else None
-    if metadata is not None and "architecture" not in metadata:
-        raise UserError(f"{path} is the state of a run; its weights are in best.safetensors and last.safetensors")
-    return metadata
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Weights, and what `described` says. Raises UserError as that does, and for weights that were damaged."""
-    return (read_weights(path), None) if described(path) is None else read_tensors(path)
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], CheckpointMetadata | None]:
+    """Weights and metadata (None for other files). Raises UserError as `CheckpointMetadata.read`, or if damaged."""
+    if CheckpointMetadata.read(path) is None:
+        return read_weights(path), None
+    weights, values = read_tensors(path)
+    assert values is not None
+    return weights, CheckpointMetadata.parse(values, path)
 
 
 def restore(
     path: Path, name: str | None = None, input_size: tuple[int, int] | None = None
-) -> tuple[Network, dict[str, Any]]:
-    """A network from a checkpoint: ours by itself, any other one given its `name`. Second value: metadata, or {}.
+) -> tuple[Network, CheckpointMetadata | None]:
+    """Rebuild a network from a checkpoint, and its metadata; from any other file of weights given its `name`.
 
-    Raises UserError: unreadable, truncated or damaged file, foreign file without a name, weights that do not fit,
+    Raises UserError: unreadable, truncated or damaged file, other weights without a name, weights that do not fit,
     another name than the checkpoint's own.
     """
-    weights, metadata = read_checkpoint(path)
+    tensors, metadata = read_checkpoint(path)
+    weights = Weights(tensors, str(path))
     if metadata is None:
         if name is None:
             raise UserError(
                 f"{path} was not written by irgdistill and does not name its network; name the architecture too"
             )
-        return build_network(name, weights=weights, input_size=input_size, origin=str(path)), {}
-    if name is not None and name.split(".")[0] != metadata["architecture"]:
-        raise UserError(f"{path} holds a {metadata['architecture']}, not a {name}; leave the name out")
-    network = rebuild_network(metadata, weights=weights, input_size=input_size, origin=str(path))
-    network.classes = metadata["classes"]
+        return build_network(name, weights=weights, input_size=input_size), None
+    metadata.check_name(path, name, "the name")
+    network = rebuild_network(metadata, input_size=input_size, weights=weights)
+    network.classes = metadata.classes
     return network, metadata

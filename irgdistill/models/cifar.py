@@ -1,4 +1,4 @@
-"""Small CIFAR networks in the authors' shape, registered with timm: 3×3 stem, three stages at 32, 16 and 8 pixels.
+"""Small CIFAR networks as in their papers, registered with timm: 3×3 stem, three stages at 32, 16 and 8 pixels.
 
 ResNets: He et al. 2016, section 4.2, with parameter-free shortcuts (every second pixel, channels padded with zeros);
 keys `conv1 bn1 layer{1,2,3}.{b}.{conv1,bn1,conv2,bn2} fc`. ShuffleNet: Zhang et al. 2018, width 0.5, 3 groups, its
@@ -7,7 +7,7 @@ first stage at full resolution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class _CifarNet(nn.Module):
-    """What both families share: timm's interface around `stages()` and a linear head on the pooled map."""
+    """The part that both families share: timm's interface, three stages and a linear head on the pooled map."""
 
     conv1: nn.Module
     bn1: nn.Module
@@ -113,7 +113,7 @@ class CifarResNet(_CifarNet):
 
 
 class ShuffleBlock(nn.Module):
-    """Grouped 1×1, shuffle, depthwise 3×3, grouped 1×1; added to the input, or concatenated to it where width grows."""
+    """Grouped 1×1, shuffle, depthwise 3×3, grouped 1×1; added to the input, or concatenated if wider."""
 
     def __init__(self, width_in: int, width: int, stride: int, groups: int, grouped_first: bool = True) -> None:
         super().__init__()
@@ -200,35 +200,54 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _register(name: str, cls: type[nn.Module], summary: str, **defaults: Any) -> None:
-    """Register an entry point with timm under `name`."""
-
-    def entry(pretrained: bool = False, **kwargs: Any) -> Any:
-        device = kwargs.pop("device", None)
-        with torch.device(device) if device is not None else nullcontext():
-            return build_model_with_cfg(cls, name, pretrained, **{**defaults, **kwargs})
-
-    entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = summary
-    globals()[name] = register_model(entry)
+Entry = Callable[..., nn.Module]
+register: Callable[[Entry], Entry] = register_model  # timm's decorator has no types
 
 
-_register("cifar_resnet20", CifarResNet, "ResNet-20, 16/32/64, 0.27 M parameters.")
+def _build(cls: type[nn.Module], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    device = kwargs.pop("device", None)
+    with torch.device(device) if device is not None else nullcontext():
+        model: nn.Module = build_model_with_cfg(cls, name, pretrained, **kwargs)
+    return model
 
 
-_register("cifar_resnet20_x0_5", CifarResNet, "ResNet-20 of half the width, 8/16/32.", widths=(8, 16, 32))
+@register
+def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-20, 16/32/64, 0.27 M parameters."""
+    return _build(CifarResNet, "cifar_resnet20", pretrained, **kwargs)
 
 
-_register("cifar_resnet20_x0_375", CifarResNet, "ResNet-20 of 0.375 the width, 6/12/24.", widths=(6, 12, 24))
+@register
+def cifar_resnet20_x0_5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-20 of half the width, 8/16/32."""
+    return _build(CifarResNet, "cifar_resnet20_x0_5", pretrained, **{"widths": (8, 16, 32), **kwargs})
 
 
-_register("cifar_resnet14_x0_5", CifarResNet, "ResNet-14 of half the width, 8/16/32.", blocks=2, widths=(8, 16, 32))
+@register
+def cifar_resnet20_x0_375(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-20 of 0.375 the width, 6/12/24."""
+    return _build(CifarResNet, "cifar_resnet20_x0_375", pretrained, **{"widths": (6, 12, 24), **kwargs})
 
 
-_register("cifar_resnet56", CifarResNet, "ResNet-56, 16/32/64, 0.85 M parameters.", blocks=9)
+@register
+def cifar_resnet14_x0_5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-14 of half the width, 8/16/32."""
+    return _build(CifarResNet, "cifar_resnet14_x0_5", pretrained, **{"blocks": 2, "widths": (8, 16, 32), **kwargs})
 
 
-_register("cifar_resnet110", CifarResNet, "ResNet-110, 16/32/64, 1.7 M parameters.", blocks=18)
+@register
+def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-56, 16/32/64, 0.85 M parameters."""
+    return _build(CifarResNet, "cifar_resnet56", pretrained, **{"blocks": 9, **kwargs})
 
 
-_register("cifar_shufflenet_x0_5", CifarShuffleNet, "ShuffleNet 0.5×, 3 groups, 120/240/480, 0.24 M parameters.")
+@register
+def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-110, 16/32/64, 1.7 M parameters."""
+    return _build(CifarResNet, "cifar_resnet110", pretrained, **{"blocks": 18, **kwargs})
+
+
+@register
+def cifar_shufflenet_x0_5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ShuffleNet 0.5×, 3 groups, 120/240/480, 0.24 M parameters."""
+    return _build(CifarShuffleNet, "cifar_shufflenet_x0_5", pretrained, **kwargs)

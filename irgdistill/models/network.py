@@ -1,4 +1,4 @@
-"""A network with its preprocessing, and the view that prepares raw images for it."""
+"""A timm model with its preprocessing, and the module that applies it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,53 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from irgdistill.config import InputSpec
 from irgdistill.errors import UserError
-from irgdistill.matching import Level, LevelsError, Tap, find_levels
+from irgdistill.matching import Level, LevelsError, Tap, Tapped, find_levels
+
+
+class NetworkRecord(BaseModel):
+    """Everything but the weights that rebuilds and feeds a network: the values of `Network.describe`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    architecture: str
+    args: dict[str, Any]
+    """Arguments of `timm.create_model`."""
+    num_classes: int
+    input_size: tuple[int, int]
+    """Height and width in pixels."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+
+    @property
+    def args_without_size(self) -> dict[str, Any]:
+        """`args` without the input size, which `build_network` sets again."""
+        return {key: value for key, value in self.args.items() if key != "img_size"}
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Mean, std, interpolation and crop_pct."""
+        return self.model_dump(include={"mean", "std", "interpolation", "crop_pct"})
 
 
 @dataclass
 class Network:
-    """A timm model and how it wants its images."""
+    """A timm model with its input size and preprocessing."""
 
     name: str
     model: nn.Module
     args: dict[str, Any]
-    """What `timm.create_model` needs beside the name and the number of classes."""
+    """Arguments of `timm.create_model` beside the name and the number of classes."""
     input: InputSpec
     classes: list[str] | None = None
-    """Class names in label order, where a checkpoint tells them."""
+    """Class names in label order, if a checkpoint records them."""
 
     @classmethod
     def of(
@@ -37,7 +65,7 @@ class Network:
         size: tuple[int, int] | None = None,
         preprocessing: Mapping[str, Any] | None = None,
     ) -> Network:
-        """A timm model with its own way to see images, but for what is given."""
+        """Wrap a timm model: its own input size and preprocessing, unless others are given."""
         data = {**resolve_model_data_config(model), **(preprocessing or {})}
         return cls(
             name=name or str(model.pretrained_cfg["architecture"]),  # type: ignore[index]
@@ -62,7 +90,7 @@ class Network:
         return str(self.model.pretrained_cfg["architecture"])  # type: ignore[index]
 
     def describe(self) -> dict[str, Any]:
-        """All but the weights, in plain values: what `rebuild_network` takes."""
+        """Everything but the weights, in plain values: the fields of `NetworkRecord`."""
         return {
             "architecture": self.architecture,
             "args": self.args,
@@ -71,22 +99,28 @@ class Network:
             **self.input.preprocessing,
         }
 
-    def view(self) -> View:
-        return View(self.input.size, self.input.mean, self.input.std)
+    def preprocess(self) -> Preprocess:
+        """A module that prepares raw images for this network."""
+        return Preprocess(self.input.size, self.input.mean, self.input.std)
+
+    def tapped(self, device: torch.device, taps: Iterable[Tap] = ()) -> Tapped:
+        """This network on a device in eval mode, behind its preprocessing and with taps."""
+        return Tapped(self.model.to(device), self.preprocess().to(device), taps).eval()
 
     def levels(self) -> list[Level]:
-        """What can be tapped, found at the network's own default size, where no map has shrunk to a point.
+        """The stages that can be tapped, found at the network's default size, where no map has shrunk to a point.
 
-        Raises UserError, one line, when nothing can."""
+        Raises UserError if there are none.
+        """
         own = tuple(self.model.pretrained_cfg["input_size"])  # type: ignore[index]
         size = own if not self._fixed else (own[0], *self.input.size)
         try:
             return find_levels(self.model, size)
         except LevelsError as error:
-            raise UserError(f"{self.name} cannot be matched yet: {error}") from None
+            raise UserError(f"{self.name} cannot be matched: {error}") from None
 
     def map_size(self, tap: Tap, size: tuple[int, int]) -> tuple[int, int] | None:
-        """Height and width of the map at `tap` for images of another size; None where the network does not run."""
+        """Height and width of the map at `tap` for images of another size; None if the network does not run on them."""
         try:
             for level in find_levels(self.model, (len(self.input.mean), *size)):
                 for other in level.blocks:
@@ -101,11 +135,11 @@ class Network:
         return bool(self.model.pretrained_cfg.get("fixed_input_size"))  # type: ignore[union-attr,operator]
 
 
-class View(nn.Module):
-    """Raw images -> what one network expects: its own size, its own mean and standard deviation.
+class Preprocess(nn.Module):
+    """Resize and normalise raw images for one network, with its own size, mean and standard deviation.
 
-    Input (B, 3, H, W) in 0…255, uint8 or float; output (B, 3, *size) float32. Teacher and student each have one and see
-    the same augmented crop.
+    Input (B, 3, H, W) in 0…255, uint8 or float; output (B, 3, *size) float32. Teacher and student each have one and
+    take the same augmented crop.
     """
 
     mean: Tensor

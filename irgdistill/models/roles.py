@@ -1,4 +1,4 @@
-"""The student before its first step: random weights, timm's pretrained ones, or those of a checkpoint."""
+"""Builds the networks of a run by their roles: teacher, student and booster, each with its initial weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from irgdistill.config import Config, Preprocessing, StudentConfig
 from irgdistill.errors import UserError
 from irgdistill.io import Report, RunFolder, find_checkpoint
 from irgdistill.models.build import build_network
-from irgdistill.models.checkpoint import described, read_checkpoint, restore
+from irgdistill.models.checkpoint import CheckpointMetadata, read_checkpoint, restore
 from irgdistill.models.network import Network
-from irgdistill.models.weights import load_weights
+from irgdistill.models.weights import Weights, load_weights
 
 
 def build_teacher(config: Config, fetch: bool = True) -> Network:
-    """The teacher by name and checkpoint, of which one is given. Raises UserError as `restore` does."""
+    """Build the teacher from its name, its checkpoint or both. Without `fetch`, pretrained weights stay random.
+
+    Raises UserError as `build_network` and `restore` do.
+    """
     spec = config.teacher
     if spec.checkpoint is not None:
         path = find_checkpoint(str(spec.checkpoint)) or spec.checkpoint
@@ -28,7 +31,10 @@ def build_teacher(config: Config, fetch: bool = True) -> Network:
 
 
 def build_booster(config: Config, num_classes: int) -> Network:
-    """The teacher's architecture and preprocessing with random weights. Raises UserError as `build_teacher` does."""
+    """Build the network that `rocket` trains beside the student: the teacher's architecture with random weights.
+
+    Raises UserError as `build_teacher` does.
+    """
     spec = config.teacher
     if spec.checkpoint is None and spec.name is not None:
         return build_network(spec.name, num_classes=num_classes, input_size=spec.input_size)
@@ -43,29 +49,27 @@ def build_booster(config: Config, num_classes: int) -> Network:
 
 
 def resolve_student(spec: StudentConfig) -> StudentConfig:
-    """`spec` with what its checkpoint records of the network, so that a run resumes without that file.
+    """Copy `spec` with the network that its checkpoint records, so that a run resumes without that file.
 
-    Raises UserError: another architecture than the one named, none named at all, an unreadable file.
+    Raises UserError: a name of another architecture, weights without a name, an unreadable file.
     """
     if spec.checkpoint is None:
         return spec
     checkpoint = spec.checkpoint.resolve()
     spec = spec.replaced({"pretrained": False, "checkpoint": checkpoint})
-    path = _file(checkpoint)
-    metadata = described(path)
+    path = _checkpoint_file(checkpoint)
+    metadata = CheckpointMetadata.read(path)
     if metadata is None:
         if spec.name is None:
             raise UserError(f"{path} was not written by irgdistill and does not name its network; give --student too")
         return spec
-    if spec.name is not None and spec.name.split(".")[0] != metadata["architecture"]:
-        raise UserError(f"{path} holds a {metadata['architecture']}, not a {spec.name}; leave --student out")
-    preprocessing = Preprocessing(**{key: metadata[key] for key in Preprocessing.model_fields})
+    metadata.check_name(path, spec.name, "--student")
     return spec.replaced(
         {
-            "name": metadata["architecture"],
-            "args": {**{key: value for key, value in metadata["args"].items() if key != "img_size"}, **spec.args},
-            "input_size": spec.input_size or tuple(metadata["input_size"]),
-            "preprocessing": spec.preprocessing or preprocessing,
+            "name": metadata.architecture,
+            "args": {**metadata.args_without_size, **spec.args},
+            "input_size": spec.input_size or metadata.input_size,
+            "preprocessing": spec.preprocessing or Preprocessing(**metadata.preprocessing),
         }
     )
 
@@ -73,10 +77,10 @@ def resolve_student(spec: StudentConfig) -> StudentConfig:
 def build_student(
     spec: StudentConfig, classes: list[str], weights: bool = True, fetch: bool = True
 ) -> tuple[Network, str]:
-    """A resolved `spec` -> the network with a classifier for `classes`, and where it starts from, in words.
+    """Build the student of a resolved `spec` with a classifier for `classes`; the second value says where it starts.
 
-    Without `weights` it is only built, for a run that has begun and brings its own; without `fetch` nothing is
-    downloaded. Raises UserError: unknown name, weights that are missing or do not fit, no classifier.
+    `weights=False`: random weights, for a run that resumes and loads its own. `fetch=False`: random weights instead of
+    downloading. Raises UserError: unknown name, weights that are missing or do not fit, no classifier.
     """
     assert spec.name is not None
     pretrained = spec.pretrained and weights and fetch
@@ -92,40 +96,41 @@ def build_student(
         raise UserError(f"{student.name} has no classifier to train on {len(classes)} classes")
     note = ""
     if spec.checkpoint is not None and weights:
-        note = _load(student, _file(spec.checkpoint), classes)
+        note = _load_initial(student, _checkpoint_file(spec.checkpoint), classes)
     elif pretrained:
         own = student.model.pretrained_cfg.get("num_classes")  # type: ignore[union-attr,operator]
-        note = f"student {student.name} starts from its pretrained weights" + _of_classifier(own, classes)
+        note = f"student {student.name} starts from its pretrained weights" + _classifier_note(own, classes)
     return student, note
 
 
-def _file(path: Path) -> Path:
+def _checkpoint_file(path: Path) -> Path:
     return find_checkpoint(str(path)) or path
 
 
-def _load(student: Network, path: Path, classes: list[str]) -> str:
+def _load_initial(student: Network, path: Path, classes: list[str]) -> str:
+    """Load a checkpoint, but for a classifier that does not fit, and say where the student starts."""
     weights, metadata = read_checkpoint(path)
     own, head = student.model.state_dict(), _classifier_keys(student.model)
-    theirs = metadata["classes"] if metadata is not None else classes
+    theirs = metadata.classes if metadata is not None else classes
     count = next((len(weights[key]) for key in head if key in weights), 0)
     alike = all(weights[key].shape[1:] == own[key].shape[1:] for key in head if key in weights)
     if head and alike and (count != len(classes) or theirs != classes):
         weights = {**weights, **{key: own[key] for key in head}}
-    load_weights(student.model, weights, student.name, str(path))
+    load_weights(student.model, Weights(weights, str(path)), student.name)
     note = f"student {student.name} starts from {path}"
     if head and count == len(classes) and theirs != classes:
-        return f"{note}; its classifier is made anew, for other classes"
-    return note + (_of_classifier(count, classes) if head else "")
+        return f"{note}; its classifier is new, for other classes"
+    return note + (_classifier_note(count, classes) if head else "")
 
 
-def _of_classifier(count: int, classes: list[str]) -> str:
+def _classifier_note(count: int, classes: list[str]) -> str:
     if count == len(classes):
         return ""
-    return f"; its classifier is made anew, for {len(classes)} classes instead of {count or 'none'}"
+    return f"; its classifier is new, for {len(classes)} classes instead of {count or 'none'}"
 
 
 def _classifier_keys(model: nn.Module) -> list[str]:
-    """Names of the classifier's weights in the state dict, as timm tells; none where it does not."""
+    """Keys of the classifier in the state dict, as timm's configuration names them; none if it does not."""
     cfg: Any = model.pretrained_cfg
     heads = cfg.get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
@@ -133,15 +138,20 @@ def _classifier_keys(model: nn.Module) -> list[str]:
     return [key for key in state if key.startswith(prefixes)] if prefixes else []
 
 
-def open_network(target: str, checkpoint: Path | None, size: tuple[int, int] | None) -> tuple[Network, dict[str, Any]]:
-    """Checkpoint, run folder or timm name (pretrained, or with `checkpoint`) -> network and metadata ({} if none)."""
+def open_network(
+    target: str, checkpoint: Path | None, size: tuple[int, int] | None
+) -> tuple[Network, CheckpointMetadata | None]:
+    """Open a checkpoint, a run folder or a timm name (pretrained, or with the weights of `checkpoint`).
+
+    The second value is the checkpoint's metadata, None for weights that irgdistill did not write. Raises UserError.
+    """
     path = find_checkpoint(target)
     if path is not None:
         if checkpoint is not None:
-            raise UserError(f"{target} is a checkpoint itself; leave out the second one, {checkpoint}")
+            raise UserError(f"{target} is a checkpoint itself; leave out {checkpoint}")
         if Path(target).is_dir() and path == RunFolder(Path(target)).last:
-            Report().warn(f"{target} holds no best.safetensors; taking last.safetensors")
+            Report().warn(f"{target} holds no best.safetensors; using last.safetensors")
         return restore(path, None, size)
     if checkpoint is not None:
         return restore(checkpoint, target, size)
-    return build_network(target, pretrained=True, input_size=size), {}
+    return build_network(target, pretrained=True, input_size=size), None

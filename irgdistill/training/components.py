@@ -182,7 +182,7 @@ def _build_networks(setup: Setup, loss: DistillLoss, device: torch.device, world
     ema = None if optim.ema is None else ModelEmaV3(model, decay=optim.ema, use_warmup=True)
     if runtime.sync_bn:
         model = sync_batch_norm(model, world)
-    view = setup.student.view().to(device)
+    view = setup.student.preprocess().to(device)
     student = Tapped(model, view, channels_last=last, **loss.where("student"))
     compiled = _compiled(student, setup.config)
     adapters = loss.adapters().to(device)
@@ -210,7 +210,7 @@ def _build_teacher(setup: Setup, loss: DistillLoss, device: torch.device) -> Tea
         setup.cache.open(taps)
         return CachedTeacher(setup.cache)
     model = _on_device(setup.teacher.model, device, runtime.channels_last)
-    view = setup.teacher.view().to(device)
+    view = setup.teacher.preprocess().to(device)
     if runtime.fold_batch_norm:
         tapped_modules = {tap.module for kind in taps.values() for tap in kind}
         fold_batch_norm(model.eval(), setup.teacher.input.size, tapped_modules)
@@ -253,7 +253,7 @@ def _build_data(setup: Setup, loss: DistillLoss, device: torch.device, world: Wo
 
 
 def _tapped(network: Network, device: torch.device, channels_last: bool) -> Tapped:
-    view = network.view().to(device)
+    view = network.preprocess().to(device)
     return Tapped(_on_device(network.model, device, channels_last), view, (), channels_last)
 
 

@@ -25,7 +25,7 @@ from irgdistill.data import Images, Splits, crop_of, padding_of
 from irgdistill.errors import UserError
 from irgdistill.io import checksum, read_tensors
 from irgdistill.matching import MAP_LAYOUTS, Output, Plan, Tap, tap_name
-from irgdistill.models import Network, rebuild_network
+from irgdistill.models import Network, NetworkRecord, rebuild_network
 
 FORMAT = 1
 
@@ -122,7 +122,7 @@ class Cache:
 
     def teacher(self) -> Network:
         """The teacher without its weights, to match stages with."""
-        network = rebuild_network(self.about["teacher"], meta=True)
+        network = rebuild_network(NetworkRecord.model_validate(self.about["teacher"]), meta=True)
         network.name, network.classes = self.about["name"], self.about["classes"]
         return network
 

@@ -62,7 +62,7 @@ def logits_of(checkpoint: Path, images: Tensor) -> Tensor:
 def normalised(checkpoint: Path, images: Tensor) -> Tensor:
     """Images (N, 3, H, W) in [0, 1], by the network's own mean and deviation."""
     network = restore(checkpoint)[0]
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (network.mean, network.std))
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (network.input.mean, network.input.std))
     return (images - mean) / std
 
 
@@ -140,7 +140,7 @@ def test_timm_alone_loads_the_folder_as_its_card_says(run: Run, runs: Path, tmp_
 
     student = runs / "known" / "best.safetensors"
     network = restore(student)[0]
-    size = int(48 / network.crop_pct)  # what timm's transform does to 48 pixels, by hand
+    size = int(48 / network.input.crop_pct)  # what timm's transform does to 48 pixels, by hand
     edge = (size - 48) // 2
     larger = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
     shown = np.asarray(larger.crop((edge, edge, edge + 48, edge + 48)))
@@ -192,14 +192,15 @@ def test_the_card_tells_the_run_and_its_controls(run: Run, runs: Path, tmp_path:
 
     compared = json.loads((runs / "compare" / "compare.json").read_text())
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == [
-        *("Use", "Accuracy", "Controls", "Recipe", "Versions and licence", "Source")
+        *("Usage", "Accuracy", "Comparison with other methods"),
+        *("Recipe", "Versions and licence", "Citation"),
     ]
     assert f"| this student, after epoch 1 | {metrics['top1']:.2f} |" in text
     assert f"| teacher, `cifar_resnet20` | {compared['teacher_top1']:.2f} | – | 898 |" in text
     for row in compared["rows"]:
         assert f"| {row['method']} | {len(row['seeds'])} | {row['top1_mean']:.2f} ± {row['top1_std']:.2f} |" in text
     assert "this one is `kd`, seed 1" in text and "1 · ce + 1 · kd" in text
-    assert "import irgdistill.models" in use_of(tmp_path / "hub") and "timm alone does not know" in text
+    assert "import irgdistill.models" in use_of(tmp_path / "hub") and "is not part of timm: install irgdistill" in text
     Image.new("RGB", (20, 20)).save(tmp_path / "image.png")
     used = dict[str, Any]()
     exec(use_of(tmp_path / "hub").replace("image.png", f"{tmp_path}/image.png"), used)
@@ -219,14 +220,14 @@ def test_the_card_tells_no_more_than_is_known(run: Run, runs: Path, tmp_path: Pa
     tried = json.loads((runs / "known" / "metrics.jsonl").read_text().splitlines()[0])
     text = (tmp_path / "run" / "README.md").read_text()
     assert tried["kind"] == "teacher" and f"| teacher, `cifar_resnet20` | {tried['top1']:.2f} |" in text
-    assert "| `layer3.2` |" in text and "Controls" not in text and "| epochs | 6 |" in text
-    assert "5 · edges (to 30% of the training, gone from 60% on)" in text
+    assert "| `layer3.2` |" in text and "Comparison" not in text and "| epochs | 6 |" in text
+    assert "5 · edges (fades out between 30% and 60% of the training)" in text
 
     shutil.copy(runs / "compare" / "none" / "0" / "best.safetensors", tmp_path)
     assert run("export", tmp_path / "best.safetensors", "--output", tmp_path / "file", "--check-images", 1).code == 0
     text = (tmp_path / "file" / "README.md").read_text()
     assert "trained on labels alone" in text and "this student, after epoch 1" in text
-    for unknown in ("teacher,", "Controls", "| epochs |", "Matched stages", "recipe.yaml"):
+    for unknown in ("teacher,", "Comparison", "| epochs |", "Matched stages", "recipe.yaml"):
         assert unknown not in text
     assert not (tmp_path / "file" / "recipe.yaml").exists()
 
@@ -282,7 +283,7 @@ def test_nothing_is_overwritten_unasked(run: Run, runs: Path, tmp_path: Path) ->
     assert refused.code == 2 and "exists; give another --output or --overwrite" in refused.err
     (folder / "notes.txt").write_text("mine")
     foreign = run(*command, "--overwrite")
-    assert foreign.code == 2 and "holds files of something else (notes.txt)" in foreign.err
+    assert foreign.code == 2 and "holds other files (notes.txt)" in foreign.err
     assert (folder / "README.md").read_text() == "mine"
     (folder / "notes.txt").unlink()
     assert run(*command, "--overwrite").code == 0 and (folder / "README.md").read_text() != "mine"
@@ -363,7 +364,7 @@ def test_push_sends_the_folder(
     assert hub.sent["repo_id"] == "me/student" and "hf-hub:student" in (tmp_path / "hub" / "README.md").read_text()
 
     there = run(*command, "--push", "student")
-    assert there.code == 2 and f"send what is there: hf upload student {tmp_path / 'hub'}" in there.err
+    assert there.code == 2 and f"upload what is there: hf upload student {tmp_path / 'hub'}" in there.err
     assert run(*command, "--push", "student", "--overwrite").code == 0 and "README.md" in hub.sent["files"]
 
 
@@ -390,6 +391,6 @@ def test_push_without_login_or_network_is_one_line(
     failed = run(*command)
     assert (
         failed.code == 2
-        and f"no route; the folder is whole, send it later: hf upload x {tmp_path / 'hub'}" in failed.err
+        and f"no route; the folder is complete, upload it later: hf upload x {tmp_path / 'hub'}" in failed.err
     )
     assert (tmp_path / "hub" / "model.safetensors").exists() and "Traceback" not in failed.err

@@ -26,7 +26,7 @@ from irgdistill.commands.inspect.figures import (
     stage_figure,
     transformation_figure,
 )
-from irgdistill.commands.inspect.terminal import half_blocks, show, shrunk
+from irgdistill.commands.inspect.terminal import average, half_blocks, show
 
 
 def edges(count: int, seed: int) -> NDArray[np.float64]:
@@ -147,12 +147,12 @@ def test_figures_leave_pyplot_alone() -> None:
 
 def test_shrinking_takes_means() -> None:
     values = np.arange(25.0).reshape(5, 5)
-    small = shrunk(values, 2, 2)
+    small = average(values, 2, 2)
     assert small.tolist() == [
         [values[:2, :2].mean(), values[:2, 2:].mean()],
         [values[2:, :2].mean(), values[2:, 2:].mean()],
     ]
-    assert shrunk(values, 5, 5).tolist() == values.tolist()
+    assert average(values, 5, 5).tolist() == values.tolist()
 
 
 def printed(width: int, **options: object) -> str:

@@ -54,7 +54,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at anything else: drawing is most of the time."""
     empty = lambda *_: Figure(figsize=(1, 1))  # noqa: E731
     for name in ("stage_figure", "transformation_figure", "overview_figure"):
-        monkeypatch.setattr(f"irgdistill.commands.inspect.run.{name}", empty)
+        monkeypatch.setattr(f"irgdistill.commands.inspect.results.{name}", empty)
 
 
 def small(run: Run, *options: object) -> Result:
@@ -139,7 +139,7 @@ def test_two_networks_that_have_not_met(run: Run, made: Path, tmp_path: Path, mo
 
 
 def test_the_untrained_student_is_the_one_a_run_begins_with(run: Run, made: Path, tmp_path: Path) -> None:
-    from irgdistill.commands.inspect.networks import known_networks, meet
+    from irgdistill.commands.inspect.networks import known_networks, open_networks
     from irgdistill.commands.requests import InspectRequest
     from irgdistill.config.loading import load_config
     from irgdistill.training.setup import prepare
@@ -148,7 +148,7 @@ def test_the_untrained_student_is_the_one_a_run_begins_with(run: Run, made: Path
     flags |= {"teacher.checkpoint": made / "teacher", "seed": 7}
     config = load_config(flags=flags)
     request = InspectRequest(config, frozenset(flags), images=4, neighbours=3)
-    own = meet(request, known_networks(request)).students[0].network.model
+    own = open_networks(request, known_networks(request)).students[0].network.model
     other = prepare(config).student.model
     assert all(torch.equal(a, b) for a, b in zip(own.state_dict().values(), other.state_dict().values(), strict=True))
 
@@ -211,11 +211,11 @@ def test_files_of_others_are_left_alone(run: Run, made: Path, tmp_path: Path) ->
             ("{made}/taught", "--teacher-checkpoint", "{made}/alone"),
             "by a cifar_resnet20, not by a cifar_resnet14",
         ),
-        (("{made}/alone",), "does not say where its teacher is, or had none: give --teacher"),
-        (("{made}/alone", "--plan-only"), "does not say where its teacher is, or had none"),
+        (("{made}/alone",), "does not record its teacher, or had none: give --teacher"),
+        (("{made}/alone", "--plan-only"), "does not record its teacher, or had none"),
         (("{made}/taught", "--teacher-checkpoint", "x.safetensors"), "the teacher of"),
         (("{made}/taught", "--compare", "{made}/teacher"), "holds a cifar_resnet20, taught is a cifar_resnet14_x0_5"),
-        (("{made}/taught", "--compare", "{made}/two-levels"), "was matched otherwise"),
+        (("{made}/taught", "--compare", "{made}/two-levels"), "was trained at other stages"),
         (("{made}/taught", "--compare", "nowhere"), "no run folder or checkpoint 'nowhere'"),
         (("{made}/taught", "--images", 1), "--images 1: a graph has 2 to"),
         (("{made}/taught", "--images", 99999), "--images 99999"),
@@ -365,7 +365,7 @@ def test_a_cell_tells_its_value(page: Any, seen: Path) -> None:
     canvas.send_keys(Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
     assert reading() == pytest.approx(expected(row + 1, column + 1), abs=1.1e-4)
     canvas.send_keys(Keys.ENTER)
-    assert "kept" in all_of(page, "#reading")[0].text
+    assert "pinned" in all_of(page, "#reading")[0].text
     ActionChains(page).move_to_element(all_of(page, "h1")[0]).perform()
     assert reading() == pytest.approx(expected(row + 1, column + 1), abs=1.1e-4)
     all_of(page, "#reading button")[1].click()

@@ -14,15 +14,16 @@ from irgdistill.commands.inspect.measures import (
     LOGITS,
     Graph,
     agreement,
+    collect_features,
+    compare_graphs,
     draw_evenly,
     each_pair,
     graph_of,
-    likeness,
     linear_cka,
-    look,
     nearest_neighbours,
     pearson,
     ranks,
+    similarity,
     spearman,
     stages_of,
 )
@@ -56,8 +57,8 @@ def test_the_loss_and_the_inspection_find_the_same_numbers() -> None:
     student = build_network("cifar_resnet14_x0_5", num_classes=3, input_size=(16, 16))
     plan = match(teacher.levels(), student.levels())
     networks = [
-        Tapped(teacher.model, teacher.view(), plan.teacher_taps()).eval(),
-        Tapped(student.model, student.view(), plan.student_taps()).eval(),
+        Tapped(teacher.model, teacher.preprocess(), plan.teacher_taps()).eval(),
+        Tapped(student.model, student.preprocess(), plan.student_taps()).eval(),
     ]
     images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(12) % 3
@@ -65,34 +66,31 @@ def test_the_loss_and_the_inspection_find_the_same_numbers() -> None:
     with torch.no_grad():
         taught, learnt = (network(images) for network in networks)
         raw = build_loss(config, plan)(Batch(learnt, labels, taught))
-    seen = look(networks, OneBatch(images, labels))  # type: ignore[arg-type]
+    features = collect_features(networks, OneBatch(images, labels))  # type: ignore[arg-type]
     numbers = []
-    for stage in stages_of(plan, logits=True):
-        graphs = (
-            graph_of(seen.features[0], stage.teacher, stage.teacher_ends),
-            graph_of(seen.features[1], stage.student, stage.student_ends),
-        )
-        numbers.append(likeness(*graphs, neighbours=3))
+    for compared in compare_graphs(stages_of(plan, logits=True), ["a", "b"], features, neighbours=3):
+        assert list(compared.graphs) == ["a", "b"]
+        numbers.append(compared.similarities["b"])
     assert len(numbers) == len(plan.pairs) + 1
     assert numbers[-2]["edges"]["mse"] == pytest.approx(float(raw["edges"]), rel=1e-5) and float(raw["edges"]) > 0
     moved = [number["transformation"]["mse"] for number in numbers[:-1]]
     assert sum(moved) / len(moved) == pytest.approx(float(raw["transform"]), rel=1e-6)
-    assert torch.equal(seen.features[0][LOGITS], taught.logits) and seen.thumbnails[0].shape == (3, 32, 32)
+    assert torch.equal(features.by_network[0][LOGITS], taught.logits) and features.thumbnails[0].shape == (3, 32, 32)
 
 
 def test_thumbnails_are_small_and_keep_their_shape() -> None:
     network = build_network("cifar_resnet14_x0_5", num_classes=3)
-    tapped = Tapped(network.model, network.view()).eval()
-    seen = look([tapped], OneBatch(torch.zeros(2, 3, 96, 192, dtype=torch.uint8), torch.zeros(2)))  # type: ignore[arg-type]
-    assert [tuple(pixels.shape) for pixels in seen.thumbnails] == [(3, 32, 64)] * 2
+    tapped = Tapped(network.model, network.preprocess()).eval()
+    features = collect_features([tapped], OneBatch(torch.zeros(2, 3, 96, 192, dtype=torch.uint8), torch.zeros(2)))  # type: ignore[arg-type]
+    assert [tuple(pixels.shape) for pixels in features.thumbnails] == [(3, 32, 64)] * 2
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
     network = build_network("cifar_resnet14_x0_5", num_classes=3)
     next(network.model.parameters()).data.fill_(torch.nan)
-    tapped = Tapped(network.model, network.view()).eval()
+    tapped = Tapped(network.model, network.preprocess()).eval()
     with pytest.raises(UserError, match="not finite at logits"):
-        look([tapped], OneBatch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2)))  # type: ignore[arg-type]
+        collect_features([tapped], OneBatch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2)))  # type: ignore[arg-type]
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -116,7 +114,7 @@ def test_correlations_are_scipys(seed: int) -> None:
     b = (a + random(200, seed=seed + 100)).round()
     assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
     assert pearson(a, b) == pytest.approx(stats.pearsonr(a, b).statistic, abs=1e-12)
-    assert pearson(a, -a) == -1 and spearman(a, a.exp()) == pytest.approx(1)
+    assert pearson(a, -a) == pytest.approx(-1, abs=1e-12) and spearman(a, a.exp()) == pytest.approx(1)
 
 
 def test_correlation_of_something_constant_is_not_defined() -> None:
@@ -162,12 +160,13 @@ def test_cka_is_the_ratio_of_hsics(widths: tuple[int, int]) -> None:
 def test_a_degenerate_graph_has_no_correlation() -> None:
     flat = graph_of({"x": torch.ones(6, 3)}, "x", ("x", "x"))
     other = graph_of({"x": random(6, 3).float(), "y": random(6, 3, seed=1).float()}, "x", ("x", "y"))
-    numbers = likeness(flat, other, 2)
+    numbers = similarity(flat, other, 2)
     assert numbers["edges"] == {"mse": 0.0, "pearson": None, "spearman": None, "neighbours": None, "cka": None}
     assert numbers["transformation"] == {"mse": 0.0, "pearson": None, "spearman": None}
-    assert likeness(other, replace(other, moved=None), 2)["transformation"] is None
-    same = likeness(other, other, 2)["edges"]
-    assert same == {"mse": 0.0, "pearson": 1.0, "spearman": 1.0, "neighbours": 1.0, "cka": pytest.approx(1)}
+    assert similarity(other, replace(other, moved=None), 2)["transformation"] is None
+    same = similarity(other, other, 2)["edges"]
+    one = pytest.approx(1, abs=1e-12)
+    assert same == {"mse": 0.0, "pearson": one, "spearman": one, "neighbours": 1.0, "cka": pytest.approx(1)}
     assert isinstance(other, Graph)
 
 

@@ -261,7 +261,7 @@ def test_a_frozen_network_keeps_energies_and_no_map() -> None:
 
 
 def test_tokens_that_fill_no_map_are_refused() -> None:
-    with pytest.raises(UserError, match="x: 7 tokens fill no map in the proportion 2×3"):
+    with pytest.raises(UserError, match="x: 7 tokens do not fill a map of the aspect ratio 2:3"):
         feature_map(random(4, 7, 5), Tap("x", 5, 2, 3, "BLC"))
 
 

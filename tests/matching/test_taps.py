@@ -9,7 +9,7 @@ from torch import nn
 
 from irgdistill.matching.levels import Tap, find_levels
 from irgdistill.matching.taps import Tapped, tap_name
-from irgdistill.models.network import View
+from irgdistill.models.network import Preprocess
 
 SIZE = (32, 32)
 
@@ -21,8 +21,8 @@ def build(name: str, **kwargs: object) -> tuple[nn.Module, list[Tap]]:
     return model, [tap for level in levels for tap in level.blocks]
 
 
-def view(size: tuple[int, int] = SIZE) -> View:
-    return View(size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+def view(size: tuple[int, int] = SIZE) -> Preprocess:
+    return Preprocess(size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_shufflenet_x0_5", "resnet18", "mobilenetv3_small_050"])

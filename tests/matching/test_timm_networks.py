@@ -103,9 +103,9 @@ def test_trains_from_relations_alone(name: str, size: int | None, partner: list[
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     keys = list(student.model.state_dict())
     with torch.no_grad():
-        target = Tapped(teacher.model, teacher.view(), **loss.where("teacher")).eval()(images)
+        target = Tapped(teacher.model, teacher.preprocess(), **loss.where("teacher")).eval()(images)
         plain = _logits(student, images)
-    tapped = Tapped(student.model, student.view(), **loss.where("student"))
+    tapped = Tapped(student.model, student.preprocess(), **loss.where("student"))
     assert torch.equal(tapped.eval()(images).logits, plain)
     raw = loss(Batch(tapped.train()(images), torch.arange(4), target))
     assert all(value.isfinite() for value in raw.values())
@@ -116,5 +116,5 @@ def test_trains_from_relations_alone(name: str, size: int | None, partner: list[
 
 
 def _logits(network: Network, images: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = network.model.eval()(network.view()(images))
+    logits: torch.Tensor = network.model.eval()(network.preprocess()(images))
     return logits

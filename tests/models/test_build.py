@@ -105,7 +105,7 @@ def test_classes_are_read_from_the_weights(tmp_path: Path) -> None:
     model = timm.create_model("cifar_resnet14_x0_5", num_classes=17)
     save_file(model.state_dict(), tmp_path / "foreign.safetensors")
     network, metadata = restore(tmp_path / "foreign.safetensors", "cifar_resnet14_x0_5")
-    assert network.num_classes == 17 and metadata == {}
+    assert network.num_classes == 17 and metadata is None
 
 
 def test_pth_files_are_read_without_pickle(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_pth_files_are_read_without_pickle(tmp_path: Path) -> None:
 
 def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
     save_file(timm.create_model("cifar_resnet20").state_dict(), tmp_path / "r20.safetensors")
-    with pytest.raises(UserError, match=r"do not fit cifar_resnet14_x0_5: they have, beyond it, layer"):
+    with pytest.raises(UserError, match=r"do not fit cifar_resnet14_x0_5: they have extra layer"):
         restore(tmp_path / "r20.safetensors", "cifar_resnet14_x0_5")
     with pytest.raises(UserError, match="was not written by irgdistill"):
         restore(tmp_path / "r20.safetensors")

@@ -38,7 +38,7 @@ def test_a_checkpoint_describes_itself(tmp_path: Path) -> None:
     network, metadata = restore(tmp_path / "c.safetensors")
     assert network.architecture == "cifar_resnet14_x0_5" and network.classes == CLASSES
     assert network.input.size == (24, 24) and network.num_classes == 3
-    assert metadata["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert metadata is not None and metadata.mean == pytest.approx((0.485, 0.456, 0.406))
     for key, value in network.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
     with pytest.raises(UserError, match="holds a cifar_resnet14_x0_5, not a resnet18"):

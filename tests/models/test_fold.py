@@ -43,11 +43,11 @@ def test_logits_and_taps_stay(name: str, size: int, left: int) -> None:
     images = torch.randint(0, 255, (3, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     with torch.no_grad():
-        before = Tapped(model, network.view(), taps)
+        before = Tapped(model, network.preprocess(), taps)
         expected = before(images)
         before.release()
         folded = fold_batch_norm(model, (size, size), {tap.module for tap in taps})
-        found = Tapped(model, network.view(), taps)(images)
+        found = Tapped(model, network.preprocess(), taps)(images)
     remaining = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert folded == norms - remaining and remaining == left
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)

@@ -97,7 +97,8 @@ def test_a_transformer_of_dynamic_size_learns_from_a_teacher_of_fixed_size(
     assert seen["student"] == {(64, 64)} and (160, 160) in seen["teacher"]
     assert len(losses(output)) == 1
     network, metadata = restore(output / "last.safetensors")
-    assert metadata["args"] == {"dynamic_img_size": True, "depth": 4} and network.size == (64, 64)
+    assert metadata is not None and metadata.args == {"dynamic_img_size": True, "depth": 4}
+    assert network.input.size == (64, 64)
     assert load_file(output / "last.safetensors")["pos_embed"].shape == (1, 1 + 14 * 14, 192)
     with torch.no_grad():
         assert network.model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 3)

@@ -1,4 +1,4 @@
-"""Students that start somewhere: pretrained, or from a checkpoint; what is kept, made anew and refused."""
+"""Students that start somewhere: pretrained, or from a checkpoint; what is kept, replaced and refused."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def test_a_classifier_for_other_classes_is_made_anew_and_said(folder: Path, tmp_
     path = tmp_path / "seven.safetensors"
     start = ours(path, list("abcdefg"))
     setup = built(folder, checkpoint=path)
-    assert setup.start.endswith("its classifier is made anew, for 3 classes instead of 7")
+    assert setup.start.endswith("its classifier is new, for 3 classes instead of 7")
     weights = setup.student.model.state_dict()
     assert same(weights, start, but="fc.") and weights["fc.weight"].shape == (3, 32)
     assert same(built(folder, checkpoint=path).student.model.state_dict(), weights), "by the seed alone"
 
     start = ours(path, ["x", "y", "z"])
     setup = built(folder, checkpoint=path, name=NAME)
-    assert setup.start.endswith("its classifier is made anew, for other classes")
+    assert setup.start.endswith("its classifier is new, for other classes")
     assert not torch.equal(setup.student.model.state_dict()["fc.weight"], start["fc.weight"])
 
 
@@ -94,7 +94,7 @@ def test_plain_weights_of_timm(folder: Path, tmp_path: Path, suffix: str, classe
     setup = built(folder, name="test_resnet", checkpoint=path)
     weights = setup.student.model.state_dict()
     assert same(weights, start, but="-" if classes == 3 else "fc.") and len(weights["fc.bias"]) == 3
-    remade = f"; its classifier is made anew, for 3 classes instead of {classes or 'none'}"
+    remade = f"; its classifier is new, for 3 classes instead of {classes or 'none'}"
     assert setup.start == f"student test_resnet starts from {path}" + ("" if classes == 3 else remade)
 
 
@@ -110,7 +110,7 @@ def test_pretrained_weights_as_timm_gives_them(run: Run, folder: Path, tmp_path:
     shown = run("distill", *options, "--dry-run")
     assert shown.code == 0 and "pretrained: true" in shown.out
     note = "student test_resnet starts from its pretrained weights"
-    remade = "; its classifier is made anew, for 3 classes instead of 1000"
+    remade = "; its classifier is new, for 3 classes instead of 1000"
     assert note + (remade if classes == 1000 else "") + "\n" in shown.err
     result = run("distill", *options, "--output", tmp_path / "out")
     assert result.code == 0 and note in result.err, result.err
@@ -157,7 +157,7 @@ def test_every_method_of_a_comparison_starts_from_the_same_weights(run: Run, fol
         (("--student-checkpoint", "first", "--student", "resnet18"), f"holds a {NAME}, not a resnet18"),
         (("--student-checkpoint", "plain"), "does not name its network; give --student too"),
         (("--student-checkpoint", "plain", "--student", "cifar_resnet20"), "they lack layer1.2.conv1.weight"),
-        (("--student-checkpoint", "wide", "--student", NAME), "they have, beyond it, layer1.2."),
+        (("--student-checkpoint", "wide", "--student", NAME), "they have extra layer1.2."),
         (("--student-checkpoint", "wide", "--student", "cifar_resnet20_x0_5"), "they differ in shape at conv1.weight"),
         (("--student-checkpoint", "nowhere", "--student", NAME), "no file"),
         (("--student-checkpoint", "state", "--student", NAME), "is the state of a run"),

@@ -18,12 +18,12 @@ from irgdistill.losses.objective import build_loss
 from irgdistill.matching.levels import find_levels
 from irgdistill.matching.plan import Plan, match
 from irgdistill.matching.taps import Output, Tapped
-from irgdistill.models.network import View
+from irgdistill.models.network import Preprocess
 
 RANKS, SHARD, WAIT = 2, 4, 120
 RELATIONS = {"edges": 5.0, "transform": 1.0}
 ALL = {"ce": 1.0, "kd": 1.0, "logits": 0.1, **RELATIONS}
-VIEW = ((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+INPUT = ((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
 def pair() -> tuple[Tapped, Tapped, Plan]:
@@ -31,8 +31,8 @@ def pair() -> tuple[Tapped, Tapped, Plan]:
     torch.manual_seed(0)
     teacher, student = timm.create_model("cifar_resnet20"), timm.create_model("cifar_resnet14_x0_5")
     plan = match(find_levels(teacher, (3, 32, 32)), find_levels(student, (3, 32, 32)))
-    taught = Tapped(teacher, View(*VIEW), plan.teacher_taps()).requires_grad_(False).eval()
-    return taught, Tapped(student, View(*VIEW), plan.student_taps(2)).train(), plan
+    taught = Tapped(teacher, Preprocess(*INPUT), plan.teacher_taps()).requires_grad_(False).eval()
+    return taught, Tapped(student, Preprocess(*INPUT), plan.student_taps(2)).train(), plan
 
 
 def shard(rank: int) -> tuple[Tensor, Tensor]:

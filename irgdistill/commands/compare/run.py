@@ -23,7 +23,7 @@ from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import Report, RunFolder, write_text
 from irgdistill.losses import build_loss
 from irgdistill.matching import Tapped
-from irgdistill.models import described
+from irgdistill.models import CheckpointMetadata
 from irgdistill.runtime import Stopped, cores
 from irgdistill.training import SharedInputs, changes, prepare, resolved
 
@@ -86,14 +86,14 @@ def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -
         for path, weights in teachers.items():
             if setup.teacher_checksum not in (None, weights):
                 raise UserError(f"{path} learnt from a teacher with other weights; give another --output")
-        booster = None if setup.booster is None else Tapped(setup.booster.model, setup.booster.view())
+        booster = None if setup.booster is None else Tapped(setup.booster.model, setup.booster.preprocess())
         build_loss(config.losses, setup.plan, None, booster)
 
 
 def _teachers(output: Path) -> dict[Path, str]:
     """Folder of each run that had a teacher -> checksum of the teacher's weights."""
-    found = {path.parent: described(path) for path in sorted(output.glob("*/*/last.safetensors"))}
-    return {path: about["teacher"]["weights"] for path, about in found.items() if about and about["teacher"]}
+    found = {path.parent: CheckpointMetadata.read(path) for path in sorted(output.glob("*/*/last.safetensors"))}
+    return {path: known.teacher.weights for path, known in found.items() if known is not None and known.teacher}
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from irgdistill.config import Config
 from irgdistill.data import Loader, UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import Report, RunFolder, records, table, write_atomically, write_text
-from irgdistill.matching import Tapped
 from irgdistill.models import Network, build_teacher, restore
 from irgdistill.runtime import autocast, choose_device
 from irgdistill.version import __version__
@@ -99,7 +98,7 @@ def write_table(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = Fa
 @torch.no_grad()
 def _predict(network: Network, loader: Loader, amp: str) -> Tensor:
     """Predicted classes (N,) of the images of a loader."""
-    tapped = Tapped(network.model.to(loader.device), network.view().to(loader.device)).eval()
+    tapped = network.tapped(loader.device)
     with autocast(amp, loader.device):
         return torch.cat([tapped(images).logits.argmax(1).cpu() for images, _ in loader.epoch()])
 

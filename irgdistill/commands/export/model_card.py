@@ -1,21 +1,24 @@
-"""README.md of an exported student: where it comes from, how good it is and what it is compared with, how to use it.
+"""Writes README.md of an exported student: where it comes from, how accurate it is, and how to use it.
 
-Only what a run left behind is told: its checkpoint, its configuration, its metrics, the comparison it belongs to.
+Every statement comes from what the run left on disk: checkpoint, configuration, metrics, and the comparison that the
+run belongs to.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from irgdistill.config import Config, dump, read_yaml, validate
 from irgdistill.errors import UserError
 from irgdistill.io import RunFolder, records
-from irgdistill.models import Network, multiply_adds, parameters
+from irgdistill.models import CheckpointMetadata, Network, multiply_adds, parameters
 from irgdistill.training import metric_name, score
 
 CITATION = """```bibtex
@@ -31,123 +34,158 @@ CITATION = """```bibtex
 """
 
 
-OUTSIDE = {
+EXTERNAL_FILES = {
     "--teacher-checkpoint": ("teacher", "checkpoint"),
     "--teacher-cache": ("teacher", "cache"),
     "--student-checkpoint": ("student", "checkpoint"),
 }
-"""Files and folders that a run needs and an export does not hold: options and their keys."""
+"""Files that a run needs and an export does not contain: option -> section and key."""
 
 
-def write_card(
-    folder: Path, network: Network, metadata: Mapping[str, Any], checkpoint: Path, license: str, repository: str | None
-) -> None:
-    """README.md, and recipe.yaml where the run's configuration is still beside the checkpoint."""
-    run = RunFolder(checkpoint.parent)
-    config = _config(run, metadata)
-    if config is not None:
-        (folder / "recipe.yaml").write_text(dump(config), encoding="utf-8")
-    about = _front_matter(network, metadata, license)
-    (folder / "README.md").write_text(
-        f"---\n{about}\n---\n\n{card_text(network, metadata, run, config, repository or 'USER/NAME', license)}",
-        encoding="utf-8",
-    )
+@dataclass(frozen=True)
+class Provenance:
+    """An exported student and the run that trained it."""
+
+    network: Network
+    metadata: CheckpointMetadata
+    checkpoint: Path
+
+    def __post_init__(self) -> None:
+        if not self.metadata.method or self.metadata.data is None:
+            raise UserError(f"{self.checkpoint} does not record the run that trained it; give --format timm")
+
+    @property
+    def run(self) -> RunFolder:
+        """The folder of the checkpoint, in which other files of the run may lie."""
+        return RunFolder(self.checkpoint.parent)
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """Settings of the section `data`."""
+        assert self.metadata.data is not None
+        return self.metadata.data
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data set; of a folder its last part, without the path on this machine."""
+        source = str(self.data["source"])
+        return Path(source).name if self.data_is_folder else source
+
+    @property
+    def data_is_folder(self) -> bool:
+        return Path(str(self.data["source"])).is_absolute()
+
+    @cached_property
+    def config(self) -> Config | None:
+        """The run's configuration without paths of this machine; None if it is not beside the checkpoint."""
+        if not self.run.config.exists():
+            return None
+        try:
+            config = validate(read_yaml(self.run.config))
+        except UserError:
+            return None
+        if (config.method, config.seed) != (self.metadata.method, self.metadata.seed):
+            return None  # of another run
+        changed: dict[str, Any] = {
+            "data.source": self.data_name,
+            "data.root": Path("data"),
+            "teacher.name": public_name(config.teacher.name),
+            "student.name": public_name(config.student.name),
+        }
+        for section, key in EXTERNAL_FILES.values():
+            if (path := getattr(getattr(config, section), key)) is not None:
+                changed[f"{section}.{key}"] = Path(path.name)
+        return config.replaced(changed)
+
+    @cached_property
+    def comparison(self) -> dict[str, Any] | None:
+        """compare.json of the comparison that the run belongs to, if any."""
+        folder, metadata = self.run.path.resolve(), self.metadata
+        path = self.comparison_folder / "compare.json"
+        if (folder.parent.name, folder.name) != (metadata.method, str(metadata.seed)) or not path.exists():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        inside = any(row["method"] == metadata.method and metadata.seed in row["seeds"] for row in result["rows"])
+        return result if inside else None
+
+    @property
+    def comparison_folder(self) -> Path:
+        return self.run.path.resolve().parent.parent
 
 
-def card_text(
-    network: Network, metadata: Mapping[str, Any], run: RunFolder, config: Config | None, repository: str, license: str
-) -> str:
-    """The card below its front matter, as Markdown."""
-    teacher = metadata["teacher"]
-    taught = "trained on labels alone" if teacher is None else f"distilled from `{public_name(teacher['name'])}`"
-    sections = {
-        f"{network.architecture}, {taught}": _summary(network, metadata),
-        "Use": _use(network, repository),
-        "Accuracy": _accuracy(metadata, run),
-        "Controls": _controls(metadata, run),
-        "Recipe": _recipe(metadata, config),
-        "Matched stages": _plan(metadata["plan"]),
-        "Versions and licence": ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
-        + f"\n\nLicence of the weights: {license}. The teacher and the data may have terms of their own.\n",
-        "Source": CITATION,
-    }
-    kept = [(title, text) for title, text in sections.items() if text]
-    return "\n".join(f"{'##' if i else '#'} {title}\n\n{text}" for i, (title, text) in enumerate(kept))
-
-
-def data_name(metadata: Mapping[str, Any]) -> str:
-    """The data set's own name: of a folder its last part, no path of the machine it was on."""
-    return Path(source).name if Path(source := str(metadata["data"]["source"])).is_absolute() else source
+def write_card(folder: Path, student: Provenance, license: str, repository: str | None) -> None:
+    """Write README.md, and recipe.yaml if the run's configuration is beside the checkpoint."""
+    if student.config is not None:
+        (folder / "recipe.yaml").write_text(dump(student.config), encoding="utf-8")
+    header = _header(student, license).to_yaml()
+    text = _text(student, license, repository or "USER/NAME")
+    ModelCard(f"---\n{header}\n---\n\n{text}").save(folder / "README.md")
 
 
 def public_name(network: str | None) -> str | None:
-    """A network's name, of a `local-dir:` without the path to it."""
+    """A network's name; of a `local-dir:` without the path to it."""
     kind, colon, path = (network or "").partition("local-dir:")
     return f"local-dir:{Path(path).name}" if colon and not kind else network
 
 
-def _front_matter(network: Network, metadata: Mapping[str, Any], license: str) -> str:
-    name, metrics = data_name(metadata), metadata["metrics"]
-    folder = Path(str(metadata["data"]["source"])).is_absolute()
-    results = None
+def _header(student: Provenance, license: str) -> ModelCardData:
+    metrics = student.metadata.metrics
+    result = None
     if "top1" in metrics:
-        results = EvalResult(
+        result = EvalResult(
             task_type="image-classification",
-            dataset_type="imagefolder" if folder else name,
-            dataset_name=name,
+            dataset_type="imagefolder" if student.data_is_folder else student.data_name,
+            dataset_name=student.data_name,
             dataset_split="validation",
             metric_type="accuracy",
             metric_name="top-1 accuracy",
             metric_value=round(metrics["top1"] / 100, 6),
         )
-    data = ModelCardData(
+    return ModelCardData(
         library_name="timm",
         license=license,
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "irgdistill", "knowledge-distillation"],
         metrics=["accuracy"],
-        model_name=network.architecture,
-        eval_results=None if results is None else [results],
+        model_name=student.network.architecture,
+        eval_results=None if result is None else [result],
     )
-    text: str = data.to_yaml()
-    return text.rstrip()
 
 
-def _config(run: RunFolder, metadata: Mapping[str, Any]) -> Config | None:
-    """The run's configuration without paths of its machine; None where it is not beside the checkpoint."""
-    if not run.config.exists():
-        return None
-    try:
-        config = validate(read_yaml(run.config))
-    except UserError:
-        return None
-    if (config.method, config.seed) != (metadata["method"], metadata["seed"]):
-        return None  # of another run
-    changed: dict[str, Any] = {
-        "data.source": data_name(metadata),
-        "data.root": Path("data"),
-        "teacher.name": public_name(config.teacher.name),
-        "student.name": public_name(config.student.name),
+def _text(student: Provenance, license: str, repository: str) -> str:
+    """The card below its header, as Markdown. Sections without content are left out."""
+    metadata, teacher = student.metadata, student.metadata.teacher
+    training = "trained on labels alone" if teacher is None else f"distilled from `{public_name(teacher.name)}`"
+    versions = ", ".join(f"{name} {version}" for name, version in metadata.versions.items())
+    terms = f"Licence of the weights: {license}. The teacher and the data may have terms of their own."
+    sections = {
+        f"{student.network.architecture}, {training}": _summary(student),
+        "Usage": _usage(student.network, repository),
+        "Accuracy": _accuracy(student),
+        "Comparison with other methods": _comparison(student),
+        "Recipe": _recipe(student),
+        "Matched stages": _matched_stages(metadata.plan),
+        "Versions and licence": f"{versions}\n\n{terms}\n",
+        "Citation": CITATION,
     }
-    for part, key in OUTSIDE.values():
-        if (path := getattr(getattr(config, part), key)) is not None:
-            changed[f"{part}.{key}"] = Path(path.name)
-    return config.replaced(changed)
+    kept = [(title, text) for title, text in sections.items() if text]
+    return "\n".join(f"{'##' if i else '#'} {title}\n\n{text}" for i, (title, text) in enumerate(kept))
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
-def _summary(network: Network, metadata: Mapping[str, Any]) -> str:
+def _summary(student: Provenance) -> str:
+    network = student.network
     size = "×".join(map(str, network.input.size))
     return (
-        f"An image classifier for {network.num_classes} classes of `{data_name(metadata)}`, trained with irgdistill "
-        f"(method `{metadata['method']}`): {parameters(network.model):,} parameters, "
+        f"An image classifier for the {network.num_classes} classes of `{student.data_name}`, trained with irgdistill "
+        f"(method `{student.metadata.method}`): {parameters(network.model):,} parameters, "
         f"{multiply_adds(network):,} multiply-adds at {size} pixels.\n"
     )
 
 
-def _use(network: Network, repository: str) -> str:
+def _usage(network: Network, repository: str) -> str:
     lines = [
         "import timm",
         "from PIL import Image",
@@ -161,36 +199,42 @@ def _use(network: Network, repository: str) -> str:
     note = ""
     if type(network.model).__module__.startswith("irgdistill."):
         note = (
-            f"timm alone does not know `{network.architecture}`: with irgdistill installed, the first line registers "
-            "it.\n\n"
+            f"`{network.architecture}` is not part of timm: install irgdistill, whose import in the first line "
+            "registers it.\n\n"
         )
         lines.insert(0, "import irgdistill.models")
     return note + "```python\n" + "\n".join(lines) + "```\n"
 
 
-def _accuracy(metadata: Mapping[str, Any], run: RunFolder) -> str:
-    metrics = metadata["metrics"]
+def _accuracy(student: Provenance) -> str:
+    metrics, teacher = student.metadata.metrics, student.metadata.teacher
     if not metrics:
         return ""
-    student = f"this student, after epoch {metrics['epoch']}"
+    name = f"this student, after epoch {metrics['epoch']}"
     if "top1" not in metrics:  # validated without labels
         rows = [["network", "agreement with the teacher %", "validation images"]]
-        rows.append([student, f"{metrics['agreement']:.2f}", f"{metrics['images']:,}"])
-        return _table(rows) + "\n" + _chosen(metrics, run)
+        rows.append([name, f"{metrics['agreement']:.2f}", f"{metrics['images']:,}"])
+        return _table(rows) + "\n" + _choice_of_epoch(student)
     rows = [["network", "top-1 %", "top-5 %", "validation images"]]
-    rows.append([student, f"{metrics['top1']:.2f}", f"{metrics['top5']:.2f}", f"{metrics['images']:,}"])
-    comparison, teacher = _comparison(metadata, run), metadata["teacher"]
-    tried = _tried_teacher(run)
-    if teacher is not None and comparison is not None and comparison["teacher_top1"] is not None:
-        count = f"{comparison['validation_images']:,}"
-        rows.append([f"teacher, `{public_name(teacher['name'])}`", f"{comparison['teacher_top1']:.2f}", "–", count])
-    elif teacher is not None and tried is not None:
-        rows.append([f"teacher, `{public_name(teacher['name'])}`", f"{tried['top1']:.2f}", "–", f"{tried['images']:,}"])
-    return _table(rows) + "\n" + _chosen(metrics, run)
+    rows.append([name, f"{metrics['top1']:.2f}", f"{metrics['top5']:.2f}", f"{metrics['images']:,}"])
+    if teacher is not None and (found := _teacher_accuracy(student)) is not None:
+        top1, images = found
+        rows.append([f"teacher, `{public_name(teacher.name)}`", f"{top1:.2f}", "–", f"{images:,}"])
+    return _table(rows) + "\n" + _choice_of_epoch(student)
 
 
-def _chosen(metrics: Mapping[str, Any], run: RunFolder) -> str:
-    """Whether these images also chose the epoch."""
+def _teacher_accuracy(student: Provenance) -> tuple[float, int] | None:
+    """The teacher's top-1 accuracy, and on how many images: from the comparison, or from the check before training."""
+    comparison = student.comparison
+    if comparison is not None and comparison["teacher_top1"] is not None:
+        return comparison["teacher_top1"], comparison["validation_images"]
+    checked = next((record for record in records(student.run.metrics) if record["kind"] == "teacher"), None)
+    return None if checked is None else (checked["top1"], checked["images"])
+
+
+def _choice_of_epoch(student: Provenance) -> str:
+    """Whether the validation images also chose the epoch."""
+    metrics, run = student.metadata.metrics, student.run
     if not run.summary.exists():
         return "The run was not finished; these are the numbers of its last evaluation.\n" if run.state.exists() else ""
     summary = json.loads(run.summary.read_text(encoding="utf-8"))
@@ -200,66 +244,50 @@ def _chosen(metrics: Mapping[str, Any], run: RunFolder) -> str:
     return f"The best of {summary['epochs']} epochs, chosen on these same images; after the last epoch {last} %.\n"
 
 
-def _tried_teacher(run: RunFolder) -> dict[str, Any] | None:
-    """What the run found of its teacher before training."""
-    return next((record for record in records(run.metrics) if record["kind"] == "teacher"), None)
-
-
-def _comparison(metadata: Mapping[str, Any], run: RunFolder) -> dict[str, Any] | None:
-    """compare.json of the comparison that this run is part of."""
-    folder = run.path.resolve()
-    path = folder.parent.parent / "compare.json"
-    if (folder.parent.name, folder.name) != (metadata["method"], str(metadata["seed"])) or not path.exists():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    inside = any(row["method"] == metadata["method"] and metadata["seed"] in row["seeds"] for row in result["rows"])
-    return result if inside else None
-
-
-def _controls(metadata: Mapping[str, Any], run: RunFolder) -> str:
-    """The comparison's own table."""
-    if _comparison(metadata, run) is None:
+def _comparison(student: Provenance) -> str:
+    """The table of the comparison that the run belongs to."""
+    if student.comparison is None:
         return ""
-    told = (run.path.resolve().parent.parent / "compare.md").read_text(encoding="utf-8")
-    return f"The same student by other methods; this one is `{metadata['method']}`, seed {metadata['seed']}.\n\n{told}"
+    table = (student.comparison_folder / "compare.md").read_text(encoding="utf-8")
+    metadata = student.metadata
+    return f"The same student trained by each method; this one is `{metadata.method}`, seed {metadata.seed}.\n\n{table}"
 
 
-def _weighed(name: str, term: Mapping[str, Any]) -> str:
-    fade = term.get("fade")
-    gone = "" if fade is None else f" (to {fade[0]:.0%} of the training, gone from {fade[1]:.0%} on)"
-    return f"{term['weight']:g} · {name}{gone}"
-
-
-def _recipe(metadata: Mapping[str, Any], config: Config | None) -> str:
-    terms = [_weighed(name, term) for name, term in metadata["losses"].items() if term["weight"]]
+def _recipe(student: Provenance) -> str:
+    metadata, config = student.metadata, student.config
+    terms = [_weighted(name, term) for name, term in metadata.losses.items() if term["weight"]]
     rows = [
         ["setting", "value"],
-        ["method", f"`{metadata['method']}`"],
+        ["method", f"`{metadata.method}`"],
         ["loss", " + ".join(terms)],
-        ["data", f"`{data_name(metadata)}`, batches of {metadata['data']['batch_size']}"],
-        ["seed", str(metadata["seed"])],
+        ["data", f"`{student.data_name}`, batches of {student.data['batch_size']}"],
+        ["seed", str(metadata.seed)],
     ]
     if config is None:
         return _table(rows)
     optim, schedule = config.optim, config.schedule
-    decay, warm = f"weight decay {optim.weight_decay:g}", f"warm-up epochs: {schedule.warmup_epochs:g}"
+    decay, warmup = f"weight decay {optim.weight_decay:g}", f"warm-up epochs: {schedule.warmup_epochs:g}"
     changed = config.augment.model_dump(exclude_defaults=True)
     rows += [
         ["epochs", str(schedule.epochs)],
         ["optimizer", f"{optim.name}, learning rate {optim.lr:g}, momentum {optim.momentum:g}, {decay}"],
-        ["schedule", f"{schedule.name}, {warm}"],
+        ["schedule", f"{schedule.name}, {warmup}"],
         ["augmentation", ", ".join(f"{name} {value}" for name, value in changed.items()) or "the default"],
     ]
-    options = ""
-    if Path(str(metadata["data"]["source"])).is_absolute():
-        options += " --data FOLDER"
-    for option, (part, key) in OUTSIDE.items():
-        if (path := getattr(getattr(config, part), key)) is not None:
+    options = " --data FOLDER" if student.data_is_folder else ""
+    for option, (section, key) in EXTERNAL_FILES.items():
+        if (path := getattr(getattr(config, section), key)) is not None:
             options += f" {option} {path}"
-    return f"{_table(rows)}\nAgain: `irgdistill distill --preset recipe.yaml{options}`\n"
+    return f"{_table(rows)}\nTo train it again: `irgdistill distill --preset recipe.yaml{options}`\n"
 
 
-def _plan(plan: Mapping[str, Any] | None) -> str:
+def _weighted(name: str, term: Mapping[str, Any]) -> str:
+    fade = term.get("fade")
+    schedule = "" if fade is None else f" (fades out between {fade[0]:.0%} and {fade[1]:.0%} of the training)"
+    return f"{term['weight']:g} · {name}{schedule}"
+
+
+def _matched_stages(plan: Mapping[str, Any] | None) -> str:
     if plan is None:
         return ""
     rows = [["stage", "teacher's last block", "student's last block", "widths"]]

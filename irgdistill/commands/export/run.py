@@ -1,31 +1,37 @@
-"""`irgdistill export`: the trained student as others take it.
+"""`irgdistill export`: writes the trained student in a format that others read.
 
-What is written is read back as its user will read it and compared with the student, on validation images where the data
-set is still there; only then does it take its name.
+The export is read back as its users will read it, and its logits are compared with the student's, on validation images
+if the data set is available. Only then does it get its final name.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from torch import Tensor
 
 from irgdistill.commands.export.hub import OWN_FILES, WEIGHTS, check_login, save_for_timm, upload
-from irgdistill.commands.export.model_card import write_card
-from irgdistill.commands.export.programs import Logits, export_program, facts, plain, write_onnx, write_program
+from irgdistill.commands.export.model_card import Provenance, write_card
+from irgdistill.commands.export.programs import (
+    Logits,
+    describe_graph,
+    export_program,
+    logits_of,
+    write_onnx,
+    write_program,
+)
 from irgdistill.commands.requests import ExportRequest
 from irgdistill.config import data_of
 from irgdistill.data import UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import Report, find_checkpoint, write_atomically, write_folder
-from irgdistill.models import Network, described, open_network
+from irgdistill.models import CheckpointMetadata, Network, restore
 
 TOLERANCE = 1e-4
-"""Largest difference between a logit of what was written and of the student."""
+"""Largest difference between a logit of the export and of the student."""
 
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -35,21 +41,20 @@ CHECK_BATCH = 16
 
 
 def export(request: ExportRequest) -> Path:
-    """Write the student in the format asked for -> where it is. Raises UserError, leaving everything as it was."""
-    _check_equipment(request)
-    checkpoint = _own_checkpoint(request.target)
-    network, metadata = open_network(request.target, None, None)
-    network.model.eval()
+    """Write the student in the requested format and return its path. Raises UserError, leaving everything as it was."""
+    _check_requirements(request)
+    checkpoint = find_checkpoint(request.target) or Path(request.target)
+    network, metadata = _open(checkpoint)
     path = _free_path(request, network, checkpoint)
     check = _Check(network, *_check_images(request, network, metadata), request.raw_input)
     path.parent.mkdir(parents=True, exist_ok=True)
     if request.format in ("onnx", "program"):
         program = export_program(network, request.raw_input)
-        about = facts(network, metadata["classes"], request.raw_input)
+        description = describe_graph(network, metadata.classes, request.raw_input)
         if request.format == "onnx":
-            write_atomically(path, lambda temporary: check(write_onnx(temporary, program, about, request.opset)))
+            write_atomically(path, lambda temporary: check(write_onnx(temporary, program, description, request.opset)))
         else:
-            write_atomically(path, lambda temporary: check(write_program(temporary, program, about)))
+            write_atomically(path, lambda temporary: check(write_program(temporary, program, description)))
     elif request.format == "timm":
         write_folder(path, lambda temporary: check(_write_timm(temporary, network, metadata)))
     else:
@@ -63,8 +68,8 @@ def export(request: ExportRequest) -> Path:
 # --- before anything is written ---------------------------------------------------------------------------------------
 
 
-def _check_equipment(request: ExportRequest) -> None:
-    """Raises UserError for packages or a login that are not there."""
+def _check_requirements(request: ExportRequest) -> None:
+    """Raises UserError for missing packages or a missing login."""
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if request.format == "onnx" and missing:
         raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'irgdistill[onnx]'")
@@ -72,16 +77,18 @@ def _check_equipment(request: ExportRequest) -> None:
         check_login(request.push)
 
 
-def _own_checkpoint(target: str) -> Path:
-    """Raises UserError where `target` is neither a run folder nor a checkpoint of ours."""
-    path = find_checkpoint(target) or Path(target)
-    if described(path) is None:
-        raise UserError(f"{path} was not written by irgdistill; export takes its run folders and checkpoints")
-    return path
+def _open(checkpoint: Path) -> tuple[Network, CheckpointMetadata]:
+    """Raises UserError for weights that irgdistill did not write."""
+    if CheckpointMetadata.read(checkpoint) is None:
+        raise UserError(f"{checkpoint} was not written by irgdistill; export takes its run folders and checkpoints")
+    network, metadata = restore(checkpoint)
+    assert metadata is not None
+    network.model.eval()
+    return network, metadata
 
 
 def _free_path(request: ExportRequest, network: Network, checkpoint: Path) -> Path:
-    """Where to write. Raises UserError where something is that was not to be replaced."""
+    """Path of the export. Raises UserError if something is there that must not be replaced."""
     ending = {"onnx": ".onnx", "program": ".pt2"}.get(request.format)
     path = request.output or checkpoint.parent / (request.format if ending is None else network.architecture + ending)
     if ending is not None:
@@ -92,22 +99,22 @@ def _free_path(request: ExportRequest, network: Network, checkpoint: Path) -> Pa
     elif path.exists() and not path.is_dir():
         raise UserError(f"--output {path} is a file; --format {request.format} writes a folder")
     if path.exists() and not request.overwrite:
-        send = "" if request.push is None else f", or send what is there: hf upload {request.push} {path}"
-        raise UserError(f"{path} exists; give another --output or --overwrite to replace it{send}")
+        upload = "" if request.push is None else f", or upload what is there: hf upload {request.push} {path}"
+        raise UserError(f"{path} exists; give another --output or --overwrite to replace it{upload}")
     if path.is_dir():
         foreign = sorted({entry.name for entry in path.iterdir()} - {*OWN_FILES, f"{network.architecture}.safetensors"})
         if foreign:
-            raise UserError(f"{path} is not replaced: it holds files of something else ({', '.join(foreign[:3])})")
+            raise UserError(f"{path} is not replaced: it holds other files ({', '.join(foreign[:3])})")
     return path
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
-def _check_images(request: ExportRequest, network: Network, metadata: dict[str, Any]) -> tuple[Tensor, str]:
-    """uint8 (N, 3, H, W), evenly from the validation images, and what they are. Random ones where the data are gone."""
+def _check_images(request: ExportRequest, network: Network, metadata: CheckpointMetadata) -> tuple[Tensor, str]:
+    """Validation images, uint8 (N, 3, H, W), and their description. Random images if the data set is not available."""
     try:
-        data = data_of(request.target, metadata, request.data, set(request.given))
+        data = data_of(request.target, metadata.data, request.data, set(request.given))
         data = data.model_copy(update={"download": False})
         bad = UnreadableImages(data.max_bad_images, Report().warn)
         splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
@@ -132,45 +139,45 @@ def _check_images(request: ExportRequest, network: Network, metadata: dict[str, 
 
 
 class _Check:
-    """Compares what was written with the student. Raises UserError where a logit differs by more than `TOLERANCE`."""
+    """Compares an export with the student. Raises UserError if a logit differs by more than `TOLERANCE`."""
 
-    def __init__(self, network: Network, images: Tensor, about: str, raw_input: bool) -> None:
-        normalised = network.view()(images)
-        self.given = images.float() / 255 if raw_input else normalised
-        self.expected = _in_batches(plain(network.model), normalised)
-        self.about = about
+    def __init__(self, network: Network, images: Tensor, images_name: str, raw_input: bool) -> None:
+        normalised = network.preprocess()(images)
+        self.input = images.float() / 255 if raw_input else normalised
+        self.expected = _in_batches(logits_of(network.model), normalised)
+        self.images_name = images_name
         self.result = ""
 
     def __call__(self, exported: Logits) -> None:
-        difference = float((_in_batches(exported, self.given) - self.expected).abs().max())
+        difference = float((_in_batches(exported, self.input) - self.expected).abs().max())
         if not difference <= TOLERANCE:
             raise UserError(
-                f"not exported: on {self.about} its logits differ from the student's by up to {difference:.1e}, "
+                f"not exported: on {self.images_name} the logits differ from the student's by up to {difference:.1e}, "
                 f"{TOLERANCE:.0e} is allowed; nothing was written"
             )
-        self.result = f"logits within {difference:.1e} of the student's on {self.about}"
+        self.result = f"logits within {difference:.1e} of the student's on {self.images_name}"
 
 
 @torch.no_grad()
 def _in_batches(logits: Logits, images: Tensor) -> Tensor:
-    """One image alone, the others in larger batches: a dynamic batch is one that was tried."""
+    """One image alone, the others in larger batches, to check that the batch size is free."""
     return torch.cat([logits(part) for part in (images[:1], *images[1:].split(CHECK_BATCH)) if len(part)])
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _write_timm(folder: Path, network: Network, metadata: dict[str, Any]) -> Logits:
+def _write_timm(folder: Path, network: Network, metadata: CheckpointMetadata) -> Logits:
     weights = folder / f"{network.architecture}.safetensors"
     save_for_timm(network, metadata, weights, None)
     name, classes = network.architecture, network.num_classes
-    return plain(timm.create_model(name, num_classes=classes, checkpoint_path=str(weights), **network.args).eval())
+    return logits_of(timm.create_model(name, num_classes=classes, checkpoint_path=str(weights), **network.args).eval())
 
 
 def _write_hub(
-    folder: Path, network: Network, metadata: dict[str, Any], request: ExportRequest, checkpoint: Path
+    folder: Path, network: Network, metadata: CheckpointMetadata, request: ExportRequest, checkpoint: Path
 ) -> Logits:
     license = request.license or "apache-2.0"
     save_for_timm(network, metadata, folder / WEIGHTS, license)
-    write_card(folder, network, metadata, checkpoint, license, request.push)
-    return plain(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+    write_card(folder, Provenance(network, metadata, checkpoint), license, request.push)
+    return logits_of(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())

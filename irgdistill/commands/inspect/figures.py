@@ -1,8 +1,8 @@
-"""Figures of edge matrices and transformations, from plain arrays: knows nothing of networks.
+"""Draws edge matrices and transformations from plain arrays.
 
-Edges are drawn in cividis, differences in a map from dark blue through grey to light sand: the lightness of both grows
-from end to end, so they are read alike without colour and with any colour vision. matplotlib without pyplot: no state
-is shared with the caller's own figures.
+Edges are drawn in cividis, differences in a map from dark blue through grey to light sand. The lightness of both
+increases from end to end, so they are readable without colour and with any colour vision. Uses matplotlib without
+pyplot, which would share state with the caller's own figures.
 """
 
 from __future__ import annotations
@@ -43,40 +43,49 @@ NAME_LENGTH = 18
 
 
 SHARE_SHOWN = 99.5
-"""Percent of the values within a colour scale; the few beyond it take its end colours."""
+"""Percentage of the values inside a colour scale; the others get its end colours."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A colour scale from `low` to `high`."""
+
+    colours: Colormap
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Images of one class that stand side by side."""
+    """Consecutive images of one class each."""
 
     names: tuple[str, ...]
     starts: tuple[int, ...]
     """First position of every block."""
     count: int
-    """All images."""
+    """Number of images."""
 
     @classmethod
     def of(cls, labels: Sequence[int], classes: Sequence[str]) -> Blocks:
-        """From labels sorted by class."""
+        """Build from labels sorted by class."""
         starts = [i for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
         return cls(tuple(classes[labels[i]] for i in starts), tuple(starts), len(labels))
 
     def centres(self) -> Array:
-        """Middle of every block, in the coordinates of an image's pixels."""
+        """Centre of every block, in pixel coordinates."""
         ends = np.array([*self.starts[1:], self.count])
         centres: Array = (np.array(self.starts) + ends - 1) / 2
         return centres
 
     def thinned(self, room: int) -> list[int]:
-        """Numbers of at most `room` blocks, evenly spread."""
+        """Indices of at most `room` blocks, evenly spaced."""
         step = -(-len(self.names) // max(room, 1))
         return list(range(0, len(self.names), step))
 
 
 @dataclass(frozen=True)
 class StageView:
-    """What is drawn of one stage. The first entry of a mapping is the teacher's, the others the students'."""
+    """Arrays of one stage to draw. The first entry of a mapping is the teacher's, the others are the students'."""
 
     title: str
     edges: Mapping[str, Array]
@@ -84,7 +93,7 @@ class StageView:
     moved: Mapping[str, Array] | None
     """Network -> (N,)"""
     captions: Mapping[str, str]
-    """Student -> its numbers in a line"""
+    """Student -> its numbers in one line"""
 
     def differences(self) -> dict[str, Array]:
         """Student minus teacher."""
@@ -92,7 +101,7 @@ class StageView:
         return {name: edges - teacher for name, edges in students}
 
     def scales(self) -> tuple[float, float]:
-        """Upper end of the edges' scale, which begins at 0, and half width of the differences' scale around 0."""
+        """Upper end of the edges' scale, which starts at 0, and half width of the differences' scale around 0."""
         ends = []
         for arrays in (self.edges, self.differences()):
             values = [np.abs(array[~np.eye(len(array), dtype=bool)]) for array in arrays.values()]
@@ -101,7 +110,7 @@ class StageView:
 
 
 def stage_figure(stage: StageView, blocks: Blocks) -> Figure:
-    """Edge heatmaps of the teacher and of every student on one scale, and each student's difference on another."""
+    """Edge heatmaps of the teacher and every student on one scale, and each student's difference on another."""
     students = len(stage.edges) - 1
     columns = 3 if students == 1 else 1 + students
     rows = 1 if students == 1 else 2
@@ -117,7 +126,7 @@ def stage_figure(stage: StageView, blocks: Blocks) -> Figure:
 
 
 def transformation_figure(stages: Sequence[StageView], blocks: Blocks) -> Figure | None:
-    """How far every image moves within a stage: the teacher's bars above, the student's below. None without any."""
+    """Transformation of every image in each stage: teacher upwards, student downwards. None if there are none."""
     shown = [stage for stage in stages if stage.moved is not None]
     if not shown:
         return None
@@ -134,7 +143,7 @@ def transformation_figure(stages: Sequence[StageView], blocks: Blocks) -> Figure
 
 
 def overview_figure(title: str, stages: Sequence[StageView], blocks: Blocks) -> Figure:
-    """One page with a row for every stage: edges, differences, transformations, numbers."""
+    """A row for every stage: edges, differences, transformations, numbers."""
     students = list(stages[0].edges)[1:]
     panels = 1 + 2 * len(students)
     moving = any(stage.moved is not None for stage in stages)
@@ -159,7 +168,7 @@ def overview_figure(title: str, stages: Sequence[StageView], blocks: Blocks) -> 
 
 
 def render(figure: Figure, form: str) -> bytes:
-    """The figure as a file of one of `requests.FIGURES`; the same figure gives the same bytes."""
+    """The figure as a file in one of `requests.FIGURES`; equal figures give equal bytes."""
     stamp = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[form]
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "irgdistill"}), warnings.catch_warnings():
@@ -169,19 +178,20 @@ def render(figure: Figure, form: str) -> bytes:
 
 
 def _heatmaps(places: Sequence[Axes], stage: StageView, blocks: Blocks, shared: bool, size: float = 8.0) -> None:
-    """Teacher, students and differences, in this order; a colour bar beside the last of each kind.
+    """Draw teacher, students and differences, in this order, with a colour bar for each kind.
 
-    `shared`: all stand in one row, so that only the first needs names on its vertical axis.
+    `shared`: all are in one row, so only the first needs names on its vertical axis.
     """
     high, half = stage.scales()
     networks = list(stage.edges.items())
     first, second = places[: len(networks)], places[len(networks) :]
     for number, (axes, (name, edges)) in enumerate(zip(first, networks, strict=True)):
-        image = _heatmap(axes, edges, name, blocks, EDGES, (0.0, high), size, names=number == 0)
+        image = _heatmap(axes, edges, name, blocks, Scale(EDGES, 0.0, high), size, names=number == 0)
     _bar_beside(first, image, f"edge, 0 to {high:.2g}", size, "max")
+    scale = Scale(DIFFERENCE, -half, half)
     for number, (axes, (name, edges)) in enumerate(zip(second, stage.differences().items(), strict=True)):
         title = f"{_short(name, 22)} − teacher"
-        image = _heatmap(axes, edges, title, blocks, DIFFERENCE, (-half, half), size, names=not shared and number == 0)
+        image = _heatmap(axes, edges, title, blocks, scale, size, names=not shared and number == 0)
     _bar_beside(second, image, "dark: closer than in the teacher, light: farther", size, "both")
 
 
@@ -190,12 +200,11 @@ def _heatmap(
     values: Array,
     title: str,
     blocks: Blocks,
-    colours: Colormap,
-    limits: tuple[float, float],
+    scale: Scale,
     size: float,
     names: bool,
 ) -> AxesImage:
-    image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1])
+    image = axes.imshow(values, cmap=scale.colours, vmin=scale.low, vmax=scale.high)
     axes.set_title(_short(title, 34), fontsize=size + 1.5, color=INK, parse_math=False)
     _name_classes(axes, blocks, "x", size)
     _name_classes(axes, blocks, "y", size)
@@ -215,7 +224,7 @@ def _bar_beside(places: Sequence[Axes], image: AxesImage, label: str, size: floa
 
 
 def _name_classes(axes: Axes, blocks: Blocks, axis: str, size: float) -> None:
-    """Names at the middle of their blocks, as many as there is room for."""
+    """Write class names at the centres of their blocks, as many as fit."""
     figure = axes.figure
     inches = float(axes.get_position().width * figure.bbox.width / figure.dpi)
     shown = blocks.thinned(int(inches * 72 / (size * 1.7)))  # the layout still shrinks the axes
@@ -224,8 +233,8 @@ def _name_classes(axes: Axes, blocks: Blocks, axis: str, size: float) -> None:
     if axis == "y":
         axes.set_yticks(places, labels, fontsize=size, parse_math=False)
     else:
-        lie = max(map(len, labels)) * len(labels) * size * 0.75 < inches * 72
-        axes.set_xticks(places, labels, fontsize=size, rotation=0 if lie else 90, parse_math=False)
+        horizontal = max(map(len, labels)) * len(labels) * size * 0.75 < inches * 72
+        axes.set_xticks(places, labels, fontsize=size, rotation=0 if horizontal else 90, parse_math=False)
     axes.tick_params(axis=axis, length=0, pad=2, labelcolor=INK)  # type: ignore[arg-type]
 
 

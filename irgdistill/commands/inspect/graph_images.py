@@ -11,14 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from irgdistill.commands.inspect.measures import LOGITS, Graph, Stage, draw_evenly, graph_of, likeness, look, stages_of
+from irgdistill.commands.inspect.measures import (
+    LOGITS,
+    Stage,
+    StageComparison,
+    collect_features,
+    compare_graphs,
+    draw_evenly,
+    stages_of,
+)
 from irgdistill.config import dump
 from irgdistill.data import Unlabelled, UnreadableImages, eval_loader
+from irgdistill.errors import one_line
 from irgdistill.io import Loggers, Report
 from irgdistill.matching import Tapped
 from irgdistill.training import Setup
 
-if TYPE_CHECKING:  # it brings matplotlib, which few runs need
+if TYPE_CHECKING:  # imports matplotlib, which few runs need
     from irgdistill.commands.inspect.figures import Blocks
 
 
@@ -63,13 +72,13 @@ class RunLogger:
             return
         try:
             self._snapshots = self._snapshots or Snapshots(self.setup)
-            self._loggers.images(self._snapshots.take(teacher, student))
+            self._loggers.images(self._snapshots.draw(teacher, student))
         except Exception as error:
-            self.report.warn(f"no images of the graphs after epoch {epoch}: {' '.join(str(error).split())[:200]}")
+            self.report.warn(f"no images of the graphs after epoch {epoch}: {one_line(error, 200)}")
 
 
 class Snapshots:
-    """`IMAGES` validation images, drawn once and evenly over the classes, and how two networks relate them."""
+    """Draws graphs of the same `IMAGES` validation images, chosen evenly from the classes."""
 
     def __init__(self, setup: Setup) -> None:
         source, indices, classes = setup.splits.val, setup.splits.val_indices, setup.classes
@@ -80,8 +89,8 @@ class Snapshots:
         self.splits = replace(setup.splits, val=source, val_indices=[indices[i] for i in chosen], classes=classes)
         self.setup = setup
 
-    def take(self, teacher: Tapped, student: Tapped) -> dict[str, NDArray[np.uint8]]:
-        """Name of a stage -> picture (H, W, 3): edges of the teacher, of the student, and their difference."""
+    def draw(self, teacher: Tapped, student: Tapped) -> dict[str, NDArray[np.uint8]]:
+        """Name of a stage -> image (H, W, 3): edges of the teacher, of the student, and their difference."""
         from irgdistill.commands.inspect.figures import Blocks
 
         setup, plan, network = self.setup, self.setup.plan, self.setup.student
@@ -89,38 +98,33 @@ class Snapshots:
         device, bad = next(student.parameters()).device, UnreadableImages(data.max_bad_images)
         loader = eval_loader(self.splits, data, setup.student.input.covering(setup.crop), device, bad)
         training = student.model.training
-        tapped = [
-            Tapped(teacher.model, teacher.view, plan.teacher_taps() if plan else ()),
-            Tapped(student.model, student.view, plan.student_taps() if plan else ()),
+        networks = [
+            Tapped(teacher.model, teacher.preprocess, plan.teacher_taps() if plan else ()),
+            Tapped(student.model, student.preprocess, plan.student_taps() if plan else ()),
         ]
         try:
-            seen = look([each.eval() for each in tapped], loader)
+            features = collect_features([each.eval() for each in networks], loader)
         finally:
-            for each in tapped:
+            for each in networks:
                 each.release()
             student.model.train(training)
-        blocks = Blocks.of(seen.labels.tolist(), self.splits.classes)
+        blocks = Blocks.of(features.labels.tolist(), self.splits.classes)
         stages = [Stage("logits", LOGITS, LOGITS)]
         if plan is not None:
-            stages = stages_of(plan, logits=min(seen.features[0][LOGITS].shape[1], network.num_classes) > 0)
-        pictures = {}
-        for stage in stages:
-            graphs = (
-                graph_of(seen.features[0], stage.teacher, stage.teacher_ends),
-                graph_of(seen.features[1], stage.student, stage.student_ends),
-            )
-            name = f"stage {stage.name}" if stage.name.startswith("/") else stage.name
-            pictures[name.replace(" /", "-").replace(" ", "-")] = _picture(name, *graphs, blocks)
-        return pictures
+            teacher_classes = features.by_network[0][LOGITS].shape[1]
+            stages = stages_of(plan, logits=min(teacher_classes, network.num_classes) > 0)
+        neighbours = min(NEIGHBOURS, len(features.labels) - 1)
+        compared = compare_graphs(stages, ("teacher", "student"), features, neighbours)
+        return {each.stage.title.replace(" /", "-").replace(" ", "-"): _image(each, blocks) for each in compared}
 
 
-def _picture(title: str, teacher: Graph, student: Graph, blocks: Blocks) -> NDArray[np.uint8]:
+def _image(compared: StageComparison, blocks: Blocks) -> NDArray[np.uint8]:
     from irgdistill.commands.inspect.figures import StageView, render, stage_figure
 
-    numbers = likeness(teacher, student, min(NEIGHBOURS, len(teacher.edges) - 1))["edges"]
+    numbers = compared.similarities["student"]["edges"]
     caption = f"squared difference {numbers['mse']:.4f}"
     if numbers["pearson"] is not None:
         caption += f"   Pearson {numbers['pearson']:.4f}"
-    edges = {"teacher": teacher.edges.numpy(), "student": student.edges.numpy()}
-    figure = stage_figure(StageView(title, edges, None, {"student": caption}), blocks)
+    edges = {name: graph.edges.numpy() for name, graph in compared.graphs.items()}
+    figure = stage_figure(StageView(compared.stage.title, edges, None, {"student": caption}), blocks)
     return np.asarray(Image.open(io.BytesIO(render(figure, "png"))).convert("RGB"))

@@ -1,6 +1,6 @@
-"""Graphs of N images in a teacher and a student -> how alike they are.
+"""Collects features of N images, and measures how similar two networks' graphs of them are.
 
-N images, D features. Edges and transformations come from `graph`, so what is shown here is what the loss compares.
+N images, D features. Edges and transformations come from `irgdistill.graph`, as in the losses.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from irgdistill.losses import LEAST_MOVEMENT
 from irgdistill.matching import Plan, Tapped, tap_name
 
 LOGITS = ":logits"
-"""Key of the logits among the pooled features; no tap is called so."""
+"""Key of the logits among the pooled features; not the name of any tap."""
 
 
 BLOCK = 2**22
-"""Entries of the rows among which neighbours are sought at once."""
+"""Entries of the block of rows in which neighbours are searched at once."""
 
 
 THUMBNAIL = 64
@@ -35,7 +35,7 @@ THUMBNAIL = 64
 
 @dataclass(frozen=True)
 class Stage:
-    """One place where two networks are compared, by the names of its taps."""
+    """A stage at which two networks are compared, by the names of its taps."""
 
     name: str
     teacher: str
@@ -43,6 +43,10 @@ class Stage:
     teacher_ends: tuple[str, str] | None = None
     """First and last tap of the transformation."""
     student_ends: tuple[str, str] | None = None
+
+    @property
+    def title(self) -> str:
+        return f"stage {self.name}" if self.name.startswith("/") else self.name
 
 
 @dataclass(frozen=True)
@@ -54,23 +58,34 @@ class Graph:
     edges: Tensor
     """(N, N)"""
     moved: Tensor | None
-    """(N,) transformation, None where the stage has none"""
+    """(N,) transformation; None if the stage has none"""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the networks made of the images."""
+class StageComparison:
+    """The graphs of all networks at one stage."""
 
-    features: list[dict[str, Tensor]]
-    """Of every network: tap name (or LOGITS) -> (N, D) float32 on the CPU."""
+    stage: Stage
+    graphs: dict[str, Graph]
+    """Label of a network -> its graph; the teacher first."""
+    similarities: dict[str, dict[str, Any]]
+    """Label of a student -> its similarity to the teacher."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Outputs of several networks for the same N images."""
+
+    by_network: list[dict[str, Tensor]]
+    """For each network: tap name (or LOGITS) -> (N, D) float32 on the CPU."""
     labels: Tensor
     """(N,)"""
     thumbnails: list[Tensor]
-    """N times (3, h, w) uint8: the crop that the networks saw."""
+    """N times (3, h, w) uint8: the crop that the networks took."""
 
 
 def stages_of(plan: Plan, logits: bool) -> list[Stage]:
-    """The plan's stages, names made unique; the logits behind them if both networks have some."""
+    """The plan's stages with unique names, followed by the logits if asked for."""
     count = Counter(pair.name for pair in plan.pairs)
     stages = []
     for number, pair in enumerate(plan.pairs, 1):
@@ -82,8 +97,10 @@ def stages_of(plan: Plan, logits: bool) -> list[Stage]:
 
 
 def draw_evenly(labels: Sequence[int], count: int, seed: int) -> list[int]:
-    """Positions of `count` images, as many of every class as possible, sorted by class: a class that has run out leaves
-    its share to the others. The first images of a larger draw are those of a smaller one. Fewer where fewer exist."""
+    """Positions of up to `count` images, sorted by class, with as equal numbers of each class as possible.
+
+    With the same seed, a larger draw contains a smaller one.
+    """
     rng = np.random.default_rng(seed)
     classes = np.asarray(labels)
     turn = np.empty(len(classes), dtype=np.int64)
@@ -96,8 +113,8 @@ def draw_evenly(labels: Sequence[int], count: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def look(networks: Sequence[Tapped], loader: Loader) -> Seen:
-    """Run all `networks` (in eval mode) over `loader`; only pooled features and thumbnails are kept.
+def collect_features(networks: Sequence[Tapped], loader: Loader) -> Features:
+    """Run all `networks` (in eval mode) over `loader` and keep pooled features, labels and thumbnails.
 
     Raises UserError: no readable image, or features that are not finite.
     """
@@ -118,8 +135,8 @@ def look(networks: Sequence[Tapped], loader: Loader) -> Seen:
         for name, value in tensors.items():
             if not value.isfinite().all():
                 where = "logits" if name == LOGITS else name
-                raise UserError(f"{type(network.model).__name__} gives values that are not finite at {where}")
-    return Seen(joined, torch.cat(labels), thumbnails)
+                raise UserError(f"{type(network.model).__name__} returns values that are not finite at {where}")
+    return Features(joined, torch.cat(labels), thumbnails)
 
 
 def _thumbnails(images: Tensor) -> list[Tensor]:
@@ -137,11 +154,27 @@ def graph_of(features: Mapping[str, Tensor], tap: str, ends: tuple[str, str] | N
     return Graph(features[tap], edge_matrix(features[tap]), moved)
 
 
-def likeness(teacher: Graph, student: Graph, neighbours: int) -> dict[str, Any]:
-    """How alike two graphs of the same images are; None where a number is not defined.
+def compare_graphs(
+    stages: Sequence[Stage], labels: Sequence[str], features: Features, neighbours: int
+) -> list[StageComparison]:
+    """Compare the graphs of every student with the teacher's at every stage. The first of `labels` is the teacher."""
+    comparisons = []
+    for stage in stages:
+        graphs = {}
+        for number, (label, tensors) in enumerate(zip(labels, features.by_network, strict=True)):
+            tap, ends = (stage.student, stage.student_ends) if number else (stage.teacher, stage.teacher_ends)
+            graphs[label] = graph_of(tensors, tap, ends)
+        teacher = graphs[labels[0]]
+        numbers = {label: similarity(teacher, graphs[label], neighbours) for label in labels[1:]}
+        comparisons.append(StageComparison(stage, graphs, numbers))
+    return comparisons
 
-    edges: `mse` is the loss's own number; `pearson` and `spearman` take every pair of images once; `neighbours` is the
-    mean share of common members among the nearest `neighbours`; `cka` is linear. transformation: over images.
+
+def similarity(teacher: Graph, student: Graph, neighbours: int) -> dict[str, Any]:
+    """Similarity of two graphs of the same images; None for a number that is not defined.
+
+    edges: `mse` is the value of the loss; `pearson` and `spearman` count every pair of images once; `neighbours` is the
+    mean share of common images among the nearest `neighbours`; `cka` is linear. transformation: over images.
     """
     a, b = each_pair(teacher.edges), each_pair(student.edges)
     informative = bool(a.any()) and bool(b.any())
@@ -172,7 +205,7 @@ def each_pair(edges: Tensor) -> Tensor:
 
 
 def pearson(a: Tensor, b: Tensor) -> float | None:
-    """Correlation of two vectors in float64; None where either is constant."""
+    """Correlation of two vectors in float64; None if either is constant."""
     a, b = a.double(), b.double()
     if not len(a) or bool(a.amin() == a.amax()) or bool(b.amin() == b.amax()):
         return None
@@ -181,7 +214,7 @@ def pearson(a: Tensor, b: Tensor) -> float | None:
 
 
 def ranks(x: Tensor) -> Tensor:
-    """Ranks from 1 in float64; equal values share the mean of their ranks."""
+    """Ranks from 1 in float64; equal values get the mean of their ranks."""
     _, group, counts = torch.unique(x, return_inverse=True, return_counts=True)
     counts = counts.double()
     ranks: Tensor = (counts.cumsum(0) - (counts - 1) / 2)[group]
@@ -189,21 +222,21 @@ def ranks(x: Tensor) -> Tensor:
 
 
 def spearman(a: Tensor, b: Tensor) -> float | None:
-    """Correlation of the ranks, ties averaged; None where either vector is constant."""
+    """Correlation of the ranks, ties averaged; None if either vector is constant."""
     return pearson(ranks(a), ranks(b))
 
 
 def nearest_neighbours(edges: Tensor, count: int) -> Tensor:
-    """(N, N) -> (N, count): the images with the smallest edges, nearest first, never the image itself.
+    """(N, N) -> (N, count): the other images with the smallest edges, nearest first.
 
-    Of equally near images the one with the smaller number counts as nearer.
+    Of equally near images, the one with the smaller index comes first.
     """
     others = edges.clone().fill_diagonal_(torch.inf)
     return torch.cat([_smallest(rows, count) for rows in others.split(max(BLOCK // len(edges), 1))])
 
 
 def _smallest(rows: Tensor, count: int) -> Tensor:
-    """Columns of the `count` smallest values of each row, as a stable sort of the whole row would give them."""
+    """Columns of the `count` smallest values of each row, in the order of a stable sort of the whole row."""
     last = rows.kthvalue(count, dim=1, keepdim=True).values
     below, equal = rows < last, rows == last
     chosen = below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))
@@ -212,14 +245,14 @@ def _smallest(rows: Tensor, count: int) -> Tensor:
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
-    """Mean share of common members of two (N, k) tables of neighbours."""
+    """Mean share of common entries in the rows of two (N, k) tables of neighbours."""
     return float((a[:, :, None] == b[:, None, :]).any(2).double().mean())
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float | None:
     """Centred kernel alignment of features (N, D) and (N, E) with linear kernels (Kornblith et al. 2019, section 3).
 
-    None where the features of either are all equal.
+    None if all features of either network are equal.
     """
     x, y = (centred(features.double()) for features in (x, y))
     if len(x) > max(x.shape[1], y.shape[1]):  # |XXᵀ| = |XᵀX| and ⟨XXᵀ, YYᵀ⟩ = |XᵀY|²: the smaller matrices

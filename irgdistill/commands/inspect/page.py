@@ -1,7 +1,7 @@
-"""The report as one HTML file: no framework, no request to anywhere, readable from disk.
+"""Builds the report as one HTML file without a framework or network requests, which opens from disk.
 
-All data lie in one JSON block, matrices as base64 of little-endian numbers. The page builds its text from that block
-with `textContent`, so no name of an image or class is ever read as HTML.
+All data are in one JSON block, matrices as base64 of little-endian numbers. The page builds its text from that block
+with `textContent`, so names of images and classes are never parsed as HTML.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array = NDArray[Any]
 
 
 LEVELS = 65535
-"""Edges and transformations are kept in so many equal steps from 0 to 1: read back to within 0.000008."""
+"""Steps from 0 to 1 to which edges and transformations are rounded: an error of at most 0.000008."""
 
 
 def build_page(
@@ -34,10 +34,10 @@ def build_page(
     thumbnails: Sequence[Array],
     overview: bytes,
 ) -> str:
-    """The page.
+    """Build the page.
 
-    `facts` is what graph.json holds; `neighbours` gives for every stage network -> (N, k), `thumbnails` N times
-    (h, w, 3) uint8, `overview` the overview figure as PNG.
+    `facts` is the content of graph.json; `neighbours` maps, for every stage, network -> (N, k); `thumbnails` are N
+    times (h, w, 3) uint8; `overview` is the overview figure as PNG.
     """
     data = {
         "facts": facts,
@@ -89,6 +89,6 @@ def _asset(name: str) -> str:
 
 
 def _script_json(data: Any) -> str:
-    """JSON that can stand within a script element: it can neither end it nor open a comment."""
+    """JSON for a script element, which it can neither end nor turn into a comment."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,4 +1,7 @@
-"""Heatmaps on a terminal, which rich does not draw: coloured half blocks, or characters where there is no colour."""
+"""Heatmaps on a terminal: coloured half blocks, or characters of increasing density without colour.
+
+Neither rich nor another dependency draws heatmaps.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,11 @@ WIDEST = 48
 
 
 DENSITY = " ░▒▓█", " .:*#"
-"""From 0 to the scale's end: where the terminal can show it, and in plain ASCII."""
+"""From 0 to the end of the scale: in Unicode, and in plain ASCII."""
 
 
 SIGNED = "#=·+@", "#=.+@"
-"""From much closer than in the teacher, over alike, to much farther."""
+"""From much closer than in the teacher, through equal, to much farther."""
 
 
 def show(console: Console, stages: Sequence[StageView]) -> None:
@@ -43,16 +46,16 @@ def show(console: Console, stages: Sequence[StageView]) -> None:
         panels += [(f"{name} - teacher", 0.5 + d / (2 * half), DIFFERENCE) for name, d in stage.differences().items()]
         room = max((console.width - GAP * (len(panels) - 1)) // len(panels), 2)
         side = min(room, WIDEST, len(panels[0][1])) // 2 * 2
-        drawn = []
+        columns = []
         for name, values, colours in panels:
             if colour:
-                lines = half_blocks(shrunk(values, side, side), colours)
+                lines = half_blocks(average(values, side, side), colours)
             else:
-                lines = [Text(line) for line in density(shrunk(values, side // 2, side), colours is DIFFERENCE, plain)]
-            drawn.append([Text(name[:room]), *lines])
+                lines = [Text(line) for line in density(average(values, side // 2, side), colours is DIFFERENCE, plain)]
+            columns.append([Text(name[:room]), *lines])
         scale = f"edges 0 to {high:.2g}, differences -{half:.2g} to {half:.2g}"
         _print(console, Text(f"\n{stage.title}: {scale}", style="bold"))
-        for row in zip(*drawn, strict=True):
+        for row in zip(*columns, strict=True):
             line = Text()
             for part in row:
                 part.pad_right(max(side, min(room, 24)) - len(part) + GAP)
@@ -64,8 +67,8 @@ def show(console: Console, stages: Sequence[StageView]) -> None:
         _print(
             console,
             Text(
-                f"\nedges grow along {low!r}; differences: {signs[:2]} closer than in the teacher, "
-                f"{signs[2]} alike, {signs[3:]} farther"
+                f"\nedges: {low!r} from 0 up; differences: {signs[:2]} closer than in the teacher, "
+                f"{signs[2]} equal, {signs[3:]} farther"
             ),
         )
 
@@ -74,8 +77,8 @@ def _print(console: Console, line: Text) -> None:
     console.print(line, soft_wrap=True, highlight=False)
 
 
-def shrunk(values: Array, rows: int, columns: int) -> Array:
-    """Means over (rows, columns) parts as equal as possible; a part holds at least one value."""
+def average(values: Array, rows: int, columns: int) -> Array:
+    """Average down to (rows, columns): means over parts of nearly equal size, with at least one value each."""
     for axis, parts in ((0, rows), (1, columns)):
         count = values.shape[axis]
         starts = (np.arange(parts) * count) // parts
@@ -86,7 +89,7 @@ def shrunk(values: Array, rows: int, columns: int) -> Array:
 
 
 def half_blocks(values: Array, colours: Colormap) -> list[Text]:
-    """(2h, w) in 0 to 1 -> h lines: the upper half of a character is one value, the lower half the next."""
+    """(2h, w) in 0 to 1 -> h lines; each character shows two values, one above the other."""
     rgb = colours(np.clip(values, 0, 1), bytes=True)[..., :3].astype(int)
     lines = []
     for upper, lower in zip(rgb[::2], rgb[1::2], strict=True):

@@ -61,7 +61,7 @@ function table(target, head, body) {
 function describe() {
   byId("title").textContent = `${teacher} → ${students.join(", ")}`;
   document.title = `${byId("title").textContent} – instance relationship graphs`;
-  byId("subtitle").textContent = `${count} images of ${facts.data.source} (${facts.data.split}), drawn evenly over its classes with seed ${facts.seed}`;
+  byId("subtitle").textContent = `${count} images of ${facts.data.source} (${facts.data.split}), chosen evenly from its classes with seed ${facts.seed}`;
   const several = students.length > 1;
   const head = ["Stage", ...(several ? ["Student"] : []), "Edges: squared difference", "Pearson", "Spearman", `Neighbours@${facts.neighbours}`, "CKA", "Transformation: squared difference", "Pearson"];
   const body = facts.stages.flatMap((stage) => students.map((name) => {
@@ -69,7 +69,7 @@ function describe() {
     return [stage.name, ...(several ? [name] : []), ...["mse", "pearson", "spearman", "neighbours", "cka"].map((key) => number(edges[key])), ...["mse", "pearson"].map((key) => moved ? number(moved[key]) : "–")];
   }));
   table(byId("numbers-table"), head, body);
-  byId("numbers-legend").textContent = `Squared differences are means, as in the loss. Correlations run over every pair of images once. Neighbours@${facts.neighbours}: mean share of common members among the ${facts.neighbours} nearest images. –: not defined. Edges on this page are rounded to 1/${data.levels}.`;
+  byId("numbers-legend").textContent = `Squared differences are means, as in the loss. Correlations count every pair of images once. Neighbours@${facts.neighbours}: mean share of common images among the ${facts.neighbours} nearest. –: not defined. Edges on this page are rounded to 1/${data.levels}.`;
   const place = (level) => `${level.exit.height}×${level.exit.width} ${level.exit.layout}`;
   table(byId("plan-table"), ["Stage", "Network", "Last block", "Blocks", "Width", "Map"], facts.plan.pairs.flatMap((pair, i) => ["teacher", "student"].map((role) => [facts.stages[i].name, role, facts.stages[i][role], `${pair[role].blocks.length}`, `${pair[role].exit.channels}`, place(pair[role])])));
   byId("plan-notes").append(...facts.plan.notes.map((text) => make("li", { text })));
@@ -140,13 +140,13 @@ function pictured(i) {
 }
 function read() {
   const target = byId("reading");
-  if (!state.cell) { target.replaceChildren(make("span", { class: "quiet", text: "No cell chosen." })); return; }
+  if (!state.cell) { target.replaceChildren(make("span", { class: "quiet", text: "No cell selected." })); return; }
   const [i, j] = state.cell, stage = stages[state.stage];
   const value = (name, text) => make("span", { class: "value quiet", "data-network": name, text: name }, make("b", { text }));
   const theirs = edge(stage, teacher, i, j), signed = (x) => (x > 0 ? "+" : x < 0 ? "−" : "") + Math.abs(x).toFixed(4);
   target.replaceChildren(pictured(i), pictured(j), value(teacher, theirs.toFixed(4)),
     ...students.flatMap((name) => [value(name, edge(stage, name, i, j).toFixed(4)), value(`${name} − teacher`, signed(edge(stage, name, i, j) - theirs))]),
-    ...(state.kept ? [make("span", { class: "quiet", text: "kept" })] : []));
+    ...(state.kept ? [make("span", { class: "quiet", text: "pinned" })] : []));
 }
 function moveCell(event) {
   const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
@@ -242,7 +242,7 @@ function showNeighbours(i) {
     const near = Object.fromEntries([teacher, ...students].map((name) => [name, neighbours(stage, name, i)]));
     const common = students.map((name) => near[name].filter((j) => near[teacher].includes(j)));
     const said = students.map((name, n) => `${students.length > 1 ? name + " " : ""}${common[n].length} of ${near[teacher].length}`);
-    parts.push(make("h3", { text: `${stage.title}: in common ${said.join(", ")}` }));
+    parts.push(make("h3", { text: `${stage.title}: ${said.join(", ")} in common` }));
     for (const name of [teacher, ...students]) {
       const both = name === teacher ? common.flat() : common[students.indexOf(name)];
       parts.push(make("div", { class: "row", "data-stage": stage.title, "data-network": name }, make("span", { text: name }), make("div", { class: "near" }, ...near[name].map((j) => nearTile(stage, name, i, j, both.includes(j))))));
@@ -285,7 +285,7 @@ function buildBars() {
   if (!bars.length) byId("transformations").hidden = true;
 }
 
-// --- all together ---
+// --- start ---
 
 const redraw = () => { maps.forEach(overlay); bars.forEach(drawBars); };
 describe();
