@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,16 @@ def test_fixed_size_networks_are_built_at_the_size_asked_for() -> None:
     network = build_network("vit_tiny_patch16_224", num_classes=3, input_size=(64, 64))
     assert network.args == {"img_size": (64, 64)}
     assert network.model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "no_such_network"])
+def test_the_level_of_the_hubs_logger_is_restored(name: str) -> None:
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with contextlib.suppress(UserError):
+            build_network(name, pretrained=True)
+        assert logger.level == logging.INFO
+    finally:
+        logger.setLevel(before)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from irgdistill.io.atomic import write_atomically, write_text
 from irgdistill.io.run_folder import RunFolder
 from irgdistill.io.tensors import read_metadata, read_tensors, save_tensors
 from irgdistill.models import checkpoint
-from irgdistill.models.build import build_network
-from irgdistill.models.checkpoint import restore
+from irgdistill.models.build import build_network, rebuild_network
+from irgdistill.models.checkpoint import CheckpointMetadata, TeacherRecord, restore
 from irgdistill.training import state
 from irgdistill.training.state import load_state, save_state
 
@@ -216,3 +217,41 @@ def test_another_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
         folder.create(overwrite=False)
     folder.create(overwrite=True)
     assert not folder.config.exists() and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_metadata_are_read_into_one_object(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    network = build_network("vit_tiny_patch16_224", num_classes=3, input_size=(64, 64), meta=True)
+    values = json.loads(json.dumps(checkpoint.describe(network, CLASSES)))
+    teacher = {"architecture": "resnet18", "name": "resnet18.a1_in1k", "weights": "0123abcd", "input_size": [64, 32]}
+    save_tensors(path, {"x": torch.ones(1)}, {**values, "method": "kd", "seed": 3, "teacher": teacher, "later": 1})
+    metadata = CheckpointMetadata.read(path)
+    assert metadata is not None and metadata.classes == CLASSES and (metadata.method, metadata.seed) == ("kd", 3)
+    assert metadata.teacher == TeacherRecord(**teacher) and metadata.teacher.checkpoint is None
+    assert metadata.args == {"img_size": [64, 64]} and metadata.args_without_size == {}
+    again = rebuild_network(metadata, meta=True)
+    assert json.loads(json.dumps(again.describe())) == {k: values[k] for k in again.describe()}
+
+
+def test_a_checkpoint_may_describe_a_network_alone(tmp_path: Path) -> None:
+    save(tmp_path / "c.safetensors")
+    metadata = CheckpointMetadata.read(tmp_path / "c.safetensors")
+    assert metadata is not None and metadata.teacher is None and metadata.data is None and metadata.metrics == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"num_classes": "many"}, "num_classes"),
+        ({"mean": None}, "mean"),
+        ({"input_size": [32]}, "input_size"),
+        ({"teacher": {"name": "resnet18"}}, "teacher.architecture"),
+    ],
+)
+def test_metadata_that_do_not_fit_are_one_line(tmp_path: Path, change: dict[str, Any], field: str) -> None:
+    path = tmp_path / "c.safetensors"
+    values = checkpoint.describe(build_network("cifar_resnet14_x0_5", num_classes=3, meta=True), CLASSES)
+    save_tensors(path, {"x": torch.ones(1)}, {**values, **change})
+    with pytest.raises(UserError, match=rf"c\.safetensors has metadata that do not fit: {field}") as error:
+        CheckpointMetadata.read(path)
+    assert "\n" not in str(error.value)
