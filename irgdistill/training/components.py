@@ -22,7 +22,7 @@ from irgdistill.models import Network, fold_batch_norm
 from irgdistill.runtime import World, autocast, choose_device, sync_batch_norm
 from irgdistill.training.optimization import build_mixup, build_optimizer, build_scheduler
 from irgdistill.training.setup import Setup
-from irgdistill.training.teacher_cache import Cache
+from irgdistill.training.teacher_cache import TeacherCache
 
 Compilable = TypeVar("Compilable", bound=Callable[..., Any])
 
@@ -53,7 +53,7 @@ class LiveTeacher:
 class CachedTeacher:
     """The rows of a teacher cache, which the loader brings with the images."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: TeacherCache) -> None:
         self.network: Tapped | None = None
         self.cache = cache
 
@@ -231,7 +231,7 @@ def _build_data(setup: Setup, loss: DistillLoss, device: torch.device, world: Wo
         config.seed,
         unreadable,
         world,
-        None if cache is None else cache.answers,
+        None if cache is None else cache.teacher_rows,
     )
     crop = setup.student.input if setup.splits.labelled else setup.crop
     validation = eval_loader(setup.splits, config.data, crop, device, unreadable, world=world)

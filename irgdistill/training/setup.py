@@ -16,7 +16,7 @@ from irgdistill.errors import UserError
 from irgdistill.matching import Plan, match
 from irgdistill.models import LOCAL, Network, build_booster, build_student, build_teacher, resolve_student
 from irgdistill.training.checks import check_classes, check_input_sizes, check_logging
-from irgdistill.training.teacher_cache import Cache, describe_data, describe_teacher, describe_views
+from irgdistill.training.teacher_cache import TeacherCache, describe_data, describe_teacher, describe_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Setup:
     """The crop that both networks see: the larger height and the larger width of their inputs."""
     booster: Network | None = None
     """The untrained network that `rocket` trains with the student."""
-    cache: Cache | None = None
+    cache: TeacherCache | None = None
     """Answers in place of the teacher, which then has no weights."""
     class_weights: list[float] | None = None
     """Weights of the cross-entropy, by class index."""
@@ -80,9 +80,9 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
     """
     config = resolved(config, resuming)
     check_run(config, resuming)
-    cache = None if config.teacher.cache is None else Cache(config.teacher.cache)
+    cache = None if config.teacher.cache is None else TeacherCache(config.teacher.cache)
     if cache is not None:
-        config = cache.adopt(config)
+        config = cache.with_cached_views(config)
     splits, teacher = open_data(config, lambda: _teacher(config, cache, fetch, inputs), inputs)
     class_weights = weigh_classes(config, splits)
     check_logging(config, splits)
@@ -127,7 +127,7 @@ def open_data(
     return open_splits(config.data, classes=network.classes or network.num_classes), network
 
 
-def _teacher(config: Config, cache: Cache | None, fetch: bool, inputs: SharedInputs | None) -> Network | None:
+def _teacher(config: Config, cache: TeacherCache | None, fetch: bool, inputs: SharedInputs | None) -> Network | None:
     """The teacher of the method, if any; with a cache, without its weights.
 
     A teacher given beside a cache must be the cached one: the weights are compared if given, else the architecture.
@@ -138,19 +138,19 @@ def _teacher(config: Config, cache: Cache | None, fetch: bool, inputs: SharedInp
         return build_teacher(config, fetch) if inputs is None else inputs.teacher(config, fetch)
     if config.teacher.checkpoint is not None:
         cache.check_same("teacher", describe_teacher(build_teacher(config)))
-    elif config.teacher.name not in (None, cache.about["name"]):
+    elif config.teacher.name not in (None, cache.manifest["name"]):
         cache.check_same("teacher", {"architecture": config.teacher.name.split(".")[0]})
     return cache.teacher()
 
 
-def _checksum(teacher: Network, cache: Cache | None, inputs: SharedInputs | None) -> str:
+def _checksum(teacher: Network, cache: TeacherCache | None, inputs: SharedInputs | None) -> str:
     """The checksum of the teacher's weights, cached or live."""
     if cache is not None:
-        return str(cache.about["teacher"]["weights"])
+        return str(cache.manifest["teacher"]["weights"])
     return str(describe_teacher(teacher)["weights"]) if inputs is None else inputs.checksum(teacher)
 
 
-def _check_cache(cache: Cache, config: Config, splits: Splits, student: Network, plan: Plan | None) -> None:
+def _check_cache(cache: TeacherCache, config: Config, splits: Splits, student: Network, plan: Plan | None) -> None:
     """Raises UserError if the run asks for what is not in the cache."""
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream, which cannot have a teacher cache")

@@ -1,10 +1,10 @@
-"""What a teacher says of every view of every training image, on disk: written once, read by any number of students.
+"""The teacher's outputs for every view of every training image, on disk: written once, read by any number of students.
 
-DIR/cache.json                    what was cached: teacher, data, augmentation, taps, storage
+DIR/cache.json                    the manifest: teacher, data, augmentation, taps, storage
 DIR/00000.safetensors, 00001…     SHARD rows each, checksummed: logits, pooled taps, attention maps
 
-A row is a view of an image: its number is view · N + image, the key under which `data.Images` augments it. Reading
-maps the files into memory, so that only rows that are asked for are ever loaded.
+A row is a view of an image: its number is view · N + image, the key by which `data.Images` seeds its augmentation. The
+files are mapped into memory, so that only rows that are asked for are loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -27,36 +27,80 @@ from irgdistill.io import checksum, read_tensors
 from irgdistill.matching import MAP_LAYOUTS, Output, Plan, Tap, tap_name
 from irgdistill.models import Network, NetworkRecord, rebuild_network
 
-FORMAT = 1
+CACHE_FORMAT = 1
 
 
 SHARD = 4096
-"""Rows of a file: what an interruption loses at most."""
+"""Rows of a file: an interruption loses at most these."""
 
 
-TRIED = 64
+COMPARED_VIEWS = 64
 """Views whose pixels are compared when a cache is used."""
 
 
-TYPES = dict(zip(STORES, (torch.float16, torch.float32), strict=True))
+DTYPES = dict(zip(STORES, (torch.float16, torch.float32), strict=True))
+
+
+class Manifest(TypedDict):
+    """cache.json: everything that determines the rows."""
+
+    format: int
+    name: str
+    """timm name of the teacher."""
+    classes: list[str] | None
+    teacher: dict[str, Any]
+    """`describe_teacher`"""
+    data: dict[str, Any]
+    """`describe_data`"""
+    views: dict[str, Any]
+    """`describe_views`"""
+    taps: list[str]
+    """Names of the taps whose pooled features are stored."""
+    attention: list[str]
+    """Names of the taps whose attention maps are stored."""
+    storage: dict[str, Any]
+    """`type`: one of STORES; `logits`: "all", or the number of the largest that are stored."""
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Read cache.json; None if there is none. Raises UserError for a damaged or a newer one."""
+    path = folder / "cache.json"
+    if not path.exists():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        newer = manifest["format"] > CACHE_FORMAT
+        if not newer and not {"teacher", "data", "views", "taps", "attention", "storage"} <= manifest.keys():
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it cannot be read") from None
+    if newer:
+        written = f"format {manifest['format']}, this one reads {CACHE_FORMAT}"
+        raise UserError(f"{path} was written by a newer irgdistill ({written})")
+    return cast(Manifest, manifest)
+
+
+def manifest_checksum(manifest: Manifest) -> str:
+    """CRC-32 of a manifest, which every shard contains."""
+    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Of rows number · SHARD and following."""
+    """The file of rows number · SHARD and following."""
     return folder / f"{number:05d}.safetensors"
 
 
 def describe_teacher(teacher: Network) -> dict[str, Any]:
-    """What decides the teacher's answers."""
+    """Everything that determines the teacher's outputs for given pixels."""
     weights = {name: value.cpu() for name, value in teacher.model.state_dict().items()}
     return {**teacher.describe(), "weights": checksum("", weights)}
 
 
 def describe_views(config: AugmentConfig, input_spec: InputSpec, views: int, seed: int) -> dict[str, Any]:
-    """What decides the pixels of a view, given the image. Raises UserError where views are mixed with one another."""
+    """Everything that determines the pixels of a view of a given image. Raises UserError for mixup and cutmix."""
     if config.mixup or config.cutmix:
         raise UserError(
-            "a teacher cache holds answers on single images, and its answer on a mix is not the mix of its answers: "
+            "a teacher cache holds outputs for single images, and the output for a mix is not the mix of outputs: "
             "leave out --mixup and --cutmix, or the cache"
         )
     size = input_spec.size
@@ -73,12 +117,12 @@ def describe_views(config: AugmentConfig, input_spec: InputSpec, views: int, see
 
 
 def describe_data(images: Images, splits: Splits, views: int) -> dict[str, Any]:
-    """What the images are: their number, classes and labels, and the pixels of some views."""
+    """The number of images, their classes and labels, and checksums of the pixels of some views."""
     labels = splits.train.labels()
     own = torch.tensor([labels[i] for i in images.indices])
     rows = len(images) * views
-    tried = sorted({i * rows // TRIED for i in range(TRIED)})
-    found = {key: images[key] for key in tried}
+    compared = sorted({i * rows // COMPARED_VIEWS for i in range(COMPARED_VIEWS)})
+    found = {key: images[key] for key in compared}
     return {
         "images": len(images),
         "classes": splits.classes,
@@ -90,29 +134,29 @@ def describe_data(images: Images, splits: Splits, views: int) -> dict[str, Any]:
     }
 
 
-class Cache:
-    """A cache to train from. Raises UserError where the folder is none, or not complete, or damaged."""
+class TeacherCache:
+    """A cache to train from. Raises UserError: the folder holds none, or cache.json is damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        about = read_description(folder)
-        if about is None:
+        manifest = read_manifest(folder)
+        if manifest is None:
             raise UserError(f"{folder} holds no teacher cache (no cache.json); `irgdistill cache-teacher` makes one")
-        self.about = about
-        self.views: dict[str, Any] = self.about["views"]
-        self.rows_in_all = self.about["data"]["images"] * self.views["views"]
+        self.manifest = manifest
+        self.views = manifest["views"]
+        self.row_count = manifest["data"]["images"] * self.views["views"]
         self._shards: list[dict[str, Tensor]] = []
 
-    def adopt(self, config: Config) -> Config:
-        """The same run on the cache's views. Raises UserError where the run asks for others."""
+    def with_cached_views(self, config: Config) -> Config:
+        """The same run on the cached views. Raises UserError if the run asks for others."""
         for name, key in (("views", "views"), ("view_seed", "seed")):
-            asked, there = getattr(config.data, name), self.views[key]
-            if asked not in (None, there):
-                raise UserError(f"data.{name} = {asked}, but the teacher cache {self.folder} was made with {there}")
+            asked, cached = getattr(config.data, name), self.views[key]
+            if asked not in (None, cached):
+                raise UserError(f"data.{name} = {asked}, but the teacher cache {self.folder} was made with {cached}")
         return config.replaced({"data.views": self.views["views"], "data.view_seed": self.views["seed"]})
 
     def crop(self, student: InputSpec) -> InputSpec:
-        """The crop that was cached, for a student that takes its images as `student` says."""
+        """The cached crop, for a student with the input `student`."""
         return replace(
             student,
             size=tuple(self.views["size"]),
@@ -121,9 +165,9 @@ class Cache:
         )
 
     def teacher(self) -> Network:
-        """The teacher without its weights, to match stages with."""
-        network = rebuild_network(NetworkRecord.model_validate(self.about["teacher"]), meta=True)
-        network.name, network.classes = self.about["name"], self.about["classes"]
+        """The teacher without weights, for matching."""
+        network = rebuild_network(NetworkRecord.model_validate(self.manifest["teacher"]), meta=True)
+        network.name, network.classes = self.manifest["name"], self.manifest["classes"]
         return network
 
     def check_terms(self, losses: LossesConfig, plan: Plan | None) -> None:
@@ -135,16 +179,16 @@ class Cache:
                 "means over positions and over channels: leave out --teacher-cache"
             )
         whole = [name for name in losses.comparing("logits") if TERMS[name].all_logits]
-        if whole and self.about["storage"]["logits"] != "all":
+        if whole and self.manifest["storage"]["logits"] != "all":
             unset = " ".join(f"--set losses.{name}.weight=0" for name in whole)
             raise UserError(
                 f"{' and '.join(whole)} need{'s' * (len(whole) == 1)} every logit, and {self.folder} keeps the "
-                f"{self.about['storage']['logits']} largest: {unset}, or a cache made with --logits all"
+                f"{self.manifest['storage']['logits']} largest: {unset}, or a cache made with --logits all"
             )
         missing = [name for tap in (plan.teacher_taps() if plan else ()) if (name := tap_name(tap)) not in self.taps]
         if plan is not None and losses.comparing("energies"):
             exits = [pair.teacher.exit for pair in plan.pairs]
-            attended = self.about["attention"]
+            attended = self.manifest["attention"]
             missing += [name for tap in exits if tap.layout in MAP_LAYOUTS and (name := tap_name(tap)) not in attended]
         if missing:
             raise UserError(
@@ -154,42 +198,42 @@ class Cache:
 
     @property
     def taps(self) -> list[str]:
-        """Names of the pooled features that are there."""
-        return list(self.about["taps"])
+        """Names of the taps whose pooled features are stored."""
+        return list(self.manifest["taps"])
 
-    def check_same(self, part: str, now: Mapping[str, Any]) -> None:
-        """Refuse another "teacher", other "data" or "views" than this cache was made of. Raises UserError."""
-        then = self.about[part]
+    def check_same(self, part: Literal["teacher", "data", "views"], now: Mapping[str, Any]) -> None:
+        """Compare a part of the manifest with that of a run. Raises UserError if they differ."""
+        then = self.manifest[part]
         for key, value in now.items():
             if value != then[key]:
                 what = f": {key} {_short(value)}, was {_short(then[key])}"
                 raise UserError(f"the teacher cache {self.folder} was made of {_OTHER[part]}{what}")
 
     def open(self, where: Mapping[str, Iterable[Tap]] | None = None) -> None:
-        """Map all shards into memory, verify their checksums; `rows` gives logits and the taps and energies of `where`.
+        """Map all shards into memory and verify their checksums; of taps and energies only those of `where` are read.
 
-        Raises UserError: missing, damaged, of another cache.
+        Raises UserError for a shard that is missing, damaged or of another cache.
         """
-        mark = mark_of(self.about)
+        mark = manifest_checksum(self.manifest)
         kinds = () if where is None else (("tap", where["taps"]), ("attention", where["energies"]))
         wanted = {f"{kind} {tap_name(tap)}" for kind, taps in kinds for tap in taps}
-        count = math.ceil(self.rows_in_all / SHARD)
+        count = math.ceil(self.row_count / SHARD)
         missing = [number for number in range(count) if not shard_path(self.folder, number).exists()]
         if missing:
             raise UserError(
                 f"the teacher cache {self.folder} is not complete: {count - len(missing)} of {count} files; "
-                "give the `cache-teacher` command that began it again"
+                "repeat its `cache-teacher` command"
             )
         for number in range(count):
             tensors, metadata = read_tensors(shard_path(self.folder, number))
             if metadata is None or metadata.get("cache") != mark:
-                raise UserError(f"{shard_path(self.folder, number)} is of another teacher cache than cache.json")
+                raise UserError(f"{shard_path(self.folder, number)} belongs to another teacher cache than cache.json")
             if where is not None:
                 tensors = {name: x for name, x in tensors.items() if " " not in name or name in wanted}
             self._shards.append(tensors)
 
     def rows(self, keys: Sequence[int]) -> dict[str, Tensor]:
-        """What was stored for these views: tensors (B, …) by name. A key counts views as `data.Order` does."""
+        """The rows of these keys: tensors (B, …) by name."""
         index = torch.as_tensor(keys)
         result: dict[str, Tensor] = {}
         for number in (index // SHARD).unique().tolist():
@@ -200,24 +244,24 @@ class Cache:
                 result[name][here] = tensor[index[here] % SHARD]
         return result
 
-    def answers(self, keys: Sequence[int]) -> Tensor:
-        """The same as one tensor, bytes (B, n): to be sent between processes, and to the device, in one go."""
+    def teacher_rows(self, keys: Sequence[int]) -> Tensor:
+        """The same as one tensor, bytes (B, n): one transfer between processes and to the device."""
         rows = self.rows(keys)
         return torch.cat([rows[name].reshape(len(keys), -1).view(torch.uint8) for name in self._shards[0]], 1)
 
-    def output(self, answers: Tensor) -> Output:
-        """What the teacher would have given, in float32."""
+    def output(self, teacher_rows: Tensor) -> Output:
+        """Decode bytes (B, n) of `teacher_rows` to the teacher's output in float32."""
         rows, start = {}, 0
         kinds: dict[str, dict[str, Tensor]] = {"tap": {}, "attention": {}}
         for name, stored in self._shards[0].items():
             end = start + stored[0].nbytes
-            own = answers[:, start:end].contiguous()
+            own = teacher_rows[:, start:end].contiguous()
             rows[name], start = own.view(stored.dtype).reshape(len(own), *stored.shape[1:]), end
         for key, value in rows.items():
             kind, _, name = key.partition(" ")
             if name:
                 kinds[kind][name] = value.float()
-        logits = unpack_logits(rows, self.about["teacher"]["num_classes"])
+        logits = unpack_logits(rows, self.manifest["teacher"]["num_classes"])
         return Output(logits, kinds["tap"], energies=kinds["attention"])
 
 
@@ -229,33 +273,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def read_description(folder: Path) -> dict[str, Any] | None:
-    """What cache.json says; None where there is none. Raises UserError where it cannot be read."""
-    path = folder / "cache.json"
-    if not path.exists():
-        return None
-    try:
-        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        newer = about["format"] > FORMAT
-        if not newer and not {"teacher", "data", "views", "taps", "attention", "storage"} <= about.keys():
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: it cannot be read") from None
-    if newer:
-        raise UserError(f"{path} was written by a newer irgdistill (format {about['format']}, this one reads {FORMAT})")
-    return about
-
-
-def mark_of(about: Mapping[str, Any]) -> str:
-    """Short name of a description, kept in every shard."""
-    return f"{zlib.crc32(json.dumps(about, sort_keys=True).encode()):08x}"
-
-
 # --- logits -----------------------------------------------------------------------------------------------------------
 
 
 def pack_logits(logits: Tensor, largest: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """(B, K) -> all of them, or the `largest` with their classes, and the logarithm of the rest's mass."""
+    """(B, K) -> all logits, or the `largest` with their classes and the log of the others' summed exponentials."""
     logits = logits.float()
     if largest is None:
         return {"logits": logits.to(dtype)}
@@ -265,7 +287,7 @@ def pack_logits(logits: Tensor, largest: int | None, dtype: torch.dtype) -> dict
 
 
 def unpack_logits(rows: Mapping[str, Tensor], classes: int) -> Tensor:
-    """(B, K) float32; those that were not kept share the mass of the rest evenly."""
+    """(B, K) float32; logits that were not stored share the mass of the rest evenly."""
     if "logits" in rows:
         return rows["logits"].float()
     values = rows["largest"].float()

@@ -19,7 +19,7 @@ from irgdistill.io.run_folder import RunFolder
 from irgdistill.losses.terms.logits import soft_targets
 from irgdistill.training import teacher_cache as cache
 from irgdistill.training.setup import prepare
-from irgdistill.training.teacher_cache import Cache, pack_logits, unpack_logits
+from irgdistill.training.teacher_cache import TeacherCache, pack_logits, unpack_logits
 from irgdistill.training.trainer import build_trainer
 
 RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--batch-size", 128, "--warmup-epochs", 0)
@@ -167,7 +167,7 @@ def test_an_interrupted_cache_is_finished_and_is_the_same(
         (("--set", "data.view_seed=3"), "data.view_seed = 3, but the teacher cache"),
         (("--set", "data.train_images=500"), "was made of other images: images 500, was"),
         (("--val-fraction", 0.2), "was made of other images: images"),
-        (("--mixup", 0.2), "its answer on a mix is not the mix of its answers"),
+        (("--mixup", 0.2), "the output for a mix is not the mix of outputs"),
         (("--method", "fsp"), "fsp compares whole maps"),
         (("--set", "losses.sp.weight=1", "--set", "losses.fsp.weight=1"), "fsp and sp compare whole maps"),
         (("--teacher", "cifar_resnet20"), "was made of another teacher: architecture"),
@@ -198,35 +198,35 @@ def test_a_cache_of_something_else_is_refused(
 
 def test_files_of_a_cache_are_checked(cached: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(cached["fp16-all"], tmp_path / "cache")
-    Cache(folder).open()
+    TeacherCache(folder).open()
     shard = folder / "00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
     with pytest.raises(UserError, match="is damaged"):
-        Cache(folder).open()
+        TeacherCache(folder).open()
     shutil.copy(cached["fp32-all"] / shard.name, shard)
-    with pytest.raises(UserError, match="is of another teacher cache"):
-        Cache(folder).open()
+    with pytest.raises(UserError, match="belongs to another teacher cache"):
+        TeacherCache(folder).open()
     shard.unlink()
     with pytest.raises(UserError, match="is not complete: 2 of 3 files"):
-        Cache(folder).open()
+        TeacherCache(folder).open()
     (folder / "cache.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        Cache(folder)
+        TeacherCache(folder)
     with pytest.raises(UserError, match="holds no teacher cache"):
-        Cache(tmp_path)
+        TeacherCache(tmp_path)
 
 
 def test_rows_are_found_by_their_keys(cached: dict[str, Path]) -> None:
-    store = Cache(cached["fp32-all"])
+    store = TeacherCache(cached["fp32-all"])
     store.open()
     every = {name: torch.cat([shard[name] for shard in store._shards]) for name in store._shards[0]}
     keys = [1500, 3, 699, 700, 1797, 3]
     rows = store.rows(keys)
     assert rows.keys() == every.keys() and "logits" in rows and len(rows) > 3
     assert all(torch.equal(rows[name], every[name][keys]) for name in rows)
-    output = store.output(store.answers(keys))
+    output = store.output(store.teacher_rows(keys))
     found = {"logits": output.logits} | {f"tap {name}": x for name, x in output.features.items()}
     found |= {f"attention {name}": x for name, x in output.energies.items()}
     assert found.keys() == rows.keys() and all(torch.equal(found[name], rows[name]) for name in rows)
@@ -262,7 +262,7 @@ def test_the_largest_logits_keep_the_mass_of_the_rest() -> None:
     ]
     assert errors[0] > errors[1] > errors[2] > 0
     assert torch.equal(unpack_logits(pack_logits(logits, None, torch.float32), 50), logits)
-    assert cache.TYPES["fp16"] == torch.float16
+    assert cache.DTYPES["fp16"] == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_the_largest_logits_keep_the_mass_of_the_rest() -> None:
         (("--store", "fp8"), "--store fp8: expected fp16 or fp32"),
         (("--logits", "10"), "--logits 10: expected all, or a number from 1 to 9"),
         (("--views", 0), "--views 0: expected at least 1"),
-        (("--mixup", 1), "its answer on a mix is not"),
+        (("--mixup", 1), "the output for a mix is not"),
         (("--resume", "x"), "cache-teacher does not take --resume"),
         (("--output", "FULL"), "is not empty and holds no teacher cache"),
     ],

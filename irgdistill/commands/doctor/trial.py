@@ -107,7 +107,7 @@ def _step(trainer: Trainer, count: int) -> None:
     run, progress = trainer.components, trainer.progress
     images = torch.randint(0, 256, (count, 3, *run.setup.crop.size), dtype=torch.uint8, device=run.device)
     labels = torch.randint(0, len(run.setup.classes), (count,), device=run.device)
-    cached = None if run.setup.cache is None else run.setup.cache.answers([0] * count).to(run.device)
+    cached = None if run.setup.cache is None else run.setup.cache.teacher_rows([0] * count).to(run.device)
     progress.batch = progress.update = 0
     while progress.update == 0:
         trainer.train_step(images, labels, cached)
