@@ -23,7 +23,9 @@ def evaluate_targets(request: EvalRequest) -> None:
         against, against_checkpoint = str(against_checkpoint), None
     opened = [open_network(target, request.checkpoint, config.student.input_size) for target in request.targets]
     sets = [
-        data_of(target, None if metadata is None else metadata.data, config.data, request.given)
+        data_of(target, None, config.data, request.given)
+        if metadata is None
+        else data_of(target, metadata.data, config.data, request.given, metadata.plugins)
         for target, (_, metadata) in zip(request.targets, opened, strict=True)
     ]
     teacher = open_network(against, against_checkpoint, None)[0] if against else None

@@ -16,6 +16,7 @@ from irgdistill.config.explain import explain
 from irgdistill.config.renamed import current_key, current_keys
 from irgdistill.config.schema import Config, DataConfig, PluginConfig, refresh
 from irgdistill.config.settings import keys
+from irgdistill.config.sources import find_source
 from irgdistill.errors import UserError, nearest, one_line
 from irgdistill.plugins import import_plugin
 
@@ -147,10 +148,17 @@ def _assign(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[key] = value
 
 
-def data_of(target: str, recorded: Mapping[str, Any] | None, asked: DataConfig, given: Collection[str]) -> DataConfig:
+def data_of(
+    target: str,
+    recorded: Mapping[str, Any] | None,
+    asked: DataConfig,
+    given: Collection[str],
+    plugins: Sequence[PluginConfig] = (),
+) -> DataConfig:
     """The data set that a checkpoint records, with the keys in `given` taken from `asked`.
 
-    Raises UserError: no data set is recorded or it is gone, or `--val-fraction` would hold out training images.
+    Raises UserError: no data set is recorded or it is gone, or `--val-fraction` would hold out training images; or as
+    `load_plugin`, if the data source is none that this process knows.
     """
     if recorded is None:
         if asked.source is None:
@@ -162,6 +170,9 @@ def data_of(target: str, recorded: Mapping[str, Any] | None, asked: DataConfig, 
     names = {key.removeprefix("data.") for key in given if key.startswith("data.")}
     names |= {"eval_batch_size", "workers"}
     data = own.replaced({name: getattr(asked, name) for name in names})
+    if data.source and not find_source(data.source).word and not Path(data.source).exists():
+        for plugin in plugins:  # the source may be one of theirs
+            load_plugin(plugin.path, plugin.sha256)
     if data.source and "/" in data.source and Path(data.source).is_absolute() and not Path(data.source).exists():
         raise UserError(f"the data set of {target} is no longer at {data.source}; give its place with --data")
     return data

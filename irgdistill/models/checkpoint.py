@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from irgdistill.config import PluginConfig
 from irgdistill.errors import UserError
 from irgdistill.io import FORMAT, read_metadata, read_tensors
 from irgdistill.models.build import build_network, rebuild_network
@@ -54,6 +55,8 @@ class CheckpointMetadata(NetworkRecord):
     """The matched stages, as `Plan.to_dict` gives them."""
     data: Mapping[str, Any] | None = None
     """Settings of the section `data`."""
+    plugins: tuple[PluginConfig, ...] = ()
+    """Plug-ins of the run, one of which may provide its data source."""
     versions: Mapping[str, str] = Field(default_factory=dict)
 
     @classmethod

@@ -114,7 +114,7 @@ def _free_path(request: ExportRequest, network: Network, checkpoint: Path) -> Pa
 def _check_images(request: ExportRequest, network: Network, metadata: CheckpointMetadata) -> tuple[Tensor, str]:
     """Validation images, uint8 (N, 3, H, W), and their description. Random images if the data set is not available."""
     try:
-        data = data_of(request.target, metadata.data, request.data, set(request.given))
+        data = data_of(request.target, metadata.data, request.data, set(request.given), metadata.plugins)
         data = data.model_copy(update={"download": False})
         bad = UnreadableImages(data.max_bad_images, Report().warn)
         splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)

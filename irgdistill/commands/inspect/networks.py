@@ -150,7 +150,8 @@ def open_networks(request: InspectRequest, config: Config) -> Inspection:
     metadata = None if path is None else _own_metadata(path)
     data, classes = config.data, None
     if metadata is not None:
-        data, classes = data_of(str(request.target), metadata.data, config.data, request.given), metadata.classes
+        data = data_of(str(request.target), metadata.data, config.data, request.given, metadata.plugins)
+        classes = metadata.classes
     splits, teacher = _draw_images(data, request, config.seed, classes), _teacher(config, request)
     student, label, weights = _student(config, request, path, len(splits.classes))
     students = [NetworkUnderTest(label, student, weights)]
