@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -15,6 +15,9 @@ from irgdistill.io import FORMAT, read_metadata, read_tensors
 from irgdistill.models.build import build_network, rebuild_network
 from irgdistill.models.network import Network, NetworkRecord
 from irgdistill.models.weights import Weights, read_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class TeacherRecord(BaseModel):

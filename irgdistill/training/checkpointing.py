@@ -162,9 +162,10 @@ class Checkpointer:
 
     def _metadata(self, which: Literal["best", "last"]) -> dict[str, Any]:
         setup, config = self.components.setup, self.components.config
-        teacher = setup.teacher
+        teacher, plugins = setup.teacher, [plugin.model_dump(mode="json") for plugin in config.plugins]
         return {
             **describe(setup.student, setup.classes),
+            **({"plugins": plugins} if plugins else {}),
             "metrics": self.progress.best if which == "best" else self.progress.last,
             "method": config.method,
             "losses": config.losses.model_dump(mode="json"),

@@ -91,8 +91,39 @@ def test_a_term_of_a_plugin_trains_with_its_own_setting_and_is_in_the_record(
     assert config["losses"]["gap"] == {"weight": 0.3, "fade": None, "margin": 0.25}
     assert [set(entry) for entry in config["plugins"]] == [{"path", "sha256"}]
     assert config["plugins"][0]["path"] == str(plugin)
-    for words in (("eval", output, "--device", "cpu"), ("export", output, "--format", "timm", "--check-images", 2)):
-        assert run(*words).code == 0
+    assert run("export", output, "--check-images", 2).code == 0
+    recipe_yaml = yaml.safe_load((output / "hub/recipe.yaml").read_text())
+    assert recipe_yaml["plugins"] == [{"path": plugin.name, "sha256": config["plugins"][0]["sha256"]}]
+
+
+SOURCE = '''
+from irgdistill.config import source
+
+
+@source("copies/")
+def open_copies(config, val_only=False):
+    """The folder NAME of `--data copies/NAME`."""
+    from pathlib import Path
+    from irgdistill.data import open_splits
+    return open_splits(config.replaced({"source": str(Path(config.root) / config.source.removeprefix("copies/"))}))
+'''
+
+
+def test_a_checkpoint_knows_the_plugin_of_its_data(run: Run, folder: Path, tmp_path: Path) -> None:
+    """`eval` and `inspect-graph` of a student whose data source is a plug-in's, in processes without it."""
+    (tmp_path / "copies.py").write_text(SOURCE)
+    options = ("--data", f"copies/{folder.name}", "--data-root", folder.parent, "--method", "none", "--epochs", 1)
+    options += ("--student", "cifar_resnet14_x0_5", "--batch-size", 8, "--workers", 0, "--device", "cpu")
+    trained = run("distill", "--plugin", tmp_path / "copies.py", *options, "--output", tmp_path / "run")
+    assert trained.code == 0, trained.err
+    command = [sys.executable, "-m", "irgdistill", "eval", str(tmp_path / "run"), "--json", "--workers", "0"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert json.loads(shown.stdout)["top1"] == pytest.approx(summary["top1"])
+    (tmp_path / "copies.py").unlink()
+    gone = subprocess.run(command, capture_output=True, text=True)
+    assert gone.returncode == 2 and gone.stderr == f"irgdistill: --plugin {tmp_path / 'copies.py'}: no such file\n"
 
 
 def test_its_settings_are_typed_and_its_method_has_weights_and_fades(run: Run, recipe: tuple[object, ...]) -> None:

@@ -91,6 +91,7 @@ class Provenance:
             "data.root": Path("data"),
             "teacher.name": public_name(config.teacher.name),
             "student.name": public_name(config.student.name),
+            "plugins": tuple(plugin.replaced({"path": Path(plugin.path.name)}) for plugin in config.plugins),
         }
         for section, key in EXTERNAL_FILES.values():
             if (path := getattr(getattr(config, section), key)) is not None:
