@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from irgdistill.cli.options import COMMANDS, is_unknown_option
+from irgdistill.cli.options import COMMANDS, Declaration, WithSettings, is_unknown_option
 from irgdistill.config import RenamedKeyWarning
 from irgdistill.errors import Interrupted, UserError, nearest, os_reason
 from irgdistill.runtime import Signals, Stopped, is_worker, report_failure
@@ -44,14 +45,32 @@ PADDING = "STYLE_OPTIONS_TABLE_PADDING"
 
 
 class Commands(TyperGroup):
-    """Names the nearest command if there is none of that name."""
+    """Builds a command when it is asked for, and names the nearest one if there is none of that name."""
+
+    def list_commands(self, context: Any) -> list[str]:
+        return list(_declared())
 
     def get_command(self, context: Any, name: str) -> Any:
-        found = super().get_command(context, name)
-        if found is None and not context.resilient_parsing:
-            known = ", ".join(self.commands)
-            raise UserError(f"no command {name!r}{nearest(name, self.commands)} (known: {known})")
-        return found
+        declared = _declared()
+        if name in declared:
+            if name not in self.commands:
+                self.commands[name] = _build(declared[name])
+            return self.commands[name]
+        if not context.resilient_parsing:
+            raise UserError(f"no command {name!r}{nearest(name, declared)} (known: {', '.join(declared)})")
+        return None
+
+    def format_help(self, context: Any, formatter: Any) -> None:
+        """Show every command with its docstring; their options are not built."""
+        listed = {name: TyperCommand(name, help=declared.summary) for name, declared in _declared().items()}
+        TyperGroup(
+            name=self.name,
+            commands=dict(listed),
+            params=self.params,
+            help=self.help,
+            epilog=self.epilog,
+            rich_markup_mode=self.rich_markup_mode,
+        ).format_help(context, formatter)
 
 
 def _examples(lines: Sequence[str]) -> str:
@@ -88,18 +107,27 @@ def _root(
         raise typer.Exit(2)
 
 
-def _add_commands() -> None:
-    """Import every file of this folder, and add the commands that they declare."""
+@cache
+def _declared() -> dict[str, Declaration]:
+    """Import every file of this folder -> the commands that they declare, in their order."""
     for module in iter_modules([str(Path(__file__).parent)]):
         if module.name != "app":
             import_module(f"irgdistill.cli.{module.name}")
-    for declared in sorted(COMMANDS, key=lambda declared: declared.order):
-        passed_on = {"allow_extra_args": True, "ignore_unknown_options": True} if declared.passes_on else None
-        add = app.command(declared.name, cls=Command, epilog=_examples(declared.examples), context_settings=passed_on)
-        add(declared.function)
+    return {declared.name: declared for declared in sorted(COMMANDS, key=lambda declared: declared.order)}
 
 
-_add_commands()
+def _build(declared: Declaration) -> Any:
+    """The command as typer parses it."""
+    function, alone = declared.function, typer.Typer(add_completion=False, rich_markup_mode="rich")
+    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True} if declared.passes_on else None
+    add = alone.command(declared.name, cls=Command, epilog=_examples(declared.examples), context_settings=passed_on)
+    add(function.made() if isinstance(function, WithSettings) else function)
+    return typer.main.get_command(alone)
+
+
+def commands() -> dict[str, Any]:
+    """Every command as typer parses it, by its name."""
+    return {name: _build(declared) for name, declared in _declared().items()}
 
 
 USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError")

@@ -9,7 +9,7 @@ import typer
 
 from irgdistill.cli.completion import complete_method
 from irgdistill.cli.options import Json, Quiet, command, option, options_of_distill
-from irgdistill.config import METHOD, RESULT, RUN, TRAINING, options
+from irgdistill.config import METHOD, RESULT, RUN, TRAINING
 
 REFUSED = ("method", "no_labels", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
 
@@ -46,6 +46,7 @@ def compare(
     Finished runs are skipped, unfinished ones are resumed.
     """
     from irgdistill.commands.requests import CompareRequest
+    from irgdistill.config import options
 
     distill = options_of_distill(context, "compare", REFUSED)
     moved = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
 
@@ -19,8 +19,11 @@ from irgdistill.cli.completion import (
     logger_names,
     source_names,
 )
-from irgdistill.config import PANELS, RESULT, Config, Flag, Setting, load_config, options, settings, values_of
+from irgdistill.config import PANELS, RESULT, Flag
 from irgdistill.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from irgdistill.config import Config, Setting
 
 COMPLETION: Mapping[str, Callable[..., list[str]]] = {
     "logger": complete_logger,
@@ -28,6 +31,12 @@ COMPLETION: Mapping[str, Callable[..., list[str]]] = {
     "network": complete_network,
     "source": complete_source,
 }
+
+
+Function = Callable[..., None]
+
+
+Declared = TypeVar("Declared", bound="Function | WithSettings")
 
 
 @dataclass(frozen=True)
@@ -38,21 +47,23 @@ class Declaration:
     order: int
     """Its place in the help."""
     examples: Sequence[str]
-    function: Callable[..., None]
+    function: Function | WithSettings
     passes_on: bool
     """The command also takes the options of `distill`, by `options_of_distill`."""
+
+    @property
+    def summary(self) -> str:
+        function = self.function.function if isinstance(self.function, WithSettings) else self.function
+        return inspect.getdoc(function) or ""
 
 
 COMMANDS: list[Declaration] = []
 
 
-Function = Callable[..., None]
-
-
-def command(name: str, order: int, examples: Sequence[str], passes_on: bool = False) -> Callable[[Function], Function]:
+def command(name: str, order: int, examples: Sequence[str], passes_on: bool = False) -> Callable[[Declared], Declared]:
     """Register a function of this package as the command `name`."""
 
-    def register(function: Function) -> Function:
+    def register(function: Declared) -> Declared:
         COMMANDS.append(Declaration(name, order, examples, function, passes_on))
         return function
 
@@ -70,29 +81,43 @@ Quiet = Annotated[bool, option(RESULT, "--quiet", help="Print results, warnings 
 Json = Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")]
 
 
-def with_settings(chosen: Mapping[str, str | Flag | None] | None = None) -> Callable[[Function], Function]:
+@dataclass(frozen=True)
+class WithSettings:
+    """A function to which `made` gives the options of some settings, once the command is asked for.
+
+    Until then the schema of the settings is not loaded, which takes longer than the rest of the command line.
+    """
+
+    function: Function
+    chosen: Mapping[str, str | Flag | None] | None
+
+    def made(self) -> Function:
+        from irgdistill.config import options, settings, values_of
+
+        known = {setting.key: setting for setting in settings()}
+        chosen = self.chosen
+        taken = [_with_flag(known[key], flag) for key, flag in chosen.items()] if chosen else list(options().values())
+        names = {setting.flag.parameter: setting for setting in taken if setting.flag is not None}
+
+        def call(**params: Any) -> None:
+            self.function(given=values_of({name: params.pop(name) for name in names}, names), **params)
+
+        own = inspect.signature(self.function, eval_str=True).parameters.values()
+        parameters = [*map(_parameter, names.values()), *(item for item in own if item.name != "given")]
+        parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in sorted(parameters, key=_panel)]
+        call.__doc__, call.__module__ = self.function.__doc__, self.function.__module__
+        call.__annotations__ = {item.name: item.annotation for item in parameters}
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return call
+
+
+def with_settings(chosen: Mapping[str, str | Flag | None] | None = None) -> Callable[[Function], WithSettings]:
     """Give a command the options of the `chosen` settings; its parameter `given` takes {"key.path": value}.
 
     `chosen`: key -> another help text, another flag, or None for the flag of the schema; default: every setting that
     has a flag.
     """
-    known = {setting.key: setting for setting in settings()}
-    taken = [_with_flag(known[key], flag) for key, flag in chosen.items()] if chosen else list(options().values())
-    names = {setting.flag.parameter: setting for setting in taken if setting.flag is not None}
-
-    def decorate(function: Function) -> Function:
-        def call(**params: Any) -> None:
-            function(given=values_of({name: params.pop(name) for name in names}, names), **params)
-
-        own = [item for item in inspect.signature(function, eval_str=True).parameters.values() if item.name != "given"]
-        parameters = sorted([*map(_parameter, names.values()), *own], key=_panel)
-        signature = inspect.Signature([item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in parameters])
-        call.__doc__, call.__module__ = function.__doc__, function.__module__
-        call.__annotations__ = {item.name: item.annotation for item in parameters}
-        call.__signature__ = signature  # type: ignore[attr-defined]
-        return call
-
-    return decorate
+    return lambda function: WithSettings(function, chosen)
 
 
 def _with_flag(setting: Setting, flag: str | Flag | None) -> Setting:
@@ -155,6 +180,8 @@ class DistillOptions:
     @property
     def given(self) -> dict[str, Any]:
         """{"key.path": value} of the settings among them."""
+        from irgdistill.config import options, values_of
+
         return values_of({name: self.values[name] for name in options()})
 
     @property
@@ -163,6 +190,8 @@ class DistillOptions:
         return list(self.values["settings"] or ())
 
     def config(self) -> Config:
+        from irgdistill.config import load_config
+
         return load_config(self.values["preset"], self.settings, self.given)
 
 

@@ -16,11 +16,11 @@ import typer
 from rich.console import Console
 from support import Run
 
-from irgdistill.cli.app import app
+from irgdistill.cli.app import app, commands
 from irgdistill.cli.completion import complete_network
 from irgdistill.io.console import Report, quiet_console, table
 
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = commands()
 PANELS = {"Networks", "Data", "Matching", "Method", "Training", "Run", "Result"}
 ALONE = ("--preset", "quickstart", "--method", "none", "--student", "cifar_resnet14_x0_5", "--epochs", 1)
 
@@ -44,9 +44,9 @@ def test_every_option_is_in_a_panel_and_every_example_is_understood(command: str
 def test_help_of_every_command_starts_without_torch() -> None:
     code = "\n".join(
         [
-            "import sys, typer",
-            "from irgdistill.cli.app import app, main",
-            "for name in [*typer.main.get_command(app).commands]:",
+            "import sys",
+            "from irgdistill.cli.app import commands, main",
+            "for name in commands():",
             "    sys.argv[1:] = [name, '--help']",
             "    try: main()",
             "    except SystemExit as end: assert not end.code",

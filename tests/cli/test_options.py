@@ -11,12 +11,12 @@ import typer
 from support import Run
 
 from irgdistill import distill
-from irgdistill.cli.app import PADDING, USAGE_ERROR, app, usage
+from irgdistill.cli.app import PADDING, USAGE_ERROR, app, commands, usage
 from irgdistill.cli.options import is_unknown_option, with_settings
 from irgdistill.config import changeable_on_resume, keys, options, settings, values_of
 from irgdistill.errors import UserError
 
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = commands()
 OF_THE_COMMAND = {
     *("gpus", "backend", "preset", "settings", "output", "overwrite", "resume", "previous_state", "dry_run"),
     *("quiet", "as_json"),
@@ -106,7 +106,7 @@ def test_a_command_may_take_a_setting_under_another_flag() -> None:
     got: list[dict[str, Any]] = []
     call = with_settings({"data.eval_batch_size": Flag("--batch-size", RUN, "Images per step."), "data.labels": None})(
         lambda given: got.append(given)
-    )
+    ).made()
     call(batch_size=4, no_labels=None)
     call(batch_size=None, no_labels=True)
     assert got == [{"data.eval_batch_size": 4}, {"data.labels": False}]

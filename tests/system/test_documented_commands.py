@@ -18,12 +18,11 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import typer
 from support import Run, write_images
 from timm.models import _registry
 from timm.models.resnet import BasicBlock, _create_resnet
 
-from irgdistill.cli.app import app
+from irgdistill.cli.app import commands as command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -48,7 +47,7 @@ def commands(page: Path) -> list[str]:
 HELP = {
     "help": [
         line
-        for command in typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+        for command in command_line().values()
         for line in command.epilog.split("\n\n")
         if line.startswith("irgdistill ")
     ]
