@@ -34,7 +34,7 @@ def test_an_old_key_is_accepted_from_everywhere(tmp_path: Path) -> None:
     with pytest.warns(RenamedKeyWarning):
         assert validate({"data": {"hold_gib": 1.0}}).data.image_cache_gib == 1.0
     with pytest.warns(RenamedKeyWarning):
-        recorded = data_of("run", {"data": {"source": "digits", "hold_gib": 1.0}}, DataConfig(), ())
+        recorded = data_of("run", {"source": "digits", "hold_gib": 1.0}, DataConfig(), ())
     assert recorded.image_cache_gib == 1.0
 
 
