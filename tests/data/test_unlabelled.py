@@ -105,7 +105,9 @@ def test_from_a_cache(run: Run, teacher: Path, tmp_path: Path) -> None:
     plain(tmp_path / "bare" / "train", FLAT)
     plain(tmp_path / "bare" / "val", FLAT, seed=1, count=8)
     refused = distill(run, teacher, tmp_path / "bare", tmp_path / "refused", *from_cache)
-    assert refused.code == 2 and "agreement with the live teacher; put them into class folders" in refused.err
+    assert (
+        refused.code == 2 and "need the live teacher, to measure agreement; put them into class folders" in refused.err
+    )
 
 
 def test_inspect_graph_of_such_a_run(run: Run, teacher: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from support.interruption import differences, outcome
 
 import irgdistill.training.evaluation
 from irgdistill.commands import distill as run_module
-from irgdistill.io import metrics_file as journal
+from irgdistill.io import metrics_file
 from irgdistill.io import tensors as files
 from irgdistill.io.metrics_file import records
 from irgdistill.io.run_folder import RunFolder
@@ -226,8 +226,8 @@ def test_saves_that_fail_for_a_while_change_nothing_in_the_end(
 
 def test_metrics_that_cannot_be_written_for_a_while_arrive_later(begin: Run, whole: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal, "open", open, raising=False)
-        on_call(patch, journal, "open", dict.fromkeys(range(4, 9), full()))
+        patch.setattr(metrics_file, "open", open, raising=False)
+        on_call(patch, metrics_file, "open", dict.fromkeys(range(4, 9), full()))
         result = begin()
     assert result.code == 0, result.err
     assert result.err.count("metrics.jsonl cannot be written (No space left on device)") == 1
