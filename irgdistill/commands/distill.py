@@ -33,6 +33,7 @@ from irgdistill.training import (
     build_components,
     build_trainer,
     check_processes,
+    on_backend,
     open_state,
     position,
     prepare,
@@ -67,7 +68,7 @@ def start(
     UserError for what cannot work, before training where possible.
     """
     restarted = restart_count() > 0
-    config = _on_backend(resolved(request.config), request.backend)
+    config = on_backend(resolved(request.config), request.backend)
     folder = RunFolder(request.output or _next_folder(config, last=restarted))
     if not restarted:
         folder.check_inputs(
@@ -105,7 +106,7 @@ def resume(request: ResumeRequest, own_process: bool = False) -> dict[str, Any] 
         for key, value in request.changes.items():
             section, name = key.split(".")
             tree[section][name] = value
-        config = _on_backend(validate(tree), request.backend)
+        config = on_backend(validate(tree), request.backend)
         setup = _checked_setup(config, request.gpus, request.backend, resuming=True)
         if setup is None:
             return None
@@ -162,11 +163,6 @@ def _checked_setup(
     del setup  # its networks would take memory while the workers train
     run_workers(workers, sys.argv[1:])
     return None
-
-
-def _on_backend(config: Config, backend: str | None) -> Config:
-    """The configuration on the device that the backend needs: gloo runs on the CPU."""
-    return config.replaced({"runtime.device": "cpu"}) if backend == "gloo" else config
 
 
 def _workers(config: Config, gpus: str | None, backend: str | None) -> int:

@@ -4,7 +4,7 @@ from .components import RunComponents, build_components
 from .evaluation import Metrics, evaluate, metric_name, score
 from .observer import Observer
 from .progress import Progress
-from .setup import Setup, SharedInputs, open_data, prepare, resolved
+from .setup import Setup, SharedInputs, on_backend, open_data, prepare, resolved
 from .state import changes, open_state, position, seed_process
 from .teacher_cache import (
     CACHE_FORMAT,
@@ -48,6 +48,7 @@ __all__ = [
     "evaluate",
     "manifest_checksum",
     "metric_name",
+    "on_backend",
     "open_data",
     "open_state",
     "pack_logits",

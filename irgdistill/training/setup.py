@@ -214,6 +214,11 @@ def resolved(config: Config, resuming: bool = False) -> Config:
     )
 
 
+def on_backend(config: Config, backend: str | None) -> Config:
+    """The configuration on the device that `--backend` needs: gloo runs on the CPU."""
+    return config.replaced({"runtime.device": "cpu"}) if backend == "gloo" else config
+
+
 def _absolute(name: str | None) -> str | None:
     """The name of a network; one in a folder with the folder's full path."""
     if name is None or not name.startswith(LOCAL):

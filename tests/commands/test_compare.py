@@ -10,8 +10,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from support import Run, command, interrupted
 
 from irgdistill.commands.compare.statistics import mean_and_deviation, paired_interval, t_975
 from irgdistill.io.tensors import read_metadata, save_tensors
+from irgdistill.training import setup
 
 RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--epochs", 1, "--batch-size", 128)
 RECIPE += ("--warmup-epochs", 0, "--device", "cpu")
@@ -32,6 +35,35 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     folder = tmp_path_factory.mktemp("teacher") / "run"
     assert command("distill", *RECIPE, "--epochs", 2, "--method", "none", "--output", folder) == 0
     return ("--teacher-checkpoint", folder / "last.safetensors", "--skip-teacher-check")
+
+
+def test_a_comparison_opens_data_and_teacher_once(
+    run: Run, teacher: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checked for each method and trained for each run. The students are those of `distill` bit for bit."""
+    calls: Counter[str] = Counter()
+
+    def count(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for name in ("open_splits", "build_teacher", "describe_teacher", "build_student"):
+        count(setup, name)
+    options = (*RECIPE, *teacher, "--set", "data.train_images=256")
+    output = tmp_path / "out"
+    result = run("compare", "--methods", "none,kd", "--seeds", 2, "--seed", 3, *options, "--output", output)
+    assert result.code == 0, result.err
+    assert calls == {"open_splits": 1, "build_teacher": 1, "describe_teacher": 1, "build_student": 2 + 4}
+    monkeypatch.undo()
+    alone = tmp_path / "alone"
+    assert run("distill", "--method", "kd", "--seed", 4, *options, "--output", alone).code == 0
+    one, other = (load_file(folder / "last.safetensors") for folder in (output / "kd" / "4", alone))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_comparison_is_run_told_and_not_run_again(

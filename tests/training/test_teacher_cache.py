@@ -286,3 +286,9 @@ def test_what_cannot_be_cached_is_refused(
     result = run(*command, *options)
     assert result.code == 2 and message in result.err and "Traceback" not in result.err
     assert not (tmp_path / "out").exists() and (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_run_from_a_cache_can_be_tried_beforehand(run: Run, cached: dict[str, Path]) -> None:
+    result = run("doctor", *RECIPE, "--method", "kd", "--teacher-cache", cached["fp32-all"], "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["trial"]["step_rate"] > 0

@@ -22,7 +22,7 @@ from irgdistill.errors import UserError
 from irgdistill.io import Report, table
 from irgdistill.models import build_network
 from irgdistill.runtime import choose_device, cores
-from irgdistill.training import Setup, check_processes, prepare
+from irgdistill.training import Setup, check_processes, on_backend, prepare
 from irgdistill.version import __version__
 
 SHARED = Path("/dev/shm")
@@ -165,9 +165,7 @@ def size(count: float) -> str:
 
 def _planned_run(request: DoctorRequest, found: Findings) -> None:
     """Measure one process of a planned run and add verdicts. Raises UserError as the run would."""
-    config = request.config
-    if request.backend == "gloo":
-        config = config.replaced({"runtime.device": "cpu"})
+    config = on_backend(request.config, request.backend)
     processes = max(torch.cuda.device_count(), 1) if request.gpus == "all" else int(request.gpus or 1)
     student, share = config.student, config.data.batch_size // processes
     fetched = [("student", student.name)] if student.pretrained and student.checkpoint is None else []
