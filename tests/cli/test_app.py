@@ -446,7 +446,7 @@ def test_stopped_before_it_began_it_speaks_of_no_other_run(
 ) -> None:
     shutil.copytree(teacher, tmp_path / "old")
 
-    def stopped(*_: Any) -> Any:
+    def stopped(*_: Any, **__: Any) -> Any:
         raise Stopped(signal.SIGINT)
 
     monkeypatch.setattr("irgdistill.commands.distill.prepare", stopped)
@@ -489,8 +489,8 @@ TWO = (("one", 4), ("two", 8))
     [
         (("--seed", 2**31), "seed = 2147483648"),
         (("--input-size", 0), "input_size"),
-        (("--auto-augment", "rnd-m9"), "augment.auto_augment = 'rnd-m9' is no policy of timm"),
-        (("--opt", "fusedadam"), "optimizer 'fusedadam' cannot be had here"),
+        (("--auto-augment", "rnd-m9"), "augment.auto_augment = 'rnd-m9' is not a timm policy"),
+        (("--opt", "fusedadam"), "optimizer 'fusedadam' does not work here"),
         (("--set", "augment.scale=[-1,0]"), "augment.scale"),
         (("--set", "augment.ratio=[2,1]"), "the first cannot be the larger"),
         (("--teacher", "resnet50.a1_in1K"), "unknown weights 'resnet50.a1_in1K'; did you mean resnet50.a1_in1k"),
