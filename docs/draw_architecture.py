@@ -22,7 +22,7 @@ def layers() -> list[list[str]]:
     """Folders and modules of each layer, top to bottom, as the import contract has them."""
     contract = re.search(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
     assert contract is not None, "pyproject.toml holds no layers contract"
-    return [line.split(" | ") for line in re.findall(r'"([^"]+)"', contract[1])]
+    return [re.split(r" [|:] ", line) for line in re.findall(r'"([^"]+)"', contract[1])]
 
 
 def summary(name: str) -> str:
