@@ -93,7 +93,13 @@ Fade = Annotated[tuple[Probability, Probability], BeforeValidator(_names), After
 class Section(BaseModel):
     """Settings that are validated once and do not change afterwards; `replaced` makes a changed copy."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        defer_build=True,  # the help reads the fields only: validators are built when something is validated
+    )
 
     def replaced(self, values: Mapping[str, Any]) -> Self:
         """Copy with `values`, {"key.path": value}, which are not validated again."""

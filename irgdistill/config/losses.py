@@ -63,8 +63,9 @@ def declare_terms() -> bool:
                 raise UserError(f"method {name!r} has no term {unknown!r}{nearest(unknown, TERMS)}")
     fields.clear()
     for name, spec in TERMS.items():
-        fields[name] = FieldInfo(annotation=spec.settings, default=spec.settings(), description=spec.summary)
-    LossesConfig.model_rebuild(force=True)
+        fields[name] = FieldInfo(annotation=spec.settings, default_factory=spec.settings, description=spec.summary)
+    if LossesConfig.__pydantic_complete__:
+        LossesConfig.model_rebuild(force=True)
     return True
 
 

@@ -292,15 +292,15 @@ class Config(Section):
         ),
     ] = ()
     """Python files that register terms, methods, data sources or loggers: paths, or a path with its sha256."""
-    teacher: TeacherConfig = TeacherConfig()
-    student: StudentConfig = StudentConfig()
-    matching: MatchingConfig = MatchingConfig()
-    data: DataConfig = DataConfig()
-    augment: AugmentConfig = AugmentConfig()
-    optim: OptimConfig = OptimConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    matching: MatchingConfig = Field(default_factory=MatchingConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     losses: LossesConfig = Field(default_factory=LossesConfig)
-    runtime: RuntimeConfig = RuntimeConfig()
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
 
     @model_validator(mode="after")
     def _fill_weights(self) -> Config:
@@ -316,7 +316,7 @@ class Config(Section):
 
 def refresh() -> None:
     """Bring the section `losses` up to date with the registered terms. Raises UserError for a method without them."""
-    if declare_terms():
+    if declare_terms() and Config.__pydantic_complete__:
         Config.model_rebuild(force=True)
 
 
