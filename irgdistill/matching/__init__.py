@@ -1,4 +1,4 @@
-"""Where to tap a network, and which stages of two networks match. Works on any `nn.Module`."""
+"""Finds the blocks to tap in any `nn.Module`, and matches the stages of two networks."""
 
 import lazy_loader
 

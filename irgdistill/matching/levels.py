@@ -267,8 +267,8 @@ def _plain_blocks(reader: _Reader) -> list[_Place]:
         unit = bisect_right(starts, call.start)
         places = reader.places(call) if unit and _is_leaf(call.module) else []
         if len(places) == 1 and reader.trace.is_cut(call.outputs):
-            begins = call.start == starts[unit - 1]
-            if begins or (unit in found and found[unit].shape == places[0].shape):
+            first = call.start == starts[unit - 1]
+            if first or (unit in found and found[unit].shape == places[0].shape):
                 found[unit] = places[0]
     return list(found.values())
 

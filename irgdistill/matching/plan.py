@@ -171,9 +171,9 @@ def _stage(level: Level, blocks: tuple[Tap, ...], before: tuple[Tap, ...] = ()) 
     """A stage of consecutive blocks. The entry of a single block is the previous block, if that is as wide."""
     if len(blocks) == 1 and before and before[0].channels == blocks[0].channels:
         return replace(level, entry=before[0], exit=blocks[0], blocks=blocks, kind="stage-input")
-    alike = [tap for tap in blocks if tap.channels == blocks[-1].channels]
-    entry = alike[0] if len(alike) > 1 else blocks[0] if len(blocks) > 1 else None
-    kind = "block" if len(alike) > 1 else "unequal" if len(blocks) > 1 else "single"
+    equal = [tap for tap in blocks if tap.channels == blocks[-1].channels]
+    entry = equal[0] if len(equal) > 1 else blocks[0] if len(blocks) > 1 else None
+    kind = "block" if len(equal) > 1 else "unequal" if len(blocks) > 1 else "single"
     return replace(level, entry=entry, exit=blocks[-1], blocks=blocks, kind=kind)
 
 

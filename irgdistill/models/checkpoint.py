@@ -37,7 +37,7 @@ class TeacherRecord(BaseModel):
 
 
 class CheckpointMetadata(NetworkRecord):
-    """What a checkpoint records of its network and of the run that wrote it.
+    """The network of a checkpoint and the run that wrote it.
 
     The fields of the run have defaults: a checkpoint may describe a network alone. Unknown fields are ignored.
     """

@@ -113,8 +113,8 @@ def _load_initial(student: Network, path: Path, classes: list[str]) -> str:
     own, head = student.model.state_dict(), _classifier_keys(student.model)
     theirs = metadata.classes if metadata is not None else classes
     count = next((len(weights[key]) for key in head if key in weights), 0)
-    alike = all(weights[key].shape[1:] == own[key].shape[1:] for key in head if key in weights)
-    if head and alike and (count != len(classes) or theirs != classes):
+    same_width = all(weights[key].shape[1:] == own[key].shape[1:] for key in head if key in weights)
+    if head and same_width and (count != len(classes) or theirs != classes):
         weights = {**weights, **{key: own[key] for key in head}}
     load_weights(student.model, Weights(weights, str(path)), student.name)
     note = f"student {student.name} starts from {path}"

@@ -138,6 +138,16 @@ def test_two_networks_that_have_not_met(run: Run, made: Path, tmp_path: Path, mo
     assert (folder / "overview.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_runs_of_a_comparison_are_named_by_method_and_seed(run: Run, made: Path, tmp_path: Path) -> None:
+    for method in ("kd", "none"):
+        shutil.copytree(made / "taught", tmp_path / method / "0", ignore=shutil.ignore_patterns("graphs"))
+    shown = small(run, tmp_path / "kd" / "0", "--compare", tmp_path / "none" / "0", "--output", tmp_path / "graphs")
+    assert shown.code == 0, shown.err
+    facts = json.loads((tmp_path / "graphs" / "graph.json").read_text())
+    assert [student["label"] for student in facts["students"]] == ["kd/0", "none/0"]
+
+
 def test_the_untrained_student_is_the_one_a_run_begins_with(run: Run, made: Path, tmp_path: Path) -> None:
     from irgdistill.commands.inspect.networks import known_networks, open_networks
     from irgdistill.commands.requests import InspectRequest

@@ -21,7 +21,7 @@ from irgdistill.io.tensors import read_metadata, read_tensors, save_tensors
 from irgdistill.models import checkpoint
 from irgdistill.models.build import build_network, rebuild_network
 from irgdistill.models.checkpoint import CheckpointMetadata, TeacherRecord, restore
-from irgdistill.training import state
+from irgdistill.training import checkpointing, state
 from irgdistill.training.state import load_state, save_state
 
 CLASSES = ["a", "b", "c"]
@@ -165,13 +165,13 @@ def test_the_previous_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_what_counts_as_best_is_what_is_on_disk(tmp_path: Path) -> None:
     """Newer than the state: counts. Older, missing or damaged: told, and the best is sought anew."""
     path, told = tmp_path / "best.safetensors", []
-    assert state.best_on_disk(path, {}, told.append) == {} and not told
+    assert checkpointing.best_on_disk(path, {}, told.append) == {} and not told
     save_tensors(path, {"x": torch.ones(1)}, {"format": 2, "metrics": {"top1": 50.0, "epoch": 5}})
     for remembered in ({}, {"top1": 50.0, "epoch": 5}, {"top1": 40.0, "epoch": 3}):
-        assert state.best_on_disk(path, remembered, told.append) == {"top1": 50.0, "epoch": 5} and not told
-    assert state.best_on_disk(path, {"top1": 60.0, "epoch": 6}, told.append)["epoch"] == 5
+        assert checkpointing.best_on_disk(path, remembered, told.append) == {"top1": 50.0, "epoch": 5} and not told
+    assert checkpointing.best_on_disk(path, {"top1": 60.0, "epoch": 6}, told.append)["epoch"] == 5
     path.unlink()
-    assert state.best_on_disk(path, {"top1": 60.0, "epoch": 6}, told.append) == {}
+    assert checkpointing.best_on_disk(path, {"top1": 60.0, "epoch": 6}, told.append) == {}
     assert "is not the best of the run, top-1 60.00 of epoch 6" in told[0] and "no file" in told[1]
 
 

@@ -212,7 +212,9 @@ def _other(target: str, first: NetworkUnderTest, teacher: Network, plan: Plan, c
         raise UserError(f"--compare {target}: its stages are not those of {first.label}")
     _check_plan(f"--compare {target}", metadata, plan)
     label = _label(target)
-    return NetworkUnderTest(label if label != first.label else f"{path.parent.name}/{path.stem}", network, str(path))
+    return NetworkUnderTest(
+        label if label != first.label else f"{_run_label(path.parent)}/{path.stem}", network, str(path)
+    )
 
 
 def _check_plan(what: str, metadata: CheckpointMetadata, plan: Plan) -> None:
@@ -275,8 +277,13 @@ def _own_metadata(path: Path, flag: str = "") -> CheckpointMetadata:
 
 
 def _label(target: str) -> str:
-    """Name of a run folder, or of a file without its suffix, after the folder's name for the weights of a run."""
+    """Name of a run folder, or of a file without its suffix; the weights of a run after the name of its folder."""
     path = Path(target).resolve()
     if path.is_dir():
-        return path.name
-    return f"{path.parent.name}/{path.stem}" if path.stem in ("best", "last") else path.stem
+        return _run_label(path)
+    return f"{_run_label(path.parent)}/{path.stem}" if path.stem in ("best", "last") else path.stem
+
+
+def _run_label(folder: Path) -> str:
+    """Name of a run folder; of a run of `compare` METHOD/SEED, because the folder's name is only its seed."""
+    return f"{folder.parent.name}/{folder.name}" if folder.name.isdecimal() else folder.name
