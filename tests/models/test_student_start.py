@@ -73,14 +73,14 @@ def test_a_classifier_for_other_classes_is_made_anew_and_said(folder: Path, tmp_
     path = tmp_path / "seven.safetensors"
     start = ours(path, list("abcdefg"))
     setup = built(folder, checkpoint=path)
-    assert setup.start.endswith("its classifier is new, for 3 classes instead of 7")
+    assert setup.start_note.endswith("its classifier is new, for 3 classes instead of 7")
     weights = setup.student.model.state_dict()
     assert same(weights, start, but="fc.") and weights["fc.weight"].shape == (3, 32)
     assert same(built(folder, checkpoint=path).student.model.state_dict(), weights), "by the seed alone"
 
     start = ours(path, ["x", "y", "z"])
     setup = built(folder, checkpoint=path, name=NAME)
-    assert setup.start.endswith("its classifier is new, for other classes")
+    assert setup.start_note.endswith("its classifier is new, for other classes")
     assert not torch.equal(setup.student.model.state_dict()["fc.weight"], start["fc.weight"])
 
 
@@ -95,7 +95,7 @@ def test_plain_weights_of_timm(folder: Path, tmp_path: Path, suffix: str, classe
     weights = setup.student.model.state_dict()
     assert same(weights, start, but="-" if classes == 3 else "fc.") and len(weights["fc.bias"]) == 3
     remade = f"; its classifier is new, for 3 classes instead of {classes or 'none'}"
-    assert setup.start == f"student test_resnet starts from {path}" + ("" if classes == 3 else remade)
+    assert setup.start_note == f"student test_resnet starts from {path}" + ("" if classes == 3 else remade)
 
 
 @pytest.mark.parametrize("classes", [3, 1000])
