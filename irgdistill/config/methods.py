@@ -18,10 +18,10 @@ is trained beside the student; of matched stages the pooled features, the energi
 whole maps."""
 
 STAGE_KINDS: tuple[Kind, ...] = ("features", "energies", "maps")
-"""What needs matched stages."""
+"""Kinds that need matched stages."""
 
 TEACHER_KINDS: tuple[Kind, ...] = ("logits", *STAGE_KINDS)
-"""What needs the trained teacher."""
+"""Kinds that need the trained teacher."""
 
 RESERVED = ("loss", "weights", "fades", "comparing", "hints", "filled")
 
