@@ -20,7 +20,7 @@ from support.interruption import differences, outcome
 
 import irgdistill.training.evaluation
 from irgdistill.commands import distill as run_module
-from irgdistill.io import metrics_file
+from irgdistill.io import atomic, metrics_file
 from irgdistill.io import tensors as files
 from irgdistill.io.metrics_file import records
 from irgdistill.io.run_folder import RunFolder
@@ -160,7 +160,7 @@ def test_a_second_signal_while_saving_leaves_the_state_before(
     begin: Run, run: Run, whole: Path, tmp_path: Path
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        saving = {1: lambda: on_call(patch, files, "sync", {1: send(signal.SIGTERM)})}
+        saving = {1: lambda: on_call(patch, atomic, "sync", {1: send(signal.SIGTERM)})}
         on_call(patch, Trainer, "train_step", {9: lambda: (send(signal.SIGINT)(), saving[1]())})
         line = one_line(begin(), 143)
     assert "stopped by SIGTERM" in line and not temporary(tmp_path / "run")
@@ -219,7 +219,7 @@ def test_saves_that_fail_for_a_while_change_nothing_in_the_end(
         result = begin()
     assert result.code == 0, result.err
     assert result.err.count("warning: not saved") == 1 and os.strerror(number) in result.err
-    assert "the last saved state is epoch 1, batch 6; training goes on" in result.err
+    assert "the last saved state is epoch 1, batch 6; training continues" in result.err
     assert result.err.count("warning: saved again: the last saved state is epoch 2, batch") == 1
     assert ends_like(whole, tmp_path / "run")
 
@@ -241,7 +241,10 @@ def test_a_last_save_that_fails_says_what_is_there_and_can_be_made_up(
         on_call(patch, files, "save_file", dict.fromkeys(range(14, 99), full()))
         line = one_line(begin(), 2)
     assert "trained to the end, but not all is saved (No space left on device" in line
-    assert "the last saved state is epoch 3, batch" in line and "make room, then: irgdistill distill --resume" in line
+    assert (
+        "the last saved state is epoch 3, batch" in line
+        and "free some space, then: irgdistill distill --resume" in line
+    )
     assert not (tmp_path / "run/summary.json").exists() and not temporary(tmp_path / "run")
     assert run("distill", "--resume", tmp_path / "run").code == 0 and ends_like(whole, tmp_path / "run")
 
@@ -339,7 +342,7 @@ OFFERED = "the state before it is whole (epoch 2, batch 2): irgdistill distill -
 RESUMED = {
     "state/state.safetensors": (2, OFFERED),
     "state/previous.safetensors": (0, ""),
-    "config.yaml": (2, "put it right, or delete it to take what the state remembers"),
+    "config.yaml": (2, "correct it, or delete it to use the configuration in the state"),
     "config.json": (0, ""),
     "metrics.jsonl": (0, "metrics.jsonl is missing, cut short or changed since the state was saved"),
     "best.safetensors": (0, "of epoch 1 is lost with it"),
@@ -412,7 +415,7 @@ def test_without_any_good_state_the_run_says_so_and_can_be_begun_again(
     for name in ("state", "previous"):
         damage(tmp_path / "run/state" / f"{name}.safetensors", "cut")
     for option in ((), ("--previous-state",)):
-        assert "there is no other state to go on from" in one_line(
+        assert "there is no other state to resume from" in one_line(
             run("distill", "--resume", tmp_path / "run", *option), 2
         )
     assert "--overwrite to replace it" in one_line(begin(), 2)
@@ -438,7 +441,7 @@ def test_an_edited_configuration_is_named(
     assert before in text
     (stopped / "config.yaml").write_text(text.replace(before, after, 1))
     line = one_line(run("distill", "--resume", stopped), 2)
-    assert key in line and "put it right, or delete it" in line
+    assert key in line and "correct it, or delete it" in line
     (stopped / "config.yaml").unlink()
     assert run("distill", "--resume", stopped).code == 0 and ends_like(whole, stopped)
     assert (stopped / "config.yaml").read_text() == text
@@ -473,7 +476,7 @@ def test_the_previous_state_on_request_ends_the_same(run: Run, whole: Path, stop
     result = run("distill", "--resume", stopped, "--previous-state")
     assert result.code == 0 and "at epoch 2, batch 2 of 6" in result.err
     assert ends_like(whole, stopped)
-    assert "there is no --resume" in one_line(run("distill", "--previous-state"), 2)
+    assert "--previous-state needs --resume RUN" in one_line(run("distill", "--previous-state"), 2)
 
 
 def test_two_processes_do_not_share_a_run(run: Run, begin: Run, stopped: Path) -> None:
