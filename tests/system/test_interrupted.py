@@ -389,7 +389,7 @@ def test_eval_of_a_damaged_run(run: Run, whole: Path, tmp_path: Path, name: str,
     if name != "best.safetensors":  # eval needs the weights alone
         assert result.code == 0
     elif how == "deleted":
-        assert result.code == 0 and "holds no best.safetensors; taking last.safetensors" in result.err
+        assert result.code == 0 and "holds no best.safetensors; using last.safetensors" in result.err
     else:
         assert "best.safetensors" in one_line(result, 2) and result.err.count("\n") == 1
 

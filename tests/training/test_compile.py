@@ -35,6 +35,10 @@ def test_compiled_runs_are_those_of_eager_ones(run: Run, tmp_path: Path, monkeyp
         compiled.append(what)
         return compile_(what, backend="aot_eager")
 
+    graphs: list[Any] = []
+    own = torch.compile(lambda x: 2 * x, backend=lambda graph, _: graphs.append(graph) or graph)
+    own(torch.ones(2))
+    limit = torch._dynamo.config.recompile_limit
     monkeypatch.setattr(torch, "compile", without_compiler)
     torch.manual_seed(1)
     save_file(timm.create_model(NAME, num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
@@ -65,3 +69,6 @@ def test_compiled_runs_are_those_of_eager_ones(run: Run, tmp_path: Path, monkeyp
     assert set(weights) == set(timm.create_model(NAME).state_dict())
     top1 = [json.loads(run("eval", tmp_path / name, "--json").out)["top1"] for name in ("compiled", "eager")]
     assert top1[0] == pytest.approx(top1[1], abs=1)
+    own(torch.ones(2))
+    assert len(graphs) == 1, "compiled code of the caller is kept"
+    assert torch._dynamo.config.recompile_limit == limit and torch._dynamo.config.skip_nnmodule_hook_guards
