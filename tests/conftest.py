@@ -35,3 +35,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert command("distill", "--data", three_colours(root / "data"), *options, "--output", root / "run") == 0
     assert json.loads((root / "run/summary.json").read_text())["top1"] > 90
     return root / "run"
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of `inspect-graph` that look at anything else: drawing is most of the time."""
+    from matplotlib.figure import Figure
+
+    empty = lambda *_: Figure(figsize=(1, 1))  # noqa: E731
+    for name in ("stage_figure", "transformation_figure", "overview_figure"):
+        monkeypatch.setattr(f"irgdistill.commands.inspect.results.{name}", empty)

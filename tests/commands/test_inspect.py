@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import Result, Run, command, write_images
@@ -47,14 +46,6 @@ def seen(made: Path) -> Path:
     options = [made / "taught", "--compare", made / "alone", "--images", 18, "--neighbours", 3, "--workers", 0]
     assert command("inspect-graph", *options) == 0
     return made / "taught" / "graphs"
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that look at anything else: drawing is most of the time."""
-    empty = lambda *_: Figure(figsize=(1, 1))  # noqa: E731
-    for name in ("stage_figure", "transformation_figure", "overview_figure"):
-        monkeypatch.setattr(f"irgdistill.commands.inspect.results.{name}", empty)
 
 
 def small(run: Run, *options: object) -> Result:

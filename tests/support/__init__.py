@@ -10,12 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 from irgdistill.config import InputSpec
@@ -23,6 +25,8 @@ from irgdistill.config import InputSpec
 os.environ["IRGDISTILL_CACHE"] = tempfile.mkdtemp(prefix="irgdistill-")
 SUPPORT = Path(__file__).resolve().parent
 SHARED = SUPPORT.parents[2] / "shared"
+OLD = SUPPORT.parent / "data" / "old"
+"""Files written by version 0.1."""
 
 
 def shared(name: str) -> Path:
@@ -57,11 +61,16 @@ class Result:
 Run = Callable[..., Result]
 
 
+get_command = cache(typer.main.get_command)
+"""Builds the command line once: typer would read every signature again for each command."""
+
+
 def command(*words: object) -> int:
-    """Runs `irgdistill WORDS…` in this process -> its exit code."""
+    """Run `irgdistill WORDS…` in this process -> its exit code."""
     from irgdistill.cli.app import main
 
-    with mock.patch.object(sys, "argv", ["irgdistill", *map(str, words)]):
+    argv = mock.patch.object(sys, "argv", ["irgdistill", *map(str, words)])
+    with argv, mock.patch("typer.main.get_command", get_command):
         try:
             main()
         except SystemExit as error:

@@ -1,11 +1,4 @@
-"""Runs cut short on purpose, and what a run folder holds apart from times. Used by tests and by benchmarks/kill.py.
-
-    python interruption.py JOBS.json
-
-runs commands one after the other, each in a process forked from this one, which has imported everything; a job is
-{"arguments": [...], "at": point, "nth": n, "signal": number, "group": bool} and gets the signal at the n-th passage of
-a point such as "replace best.safetensors before". Prints one exit code and the text on stderr per job, as JSON.
-"""
+"""Commands cut short on purpose, and everything a run folder holds except times. `benchmarks/kill.py` uses it too."""
 
 from __future__ import annotations
 
@@ -84,7 +77,17 @@ def passing(point: Callable[[str], None]) -> None:
     evaluation._batch_sums = around(evaluation._batch_sums, lambda *_: "evaluated batch")
 
 
-def run_job(job: dict[str, Any]) -> tuple[int, str]:
+def run_jobs(jobs: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """Run commands one after the other, each in a process forked from this one, which has trained nothing.
+
+    A job is {"arguments": [...], "at": point, "nth": n, "signal": number, "group": bool}; it gets the signal at the
+    n-th passage of a point such as "replace best.safetensors before". Returns exit codes and texts on stderr.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return [_run_job(job) for job in jobs]
+
+
+def _run_job(job: dict[str, Any]) -> tuple[int, str]:
     """Exit code (negative: of a signal nobody caught) and stderr of one command in a forked process."""
     with tempfile.TemporaryFile("w+") as output:
         child = os.fork()
@@ -121,15 +124,3 @@ def _run_here(job: dict[str, Any]) -> int:
     finally:
         sys.stderr.flush()
     return 0
-
-
-def main() -> None:
-    import sklearn.datasets  # noqa: F401  these once, for all jobs
-
-    import irgdistill.commands.distill  # noqa: F401
-
-    print(json.dumps([run_job(job) for job in json.loads(Path(sys.argv[1]).read_text())]))
-
-
-if __name__ == "__main__":
-    main()

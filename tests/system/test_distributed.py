@@ -124,7 +124,8 @@ def _flags(student: str, teacher: Path, **more: Any) -> dict[str, Any]:
         "data.source": "digits",
         "data.batch_size": 8,
         "data.workers": 0,
-        "data.val_fraction": 0.06,
+        "data.val_fraction": 0.02,
+        "data.train_images": 448,
         "optim.lr": 0.01,
         "schedule.epochs": 1,
         "runtime.device": "cpu",
@@ -170,14 +171,14 @@ def test_training_is_the_same_on_1_2_and_4_processes(tmp_path: Path, teacher: Pa
     more = {"student.input_size": 64, "augment.mixup": 0.4, "optim.accumulate": 2, "losses.edges.blocks": 2}
     more |= {"optim.lr": 1e-3}  # at 1e-2 the edges of this network make a rounding error grow fivefold with every step
     flags = _flags("test_convnext", teacher, **more)
-    found = {n: in_ranks(n, tmp_path / str(n), _train, flags, tmp_path / f"run{n}", 40, "float64") for n in (1, 2, 4)}
+    found = {n: in_ranks(n, tmp_path / str(n), _train, flags, tmp_path / f"run{n}", 12, "float64") for n in (1, 2, 4)}
     (alone,) = found[1]
     for size in (2, 4):
         for other in found[size]:
             assert _largest_difference(alone["weights"], other["weights"]) < 1e-8
             torch.testing.assert_close(other["losses"], alone["losses"], rtol=0, atol=1e-5)
             assert (other["images"], other["top1"]) == (alone["images"], pytest.approx(alone["top1"], abs=1e-4))
-    assert alone["images"] == 109, "an odd number of images, so that the processes hold unequal shares"
+    assert alone["images"] == 39, "an odd number of images, so that the processes hold unequal shares"
     local = {**flags, "runtime.graph_scope": "local"}
     other = in_ranks(2, tmp_path / "local", _train, local, tmp_path / "run_local", 4, "float64")[0]
     assert (alone["losses"][:4] - other["losses"]).abs().max() > 1e-3
@@ -215,13 +216,13 @@ def test_no_compiler_is_imported_unasked(tmp_path: Path, teacher: Path) -> None:
 def test_synchronised_batch_norm_makes_many_processes_one(tmp_path: Path, teacher: Path) -> None:
     """In float64 to rounding. In float32 with a smooth activation: a ReLU that flips is no rounding error any more."""
     flags = _flags("cifar_resnet14_x0_5", teacher, **{"runtime.sync_bn": True, "optim.lr": 1e-3})
-    (alone,) = in_ranks(1, tmp_path / "1", _train, flags, tmp_path / "run1", 20, "float64")
-    for other in in_ranks(2, tmp_path / "2", _train, flags, tmp_path / "run2", 20, "float64"):
+    (alone,) = in_ranks(1, tmp_path / "1", _train, flags, tmp_path / "run1", 8, "float64")
+    for other in in_ranks(2, tmp_path / "2", _train, flags, tmp_path / "run2", 8, "float64"):
         assert _largest_difference(alone["weights"], other["weights"]) < 1e-8
     more = {"runtime.sync_bn": True, "student.input_size": 64, "data.batch_size": 32, "optim.lr": 1e-4}
     flags = _flags("test_efficientnet", teacher, **more)
-    (alone,) = in_ranks(1, tmp_path / "3", _train, flags, tmp_path / "run3", 20, "float32")
-    synced = in_ranks(2, tmp_path / "4", _train, flags, tmp_path / "run4", 20, "float32")[0]
+    (alone,) = in_ranks(1, tmp_path / "3", _train, flags, tmp_path / "run3", 8, "float32")
+    synced = in_ranks(2, tmp_path / "4", _train, flags, tmp_path / "run4", 8, "float32")[0]
     weights = [{k: v for k, v in run["weights"].items() if "running" not in k} for run in (alone, synced)]
     assert _largest_difference(*weights) < 1e-5
     apart = {**flags, "runtime.sync_bn": False}
@@ -279,7 +280,7 @@ def test_a_run_of_two_processes_goes_on_where_it_stood(tmp_path: Path, teacher: 
     more = {"data.batch_size": 64, "optim.ema": 0.9, "student.args": {"drop_path_rate": 0.2}}
     flags = _flags("test_resnet", teacher, **more) | {"student.input_size": 64}
     whole = in_ranks(2, tmp_path / "a", _run, flags, tmp_path / "whole", None, False)
-    in_ranks(2, tmp_path / "b", _run, flags, tmp_path / "parts", 7, False)
+    in_ranks(2, tmp_path / "b", _run, flags, tmp_path / "parts", 3, False)
     parts = in_ranks(2, tmp_path / "c", _run, flags, tmp_path / "parts", None, True)
     assert _largest_difference(whole[0], whole[1]) == 0
     assert _largest_difference(whole[0], parts[0]) == 0
@@ -290,6 +291,6 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, teacher:
     more = {"data.batch_size": 64, "student.input_size": 64, "optim.lr": 1e-3}
     flags = _flags("test_convnext", teacher, **more)
     (whole,) = in_ranks(1, tmp_path / "a", _run, flags, tmp_path / "whole", None, False)
-    in_ranks(2, tmp_path / "b", _run, flags, tmp_path / "parts", 7, False)
+    in_ranks(2, tmp_path / "b", _run, flags, tmp_path / "parts", 3, False)
     (parts,) = in_ranks(1, tmp_path / "c", _run, flags, tmp_path / "parts", None, True)
     assert _largest_difference(whole, parts) < 1e-5

@@ -33,7 +33,7 @@ FEWER = {
     "inspect-graph": ("--images", 12),
 }
 ELSEWHERE = ("--gpus ", "--resume ")
-"""Processes and resuming: tests/test_gpus.py, tests/test_interrupted.py."""
+"""Processes and resuming: commands/test_workers.py, system/test_interrupted.py."""
 WEIGHTS = Path("earlier/runs/resnet50/last.safetensors")
 STUDENTS = ("mobilenetv2_100", "mobilenetv3_large_100", "resnet18")
 
@@ -52,12 +52,23 @@ HELP = {
         if line.startswith("irgdistill ")
     ]
 }
-PRESET = ("--set", "data.train_images=130", "--set", "data.views=1")
-FLOWS = {page.stem: lines for page in PAGES if (lines := commands(page))} | HELP
+PRESET = ("--set", "data.train_images=40", "--set", "data.views=1", "--batch-size", 16)
+
+
+def first_of_each(flows: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The lines of each page that no page before it shows. Caches are made for every page that reads them."""
+    seen: set[str] = set()
+    found = {}
+    for page, lines in flows.items():
+        found[page] = [line for line in lines if line not in seen or " cache-teacher " in line]
+        seen |= set(lines)
+    return {page: lines for page, lines in found.items() if lines}
+
+
+FLOWS = first_of_each({page.stem: lines for page in PAGES if (lines := commands(page))} | HELP)
 EXAMPLES = {
     page.stem: found for page in PAGES if (found := re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S))
 }
-FLOWS["graphs"] = [line for line in FLOWS["graphs"] if line not in FLOWS["README"]]
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +133,12 @@ def furnish(place: Path, run: Run) -> None:
     assert made("resnet50", *alone, "--data", "imagenet", "--student", "resnet50") == place / WEIGHTS
     pair = ("--data", "imagenet", "--teacher", "resnet50", "--student", "mobilenetv2_100")
     made("mobilenetv2_100-irg-kd-at-1", *pair, "--lr", 0.01)
+    small = ("--epochs", 4, "--data", "cifar10", "--input-size", 16)
     for run_of, name in (("none", "cifar_resnet20"), ("deep", "cifar_resnet56")):
-        cifar = made(run_of, *alone, "--epochs", 4, "--data", "cifar10", "--student", name)
+        cifar = made(run_of, *alone, *small, "--student", name)
         shutil.copy(cifar, place / f"{name}.safetensors")
     taught = ("--teacher-checkpoint", "cifar_resnet20.safetensors", "--student", "cifar_resnet20_x0_5")
-    made("irg-kd", "--data", "cifar10", *taught)
+    made("irg-kd", "--data", "cifar10", *taught, "--input-size", 16)
     digits = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5")
     made("readme/teacher", *digits, "--method", "none")
     made("readme/student", *digits, "--teacher-checkpoint", "earlier/runs/readme/teacher")
@@ -153,10 +165,22 @@ def bring(arguments: list[object], earlier: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", FLOWS | EXAMPLES)
-def test_every_command_runs(page: str, run: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_runs(
+    page: str,
+    run: Run,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Figures are drawn for the README alone."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    if page != "README":
+        request.getfixturevalue("no_figures")
+    for name, seconds in (("STEP_SECONDS", 0.05), ("LOADER_SECONDS", 0.5)):
+        monkeypatch.setattr(f"irgdistill.commands.doctor.trial.{name}", seconds)
     if not (place / "imagenet").exists():
         monkeypatch.chdir(place)
         furnish(place, run)

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from safetensors import SafetensorError
-from support import SUPPORT, Result, Run, write_images
-from support.interruption import differences, outcome
+from support import Result, Run, write_images
+from support.interruption import differences, outcome, run_jobs
+from support.processes import forked
 
 import irgdistill.training.evaluation
 from irgdistill.commands import distill as run_module
@@ -111,7 +112,8 @@ KILLS = [
 def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path) -> None:
     """A distillation, killed with SIGKILL in saves, steps, evaluations, and once by SIGTERM to it and its loader."""
     common = ["distill", "--preset", "quickstart", "--device", "cpu", "--epochs", 2]
-    common += ["--input-size", 8, "--teacher-input-size", 8]
+    common += ["--input-size", 8, "--teacher-input-size", 8, "--batch-size", 16, "--val-fraction", 0.1]
+    common += ["--set", "data.train_images=230", "--set", "data.eval_batch_size=64"]
     teacher = [*common, "--method", "none", "--student", "cifar_resnet20", "--output", tmp_path / "teacher"]
     student = [*common, "--teacher-checkpoint", tmp_path / "teacher/best.safetensors"]
     student += ["--student", "cifar_resnet14_x0_5", "--ema", 0.9, "--accumulate", 2, "--save-every-steps", 3]
@@ -128,11 +130,9 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_that_was_not(tmp
         -1, {"arguments": [*resume, "--workers", 1], "at": "step before", "nth": 2, "signal": 15, "group": True}
     )
     jobs += [{"arguments": resume}, {"arguments": resume}]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs, default=str))
-
-    driver = [sys.executable, SUPPORT / "interruption.py", tmp_path / "jobs.json"]
-    quiet = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    results = json.loads(subprocess.run(driver, capture_output=True, text=True, check=True, env=quiet).stdout)
+    for job in jobs:
+        job["arguments"] = list(map(str, job["arguments"]))
+    results = forked(tmp_path, run_jobs, jobs)
     expected = [0, 0, 143, *[-signal.SIGKILL] * (len(KILLS) - 1), 143, -signal.SIGKILL, 0, 2]
     assert [code for code, _ in results] == expected, results
     assert results[2][1].endswith("stopped by SIGTERM; nothing was trained yet\n") and not (tmp_path / "never").exists()
