@@ -38,6 +38,7 @@ from irgdistill.training import (
     read_manifest,
     resolved,
     shard_path,
+    with_cached_orientation,
 )
 
 
@@ -47,17 +48,20 @@ def cache_teacher(request: CacheRequest) -> None:
     Raises UserError, if possible before the teacher runs.
     """
     config, report = resolved(request.config), Report()
+    config = with_cached_orientation(config, read_manifest(request.output), request.output)
     splits, teacher = open_data(config, lambda: build_teacher(config))
     assert teacher is not None
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream: its images have no numbers by which to find them again")
+    if splits.left_out:
+        report.line(splits.left_out)
     check_classes(config, teacher, splits.classes)
     largest = _largest(request.logits, teacher.num_classes)
     count = request.views or config.data.views or 1
     student = None if config.student.name is None else _student(config)
     crop = (student or teacher).input.covering(teacher.input)
     seed = config.seed if config.data.view_seed is None else config.data.view_seed
-    views = describe_views(config.augment, crop, count, seed)
+    views = describe_views(config, crop, count, seed)
     unreadable = UnreadableImages(config.data.max_bad_images, report.warn)
     images = train_images(splits, config.data, config.augment, crop, seed, unreadable)
     taps, attended = _taps(config, teacher, student)

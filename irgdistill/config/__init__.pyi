@@ -9,10 +9,20 @@ from .checks import (
 from .fields import Count, Fade, NonNegative, OneOf, Positive, Probability, Section, Share, Weight
 from .flag import DATA, MATCHING, METHOD, NETWORKS, PANELS, RESULT, RUN, TRAINING, Flag
 from .input_spec import InputSpec
-from .loading import data_of, dump, load_config, load_plugin, preset_files, presets, read_yaml, validate
+from .loading import (
+    data_of,
+    dump,
+    load_config,
+    load_plugin,
+    preset_files,
+    presets,
+    read_yaml,
+    validate,
+    validate_saved,
+)
 from .losses import LossesConfig
 from .methods import METHODS, STAGE_KINDS, TEACHER_KINDS, TERMS, Kind, Method, TermSettings, TermSpec, method, term
-from .renamed import RENAMED_KEYS, RenamedKeyWarning
+from .renamed import BEFORE, RENAMED_KEYS, RenamedKeyWarning
 from .schema import (
     STORES,
     AugmentConfig,
@@ -30,6 +40,7 @@ from .settings import Setting, changeable_on_resume, keys, options, settings, va
 from .sources import SOURCES, SourceEntry, absolute_source, check_source, find_source, source, source_words
 
 __all__ = [
+    "BEFORE",
     "DATA",
     "MATCHING",
     "METHOD",
@@ -99,5 +110,6 @@ __all__ = [
     "source_words",
     "term",
     "validate",
+    "validate_saved",
     "values_of",
 ]

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from irgdistill.config.explain import explain
-from irgdistill.config.renamed import current_key, current_keys
+from irgdistill.config.renamed import current_key, current_keys, with_earlier_defaults
 from irgdistill.config.schema import Config, DataConfig, PluginConfig, refresh
 from irgdistill.config.settings import keys
 from irgdistill.config.sources import find_source
@@ -59,6 +59,11 @@ def validate(tree: Mapping[str, Any], where: str = "") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(where + explain(error.errors())) from None
+
+
+def validate_saved(tree: Mapping[str, Any], where: str = "") -> Config:
+    """`validate` for the settings of a saved run, which an older version may have written."""
+    return validate(with_earlier_defaults(tree), where)
 
 
 def load_plugin(path: str | Path, sha256: str | None = None) -> PluginConfig:
@@ -164,7 +169,7 @@ def data_of(
         if asked.source is None:
             raise UserError(f"{target} records no data set; give --data")
         return asked
-    own = validate({"data": recorded}, f"{target}: ").data
+    own = validate_saved({"data": recorded}, f"{target}: ").data
     if "data.val_fraction" in given and "data.source" not in given and asked.val_fraction != own.val_fraction:
         raise UserError(f"{target} is evaluated on the images its run held out; --val-fraction needs another --data")
     names = {key.removeprefix("data.") for key in given if key.startswith("data.")}

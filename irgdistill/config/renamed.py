@@ -1,4 +1,4 @@
-"""Old names of settings, which presets, scripts and saved runs may still hold."""
+"""Old names of settings, which presets, scripts and saved runs may still hold; settings that saved runs lack."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ RENAMED_KEYS = {
     "runtime.share_every": "runtime.gradient_shares_every",
 }
 """Old key -> new key."""
+
+
+BEFORE = {"data.exif_orientation": False}
+"""Settings that older versions lack -> what those versions did, where that is not the default."""
 
 
 class RenamedKeyWarning(FutureWarning):
@@ -42,3 +46,14 @@ def current_keys(tree: Mapping[str, Any], section: str = "") -> dict[str, Any]:
             raise UserError(f"{path} is now called {RENAMED_KEYS[path]}; give one of them")
         found[new] = current_keys(value, name) if isinstance(value, Mapping) and not section else value
     return found
+
+
+def with_earlier_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a saved run, with what its version did where it had no setting yet."""
+    filled = dict(tree)
+    for key, value in BEFORE.items():
+        section, _, name = key.partition(".")
+        below = filled.get(section, {})
+        if isinstance(below, Mapping):
+            filled[section] = {name: value, **below}
+    return filled

@@ -120,6 +120,8 @@ class DataConfig(Section):
         bool, Flag("--no-labels", DATA, "Use any images, and learn from the teacher alone.", off=True)
     ] = True
     """Train on the labels. False: any images, no class folders; classes and targets come from the teacher."""
+    exif_orientation: bool = True
+    """Turn photos upright, as their EXIF data say. Runs and checkpoints written before this setting have it off."""
     balanced: Annotated[bool, Flag("--balanced", DATA, "Draw every class equally often.")] = False
     """Draw every class equally often; an epoch keeps its number of images."""
     val_fraction: Annotated[Share | None, Flag("--val-fraction", DATA, "Hold out this share for validation.")] = None
@@ -140,6 +142,8 @@ class DataConfig(Section):
     """Number of augmented views of each image, one per epoch in turn; default: a new one every epoch."""
     view_seed: Annotated[int, Field(ge=0)] | None = None
     """Seed of the augmentation; default: the run's."""
+    search_limit: Annotated[Count, CHANGEABLE] = 200_000
+    """Files and folders that are no images, and few of them images, after which the search for images gives up."""
     max_bad_images: Annotated[int, Field(ge=0), Flag("--max-bad-images", DATA, "Unreadable images to skip.")] = 10
     """Unreadable images to skip, each with a warning, before the run stops."""
 

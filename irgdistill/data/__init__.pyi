@@ -1,5 +1,6 @@
 from .augmentation import crop_of, padding_of
 from .dataset import Images, UnreadableImages
+from .decoding import UnreadableImageError, open_image
 from .loader import Loader, eval_loader, no_collate, train_images, train_loader
 from .open import open_splits
 from .sampling import balanced_weights
@@ -13,12 +14,14 @@ __all__ = [
     "Source",
     "Splits",
     "Unlabelled",
+    "UnreadableImageError",
     "UnreadableImages",
     "balanced_weights",
     "crop_of",
     "eval_loader",
     "hold_out",
     "no_collate",
+    "open_image",
     "open_splits",
     "padding_of",
     "source",

@@ -12,17 +12,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from irgdistill.data.augmentation import transform_seeded
+from irgdistill.data.decoding import RESCALED
 from irgdistill.data.image_cache import ImageCache
 from irgdistill.data.splits import Source
 from irgdistill.errors import DataError
 
 
 class UnreadableImages:
-    """Names of unreadable images. Workers report them through a queue; `collect` warns in the main process."""
+    """Names of unreadable images. Workers report them through a queue; `collect` warns in the main process.
+
+    The queue also takes notes about readable images, as (kind, text); the first of each kind is shown.
+    """
 
     def __init__(self, limit: int, warn: Callable[[str], None] = lambda line: None) -> None:
         self.limit = limit
         self.names: list[str] = []
+        self.noted: set[str] = set()
         self.queue: Any = mp.SimpleQueue()
         self._warn = warn
 
@@ -30,6 +35,12 @@ class UnreadableImages:
         """Warn about images reported since the last call. Raises DataError if there are more than `limit` in all."""
         while not self.queue.empty():
             name = self.queue.get()
+            if isinstance(name, tuple):
+                kind, text = name
+                if kind not in self.noted:
+                    self.noted.add(kind)
+                    self._warn(text)
+                continue
             if name in self.names:
                 continue
             self.names.append(name)
@@ -63,6 +74,7 @@ class Images(Dataset[Any]):
         self.queue = unreadable.queue
         self.limit = unreadable.limit
         self.training = training
+        self.noted = False
         self.cache: ImageCache | None = None
         self.batch_transform: Callable[[Tensor, Sequence[int]], Tensor] | None = None
         self.teacher_rows: Callable[[Sequence[int]], Tensor] | None = None
@@ -121,6 +133,11 @@ class Images(Dataset[Any]):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             self.queue.put(self.source.describe(self.indices[position]))
             return None
+        if RESCALED in image.info and not self.noted:
+            self.noted = True
+            name = self.source.describe(self.indices[position])
+            text = f"{name} holds {image.info[RESCALED]}: such an image is scaled by its own range to 0 to 255"
+            self.queue.put((RESCALED, text))
         return transform(image), label
 
 

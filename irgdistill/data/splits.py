@@ -43,12 +43,15 @@ class Splits:
     streaming: bool = False
     labelled: bool = True
     """Whether the validation images have labels."""
+    left_out: str = ""
+    """The files that are no images, in words; empty for none."""
 
     def __str__(self) -> str:
         classes = f"{len(self.classes):,} classes"
         if self.streaming:
             return f"a stream of images of {classes}"
-        return f"{len(self.train_indices):,} images of {classes} to train on, {len(self.val_indices):,} for validation"
+        found = f"{len(self.train_indices):,} images of {classes} to train on, {len(self.val_indices):,} for validation"
+        return f"{found}; {self.left_out}" if self.left_out else found
 
     def train_labels(self) -> list[int]:
         """Class of every training image, in the order of `train_indices`."""

@@ -1,50 +1,66 @@
-"""A .tar of class folders, read in place by timm's reader.
-
-timm names the archive's parts, orders its classes and reports unreadable images in ways that differ from folders.
-"""
+"""Uncompressed .tar archives of class folders, read in place: members are found once, then read by their position."""
 
 from __future__ import annotations
 
+import io
+import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, NamedTuple
 
-from PIL import Image
-from timm.data import create_dataset
-
+from irgdistill.data.class_folders import natural_key
+from irgdistill.data.decoding import open_image
 from irgdistill.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from irgdistill.data.search import ImageSearch
+
+
+class Member(NamedTuple):
+    """An image in an archive."""
+
+    name: str
+    """Path within the archive, or within the inner archive that holds it."""
+    class_name: str
+    start: int
+    """First byte in the outer archive."""
+    size: int
 
 
 class TarSource:
     """Images of one archive. The class of an image is its folder, or the inner archive that holds it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, search: ImageSearch, exif_orientation: bool = True) -> None:
         self.path = path
-        try:  # no cached handles: worker processes would share the position in an open archive
-            dataset = create_dataset("", root=str(path), search_split=False, cache_tarfiles=False, cache_tarinfo=False)
-        except (ValueError, IndexError):
-            raise UserError(f"no images in {path}") from None
-        except (tarfile.TarError, OSError, AssertionError) as error:
+        self.exif_orientation = exif_orientation
+        try:
+            with path.open("rb") as file:
+                members = list(_members(file, "", 0, search))
+        except (tarfile.TarError, OSError) as error:
             raise UserError(f"{path} is not an uncompressed tar archive: {one_line(error)}") from None
-        self.reader = dataset.reader
-        own: dict[str, int] = self.reader.class_name_to_idx
-        self.classes = sorted(own)
+        if not members:
+            raise UserError(f"no images in {path}")
+        self.members = sorted(members, key=lambda member: natural_key(member.name))
+        self.classes = sorted({member.class_name for member in members})
         """Sorted by name, as class folders are."""
-        label = {own[name]: position for position, name in enumerate(self.classes)}
-        self.targets = [label[int(target)] for target in self.reader.targets]
+        label = {name: position for position, name in enumerate(self.classes)}
+        self.targets = [label[member.class_name] for member in self.members]
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.members)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            handle, _ = self.reader[index]
-            with handle:
-                return Image.open(handle).convert("RGB"), self.targets[index]
-        except tarfile.TarError as error:
-            raise OSError(f"{self.describe(index)}: {error}") from None
+        member = self.members[index]
+        with self.path.open("rb") as file:  # not kept open: loader workers would share its position
+            file.seek(member.start)
+            content = file.read(member.size)
+        return open_image(io.BytesIO(content), self.exif_orientation), self.targets[index]
 
     def describe(self, index: int) -> str:
-        return f"{self.path}/{self.reader.filename(index)}"
+        return f"{self.path}/{self.members[index].name}"
 
     def labels(self) -> list[int]:
         return list(self.targets)
@@ -52,7 +68,29 @@ class TarSource:
     def parts(self) -> dict[str, list[int]]:
         """Folders above class folders, such as `train`, with the indices of their images."""
         found: dict[str, list[int]] = {}
-        for i in range(len(self)):
-            for name in set(PurePosixPath(self.reader.filename(i)).parts[:-2]):
+        for i, member in enumerate(self.members):
+            for name in set(PurePosixPath(member.name).parts[:-2]):
                 found.setdefault(name, []).append(i)
         return found
+
+
+def _members(file: IO[bytes], inside: str, start: int, search: ImageSearch) -> Iterator[Member]:
+    """Images of an archive whose first byte is `start` in the outer one; `inside` is the name of an inner archive."""
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        inner: list[tarfile.TarInfo] = []
+        own: list[Member] = []
+        for member in archive:
+            folder, name = os.path.split(member.name)
+            if member.isdir() or any(part.startswith(".") and part != "." for part in PurePosixPath(folder).parts):
+                continue
+            if not inside and member.isfile() and name.lower().endswith(".tar"):
+                inner.append(member)
+            elif search.take(member.name, member.isfile):
+                class_name = os.path.basename(os.path.join(inside, folder).rstrip("/"))
+                own.append(Member(member.name, class_name, start + member.offset_data, member.size))
+        for member in inner:
+            content = archive.extractfile(member)
+            assert content is not None
+            label = os.path.splitext(os.path.basename(member.name))[0]
+            yield from _members(content, label, start + member.offset_data, search)
+        yield from own

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from irgdistill.config import DataConfig
+from irgdistill.data.decoding import open_image, to_rgb
 from irgdistill.data.splits import Splits, hold_out
 from irgdistill.errors import UserError, nearest, one_line
+
+KEEP_MODE = {"input_img_mode": ""}
+"""Argument by which a streaming reader leaves the conversion to RGB to us; timm drops arguments that are None."""
+
 
 TRAIN, VAL = ("train", "training"), ("val", "validation", "test", "valid", "dev", "eval")
 """Usual names of splits, the preferred first."""
@@ -23,9 +30,12 @@ TRAIN, VAL = ("train", "training"), ("val", "validation", "test", "valid", "dev"
 class TimmSource:
     """An indexed timm or torchvision data set without a transform."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, exif_orientation: bool = True) -> None:
         self.dataset = dataset
+        self.exif_orientation = exif_orientation
         self.reader = getattr(dataset, "reader", None)
+        if callable(getattr(dataset, "loader", None)):  # torchvision's data sets of files
+            dataset.loader = partial(open_image, exif_orientation=exif_orientation)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -33,10 +43,10 @@ class TimmSource:
     def load(self, index: int) -> tuple[Image.Image, int]:
         if self.reader is None:
             image, label = self.dataset[index][:2]
-        else:  # timm's ImageDataset would silently replace an unreadable image by its neighbour
-            handle, label = self.reader[index][:2]
-            image = Image.open(handle)
-        return image.convert("RGB"), int(label)
+            return to_rgb(image, self.exif_orientation), int(label)
+        handle, label = self.reader[index][:2]  # timm's ImageDataset would replace an unreadable image by its neighbour
+        with handle:
+            return open_image(handle, self.exif_orientation), int(label)
 
     def describe(self, index: int) -> str:
         try:
@@ -63,18 +73,24 @@ class TimmSource:
 class Stream(IterableDataset[Any]):
     """A streamed timm data set. An epoch's images do not depend on how far earlier epochs were read."""
 
-    def __init__(self, dataset: Any, classes: int, name: str) -> None:
+    def __init__(self, dataset: Any, classes: int, name: str, exif_orientation: bool = True) -> None:
         self.dataset, self.classes, self.name = dataset, classes, name
+        self.exif_orientation = exif_orientation
         self.transform: Any = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        self.dataset.transform = self.transform
         reader = self.dataset.reader
         reader.ds = reader.worker_info = None  # makes timm rebuild the pipeline, with fresh generators
-        yield from self.dataset
+        for image, label in self.dataset:
+            try:
+                rgb = to_rgb(image, self.exif_orientation)
+            except (OSError, ValueError) as error:
+                logging.getLogger(__name__).warning("unreadable image skipped: %s", one_line(error))
+                continue
+            yield self.transform(rgb), label
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)
@@ -97,11 +113,11 @@ def open_indexed(config: DataConfig, splits: Sequence[str], open_split: Callable
     train_split, val_split = _choose_splits(config, splits)
     train_set = open_split(train_split, True)
     val_set = None if val_split is None else open_split(val_split, val_split == train_split)
-    train = TimmSource(train_set)
+    train = TimmSource(train_set, config.exif_orientation)
     names = _class_names(train_set) or [str(i) for i in range(max(train.labels()) + 1)]
     if val_set is None:
         return hold_out(train, train.labels(), names, config.val_fraction or 0.0)
-    val = TimmSource(val_set)
+    val = TimmSource(val_set, config.exif_orientation)
     return Splits(train, val, names, range(len(train)), range(len(val)))
 
 
@@ -117,7 +133,7 @@ def open_stream(
     if not classes:
         raise UserError(f"the number of classes of {config.source} is not known: give --set data.num_classes=N")
     train, val = (
-        Stream(opened, classes, str(config.source))
+        Stream(opened, classes, str(config.source), config.exif_orientation)
         for opened in (dataset, open_split(val_split, val_split == train_split)[0])
     )
     names = _class_names(dataset) or [str(i) for i in range(classes)]
@@ -133,7 +149,7 @@ def create(
 ) -> Any:
     """timm's data set of one split in `root`. Raises UserError if it cannot be opened.
 
-    `columns` are the arguments `input_key` and `target_key` of readers that have columns or fields.
+    `columns` are the arguments `input_key` and `target_key` of readers that have columns or fields, and KEEP_MODE.
     """
     with explained(config, split):
         return create_dataset(

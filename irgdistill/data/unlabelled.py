@@ -6,29 +6,25 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from irgdistill.data.decoding import open_image
 from irgdistill.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from irgdistill.data.search import ImageSearch
     from irgdistill.data.splits import Source
 
 UNLABELLED = -1
 """Replaces a label. No loss term or metric takes it for a class."""
 
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
-
-
 class PlainImages:
     """Images in a folder and all folders below it, ordered by file name, so that folders carry no information."""
 
-    def __init__(self, root: Path) -> None:
-        paths = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-        self.paths = sorted(
-            (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")),
-            key=lambda path: (path.name, path),
-        )
+    def __init__(self, root: Path, search: ImageSearch, exif_orientation: bool = True) -> None:
+        self.exif_orientation = exif_orientation
+        self.paths = sorted(search.walk(root), key=lambda path: (os.path.basename(path), Path(path)))
         if not self.paths:
             raise UserError(f"no images in {root}")
 
@@ -36,13 +32,10 @@ class PlainImages:
         return len(self.paths)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        from PIL import Image
-
-        with Image.open(self.paths[index]) as image:
-            return image.convert("RGB"), UNLABELLED
+        return open_image(self.paths[index], self.exif_orientation), UNLABELLED
 
     def describe(self, index: int) -> str:
-        return str(self.paths[index])
+        return self.paths[index]
 
     def labels(self) -> list[int]:
         return [UNLABELLED] * len(self)

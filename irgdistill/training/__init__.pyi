@@ -19,6 +19,7 @@ from .teacher_cache import (
     pack_logits,
     read_manifest,
     shard_path,
+    with_cached_orientation,
 )
 from .trainer import Trainer, build_trainer
 
@@ -59,4 +60,5 @@ __all__ = [
     "score",
     "seed_process",
     "shard_path",
+    "with_cached_orientation",
 ]

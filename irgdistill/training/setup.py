@@ -160,7 +160,7 @@ def _check_cache(cache: TeacherCache, config: Config, splits: Splits, student: N
             "put them into class folders, or leave out --teacher-cache"
         )
     crop, count, seed = cache.crop(student.input), cache.views["views"], cache.views["seed"]
-    cache.check_same("views", describe_views(config.augment, crop, count, seed))
+    cache.check_same("views", describe_views(config, crop, count, seed))
     images = train_images(splits, config.data, config.augment, crop, seed, UnreadableImages(config.data.max_bad_images))
     cache.check_same("data", describe_data(images, splits, count))
     if config.uses_teacher:

@@ -12,7 +12,7 @@ import torch
 from timm.utils import random_seed
 from torch import Tensor
 
-from irgdistill.config import Config, changeable_on_resume, keys, read_yaml, validate
+from irgdistill.config import Config, changeable_on_resume, keys, read_yaml, validate_saved
 from irgdistill.errors import UserError
 from irgdistill.io import FORMAT, RunFolder, read_tensors, save_tensors
 from irgdistill.runtime import World
@@ -50,12 +50,12 @@ def open_state(folder: RunFolder, previous: bool = False) -> tuple[dict[str, Any
     config = None
     if folder.config.exists():
         try:
-            config = validate(read_yaml(folder.config), f"{folder.config}: ")
+            config = validate_saved(read_yaml(folder.config), f"{folder.config}: ")
         except UserError as error:
             raise UserError(f"{error}; correct it, or delete it to use the configuration in the state") from None
     try:
         state = load_state(folder.previous_state if previous else folder.state)
-        remembered = validate(state["config"])
+        remembered = validate_saved(state["config"])
         if config is not None:
             _check_same_run(config, remembered, folder)
     except UserError as error:

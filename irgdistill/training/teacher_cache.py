@@ -20,7 +20,7 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from torch import Tensor
 
-from irgdistill.config import STORES, TERMS, AugmentConfig, Config, InputSpec, LossesConfig
+from irgdistill.config import STORES, TERMS, Config, InputSpec, LossesConfig
 from irgdistill.data import Images, Splits, crop_of, padding_of
 from irgdistill.errors import UserError
 from irgdistill.io import checksum, read_tensors
@@ -96,8 +96,9 @@ def describe_teacher(teacher: Network) -> dict[str, Any]:
     return {**teacher.describe(), "weights": checksum("", weights)}
 
 
-def describe_views(config: AugmentConfig, input_spec: InputSpec, views: int, seed: int) -> dict[str, Any]:
+def describe_views(run: Config, input_spec: InputSpec, views: int, seed: int) -> dict[str, Any]:
     """Everything that determines the pixels of a view of a given image. Raises UserError for mixup and cutmix."""
+    config = run.augment
     if config.mixup or config.cutmix:
         raise UserError(
             "a teacher cache holds outputs for single images, and the output for a mix is not the mix of outputs: "
@@ -111,9 +112,24 @@ def describe_views(config: AugmentConfig, input_spec: InputSpec, views: int, see
         chosen["padding"] = padding_of(config, size)
     if crop == "resized":
         chosen |= {"scale": list(config.scale), "ratio": list(config.ratio)}
+    if run.data.exif_orientation:  # older caches lack the key
+        chosen["exif_orientation"] = True
     if config.erase:
         chosen["mean"] = list(input_spec.mean)
     return {**chosen, "size": list(size), "interpolation": input_spec.interpolation, "views": views, "seed": seed}
+
+
+def with_cached_orientation(config: Config, manifest: Manifest | None, folder: Path) -> Config:
+    """The same run with photos turned as in the cache in `folder`, if any. Raises UserError if the run asks otherwise.
+
+    Caches of older versions hold photos as they were stored.
+    """
+    if manifest is None:
+        return config
+    asked, cached = config.data.exif_orientation, manifest["views"].get("exif_orientation", False)
+    if asked != cached and "exif_orientation" in config.data.model_fields_set:
+        raise UserError(f"data.exif_orientation = {asked}, but the teacher cache {folder} was made with {cached}")
+    return config.replaced({"data.exif_orientation": cached})
 
 
 def describe_data(images: Images, splits: Splits, views: int) -> dict[str, Any]:
@@ -153,6 +169,7 @@ class TeacherCache:
             asked, cached = getattr(config.data, name), self.views[key]
             if asked not in (None, cached):
                 raise UserError(f"data.{name} = {asked}, but the teacher cache {self.folder} was made with {cached}")
+        config = with_cached_orientation(config, self.manifest, self.folder)
         return config.replaced({"data.views": self.views["views"], "data.view_seed": self.views["seed"]})
 
     def crop(self, student: InputSpec) -> InputSpec:

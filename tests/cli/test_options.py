@@ -114,7 +114,8 @@ def test_a_command_may_take_a_setting_under_another_flag() -> None:
 
 def test_what_a_resumed_run_may_change() -> None:
     assert changeable_on_resume() == {
-        *("data.source", "data.root", "data.workers", "data.image_cache_gib", "teacher.checkpoint", "teacher.cache"),
+        *("data.source", "data.root", "data.workers", "data.image_cache_gib", "data.search_limit"),
+        *("teacher.checkpoint", "teacher.cache"),
         *("runtime.device", "runtime.save_every_steps", "runtime.save_every_minutes"),
         *("runtime.loggers", "runtime.graph_images_every"),
     }

@@ -25,6 +25,7 @@ from irgdistill.config.schema import AugmentConfig, DataConfig
 from irgdistill.data.dataset import UnreadableImages
 from irgdistill.data.loader import eval_loader, train_loader
 from irgdistill.data.open import open_splits
+from irgdistill.data.search import ImageSearch
 from irgdistill.data.tar import TarSource
 from irgdistill.errors import UserError
 from irgdistill.io.tensors import read_metadata
@@ -257,6 +258,25 @@ def test_a_stream_is_validated_once(shards: Path, workers: int) -> None:
         assert torch.bincount(labels).tolist() == [8, 8, 8]
 
 
+def test_images_of_shards_are_read_whatever_their_ending_and_depth(tmp_path: Path) -> None:
+    """A 16-bit PNG, a TIFF and a transparent GIF, streamed as they would be read from folders."""
+    deep = Image.fromarray(np.full((16, 16), 32896, np.uint16))
+    clear = Image.new("RGBA", (16, 16), (9, 9, 9, 0))
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}-000.tar", "w") as file:
+            for number, (image, ending) in enumerate(
+                ((deep, "png"), (Image.new("L", (16, 16), 40), "tif"), (clear, "gif"))
+            ):
+                content = io.BytesIO()
+                image.save(content, {"tif": "TIFF"}.get(ending, ending))
+                add(file, f"{number}.{ending}", content.getvalue())
+                add(file, f"{number}.cls", str(number % 2).encode())
+    config = DataConfig(source=f"wds/{tmp_path}", batch_size=2, workers=0)
+    loader = eval_loader(open_splits(config), config, input_spec(16), torch.device("cpu"), UnreadableImages(0))
+    ((images, labels),) = list(loader.epoch())
+    assert images.float().mean((1, 2, 3)).tolist() == [128, 40, 255] and labels.tolist() == [0, 1, 0]
+
+
 def test_shard_errors_are_one_line(run: Run, shards: Path, tmp_path: Path) -> None:
     source = ("--data", f"wds/{shards}")
     assert "did you mean train" in refused(run, *source, "--set", "data.train_split=trian")
@@ -320,7 +340,7 @@ def test_archives_beside_each_other(run: Run, folder: Path, tmp_path: Path) -> N
 def test_an_archive_holds_what_the_folder_holds(tmp_path: Path) -> None:
     """Also where natural and plain order of the class names differ: labels are those of the unpacked folders."""
     folder = write_images(tmp_path / "folders", {"a2": 3, "a10": 4, "b": 2})
-    source = TarSource(archive(tmp_path / "a.tar", top=folder))
+    source = TarSource(archive(tmp_path / "a.tar", top=folder), ImageSearch(100))
     unpacked = open_splits(DataConfig(source=str(folder), val_fraction=0.5))
     assert source.classes == unpacked.classes == ["a10", "a2", "b"]
     there = {Path(source.describe(i)).parts[-2:]: i for i in range(len(source))}

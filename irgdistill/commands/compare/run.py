@@ -18,7 +18,7 @@ from pathlib import Path
 from irgdistill.commands.compare.table import Run, summary_of, write_table
 from irgdistill.commands.distill import resume, start
 from irgdistill.commands.requests import CompareRequest, DistillRequest, ResumeRequest
-from irgdistill.config import changeable_on_resume, dump, read_yaml, validate
+from irgdistill.config import changeable_on_resume, dump, read_yaml, validate_saved
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import Report, RunFolder, write_text
 from irgdistill.losses import build_loss
@@ -76,7 +76,7 @@ def _planned_runs(request: CompareRequest) -> list[Run]:
 def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -> None:
     """Raises UserError for the folder of another comparison, and for runs that cannot start."""
     for path in sorted(request.output.glob("*/*/config.yaml")):
-        there = validate(read_yaml(path), f"{path}: ")
+        there = validate_saved(read_yaml(path), f"{path}: ")
         if different := changes(resolved(request.config(there.method, there.seed)), there):
             what = "; ".join(different)
             raise UserError(f"{request.output} holds a comparison with other settings ({what}); give another --output")

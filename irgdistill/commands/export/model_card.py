@@ -15,7 +15,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from irgdistill.config import Config, dump, read_yaml, validate
+from irgdistill.config import Config, dump, read_yaml, validate_saved
 from irgdistill.errors import UserError
 from irgdistill.io import RunFolder, records
 from irgdistill.models import CheckpointMetadata, Network, multiply_adds, parameters
@@ -81,7 +81,7 @@ class Provenance:
         if not self.run.config.exists():
             return None
         try:
-            config = validate(read_yaml(self.run.config))
+            config = validate_saved(read_yaml(self.run.config))
         except UserError:
             return None
         if (config.method, config.seed) != (self.metadata.method, self.metadata.seed):

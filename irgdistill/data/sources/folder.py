@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from irgdistill.data.class_folders import ClassFolders
+from irgdistill.data.decoding import is_image_name
+from irgdistill.data.search import ImageSearch
 from irgdistill.data.sources import source
 from irgdistill.data.splits import Source, Splits, hold_out
-from irgdistill.data.unlabelled import IMAGE_SUFFIXES, PlainImages
+from irgdistill.data.unlabelled import PlainImages
 from irgdistill.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from irgdistill.config import DataConfig
-    from irgdistill.data.timm_dataset import TimmSource
 
 VAL = ("val", "validation", "test")
 """Usual names of the validation split, the preferred first."""
@@ -34,13 +36,15 @@ def open_unlabelled(config: DataConfig, val_only: bool, classes: Sequence[str] |
     if config.train_split and not train_root.is_dir():
         raise UserError(f"no split {config.train_split!r} in {root}{nearest(config.train_split, _folders(root))}")
     val_root = _find_val(root, config)
+    search = ImageSearch(config.search_limit)
     if not train_root.is_dir() or val_root is None:
         fraction = _held_out(root, config, f"train/ beside {', '.join(_val_names(config))}")
-        images = PlainImages(train_root if train_root.is_dir() else root)
+        images = PlainImages(train_root if train_root.is_dir() else root, search, config.exif_orientation)
         splits = hold_out(images, [0] * len(images), ["images"], fraction)
-        return replace(splits, classes=names, labelled=False)
-    val, labelled = _unlabelled_val(val_root, names)
-    return _pair(val if val_only else PlainImages(train_root), val, names, labelled)
+        return replace(splits, classes=names, labelled=False, left_out=str(search))
+    val, labelled = _unlabelled_val(val_root, names, search, config)
+    train = val if val_only else PlainImages(train_root, search, config.exif_orientation)
+    return _pair(train, val, names, search, labelled)
 
 
 @source("", local=True, open_unlabelled=open_unlabelled)
@@ -64,42 +68,48 @@ def open_path(config: DataConfig, val_only: bool = False) -> Splits:
         raise UserError(
             f"{root} has no train/ folder; to hold out a part of its class folders, give --val-fraction 0.1"
         )
-    images = _class_images(root, classes)
-    return hold_out(images, images.labels(), classes, config.val_fraction)
+    search = ImageSearch(config.search_limit)
+    images = ClassFolders(root, classes, search, config.exif_orientation)
+    splits = hold_out(images, images.labels(), classes, config.val_fraction)
+    return replace(splits, left_out=str(search))
 
 
 def _open_folders(root: Path, train_root: Path, config: DataConfig, val_only: bool) -> Splits:
     """train/ and val/, each of class folders."""
     classes = _class_folders(train_root)
     val_root = _find_val(root, config)
+    search = ImageSearch(config.search_limit)
     if val_root is None:
         fraction = _held_out(root, config, f"{', '.join(_val_names(config))} folder beside train/")
-        train = _class_images(train_root, classes)
-        return hold_out(train, train.labels(), classes, fraction)
+        train = ClassFolders(train_root, classes, search, config.exif_orientation)
+        return replace(hold_out(train, train.labels(), classes, fraction), left_out=str(search))
     _check_same_classes(classes, _class_folders(val_root), train_root, val_root)
-    val = _class_images(val_root, classes)
-    return _pair(val if val_only else _class_images(train_root, classes), val, classes)
+    val = ClassFolders(val_root, classes, search, config.exif_orientation)
+    train = val if val_only else ClassFolders(train_root, classes, search, config.exif_orientation)
+    return _pair(train, val, classes, search)
 
 
 def _open_archives(root: Path, train_tar: Path, config: DataConfig) -> Splits:
     """train.tar and val.tar, each of class folders."""
     from irgdistill.data.tar import TarSource
 
-    train = TarSource(train_tar)
+    search = ImageSearch(config.search_limit)
+    train = TarSource(train_tar, search, config.exif_orientation)
     val_tar = _find_val(root, config, ".tar")
     if val_tar is None:
         fraction = _held_out(root, config, f"{', '.join(_val_names(config))} .tar beside {train_tar.name}")
-        return hold_out(train, train.labels(), train.classes, fraction)
-    val = TarSource(val_tar)
+        return replace(hold_out(train, train.labels(), train.classes, fraction), left_out=str(search))
+    val = TarSource(val_tar, search, config.exif_orientation)
     _check_same_classes(train.classes, val.classes, train_tar, val_tar)
-    return _pair(train, val, train.classes)
+    return _pair(train, val, train.classes, search)
 
 
 def _open_archive(path: Path, config: DataConfig) -> Splits:
     """One .tar of train/ and val/, or of class folders alone, of which a part is held out."""
     from irgdistill.data.tar import TarSource
 
-    archive = TarSource(path)
+    search = ImageSearch(config.search_limit)
+    archive = TarSource(path, search, config.exif_orientation)
     parts = archive.parts()
     for given in (config.train_split, config.val_split):
         if given and given not in parts:
@@ -107,18 +117,19 @@ def _open_archive(path: Path, config: DataConfig) -> Splits:
     train = parts.get(config.train_split or "train")
     val = next((parts[name] for name in _val_names(config) if name in parts), None)
     if train and val:
-        return Splits(archive, archive, archive.classes, train, val)
+        return Splits(archive, archive, archive.classes, train, val, left_out=str(search))
     if config.val_fraction is None:
         raise UserError(f"{path} has no train/ and val/; to hold out a part of its images, give --val-fraction 0.1")
     chosen = train or range(len(archive))
     labels = archive.labels()
     splits = hold_out(archive, [labels[i] for i in chosen], archive.classes, config.val_fraction)
     train, val = ([chosen[i] for i in part] for part in (splits.train_indices, splits.val_indices))
-    return replace(splits, train_indices=train, val_indices=val)
+    return replace(splits, train_indices=train, val_indices=val, left_out=str(search))
 
 
-def _pair(train: Source, val: Source, classes: list[str], labelled: bool = True) -> Splits:
-    return Splits(train, val, classes, range(len(train)), range(len(val)), labelled=labelled)
+def _pair(train: Source, val: Source, classes: list[str], search: ImageSearch, labelled: bool = True) -> Splits:
+    left_out = str(search)
+    return Splits(train, val, classes, range(len(train)), range(len(val)), labelled=labelled, left_out=left_out)
 
 
 def _val_names(config: DataConfig) -> Sequence[str]:
@@ -147,35 +158,18 @@ def _check_same_classes(classes: Sequence[str], others: Sequence[str], one: Path
         raise UserError(f"class folders of {one} and {two} differ: {', '.join(only[:4])}{more}")
 
 
-def _unlabelled_val(root: Path, classes: list[str]) -> tuple[Source, bool]:
+def _unlabelled_val(root: Path, classes: list[str], search: ImageSearch, config: DataConfig) -> tuple[Source, bool]:
     """Validation images and whether they have labels: those in class folders do, which must be the teacher's."""
     folders = _folders(root)
-    if not folders or any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.iterdir()):
-        return PlainImages(root), False
+    if not folders or any(is_image_name(path.name) for path in root.iterdir()):
+        return PlainImages(root, search, config.exif_orientation), False
     unnamed = classes == [str(i) for i in range(len(classes))]
     if folders != classes and not (unnamed and len(folders) == len(classes)):
         raise UserError(
             f"the {len(folders)} folders of {root} ({', '.join(folders[:3])}, …) are not the teacher's {len(classes)} "
             f"classes ({', '.join(classes[:3])}, …): without labels, put the images into {root} itself"
         )
-    return _class_images(root, folders), True
-
-
-def _class_images(root: Path, classes: list[str]) -> TimmSource:
-    from timm.data import create_dataset
-
-    from irgdistill.data.timm_dataset import TimmSource
-
-    class_map = {name: index for index, name in enumerate(classes)}
-    try:
-        dataset = create_dataset("", root=str(root), search_split=False, class_map=class_map)
-    except RuntimeError:
-        raise UserError(f"no images in {root}") from None
-    for folder in (root / name for name in classes):
-        for below in _folders(folder):  # timm would make a class of it
-            if any(file.suffix.lower() in IMAGE_SUFFIXES for file in (folder / below).rglob("*")):
-                raise UserError(f"{folder / below} holds images deeper than a class folder: put them into {folder}")
-    return TimmSource(dataset)
+    return ClassFolders(root, folders, search, config.exif_orientation), True
 
 
 def _splits(root: Path) -> list[str]:

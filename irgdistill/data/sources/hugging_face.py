@@ -28,9 +28,9 @@ def open_hugging_face(config: DataConfig, val_only: bool = False) -> Splits:
 @source("hfids/", local=True, package="datasets", install="'irgdistill[hf]'")
 def stream_hugging_face(config: DataConfig, val_only: bool = False) -> Splits:
     """Raises UserError for a missing data set, an unknown split or an unknown number of classes."""
-    from irgdistill.data.timm_dataset import create, open_stream
+    from irgdistill.data.timm_dataset import KEEP_MODE, create, open_stream
 
-    columns = _columns(config)
+    columns = {**_columns(config), **KEEP_MODE}
     return open_stream(config, _splits(config), lambda split, training: (create(config, split, training, columns), 0))
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from irgdistill.config import DataConfig
     from irgdistill.data.splits import Splits
 
-IMAGES = "jpg;jpeg;png;webp"
-"""Suffixes of the images in shards."""
+PREFERRED = ("jpg", "jpeg", "png", "webp")
+"""Endings of the images in shards, of which the first is read if a sample has several; any others come after them."""
 
 
 INFO = ("_info.json", "info.json")
@@ -28,13 +28,13 @@ INFO = ("_info.json", "info.json")
 @source("wds/", local=True, package="webdataset", install="'irgdistill[webdataset]'")
 def stream_shards(config: DataConfig, val_only: bool = False) -> Splits:
     """Raises UserError for missing or unreadable shards, an unknown split or an unknown number of classes."""
-    from irgdistill.data.timm_dataset import create, open_stream
+    from irgdistill.data.timm_dataset import KEEP_MODE, create, open_stream
 
     folder = shard_folder(config)
 
     def open_split(split: str, training: bool) -> tuple[Any, int]:
         split, classes = _counted(folder, split, config)
-        columns = {"input_key": config.image_key or IMAGES, "target_key": config.label_key}
+        columns = {"input_key": config.image_key or ";".join(_endings()), "target_key": config.label_key, **KEEP_MODE}
         with _no_warning_about_info():
             dataset = create(config, split, training, columns, folder)
         shards = len(dataset.reader.split_info.filenames)
@@ -49,6 +49,13 @@ def shard_folder(config: DataConfig) -> Path:
     """FOLDER of `wds/FOLDER`, or `--data-root` if there is no such folder."""
     folder = Path(str(config.source).partition("/")[2])
     return folder if str(folder) != "." and folder.is_dir() else config.root
+
+
+def _endings() -> dict[str, None]:
+    """Endings of images without their dot, in order of preference."""
+    from irgdistill.data.decoding import image_endings
+
+    return dict.fromkeys([*PREFERRED, *sorted(ending[1:] for ending in image_endings())])
 
 
 @contextmanager
@@ -98,13 +105,13 @@ def _counted(folder: Path, split: str, config: DataConfig) -> tuple[str, int]:
 
 def _scan(shards: Sequence[Path]) -> tuple[int, int]:
     """Number of images in shards, and of classes: one more than the largest. Raises UserError."""
-    images, largest = 0, -1
+    images, largest, endings = 0, -1, _endings()
     for path in shards:
         try:
             with tarfile.open(path) as file:
                 for member in file:
                     suffix = member.name.rpartition(".")[2].lower()
-                    images += suffix in IMAGES.split(";")
+                    images += suffix in endings
                     if suffix == "cls":
                         largest = max(largest, int(file.extractfile(member).read()))  # type: ignore[union-attr]
         except (tarfile.TarError, OSError) as error:
@@ -112,5 +119,5 @@ def _scan(shards: Sequence[Path]) -> tuple[int, int]:
         except ValueError as error:
             raise UserError(f"{path}: a .cls file must hold a whole number, {error}") from None
     if not images:
-        raise UserError(f"no images ({IMAGES.replace(';', ', ')}) in {shards[0]}")
+        raise UserError(f"no images ({', '.join(PREFERRED)}, …) in {shards[0]}")
     return images, largest + 1
