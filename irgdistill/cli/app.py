@@ -159,7 +159,9 @@ def main() -> None:
 def _exit(message: str, code: int) -> None:
     """Report why the command ends, from one of a run's processes only, and exit."""
     if not report_failure(message, code) and os.environ.get("RANK", "0") == "0":
-        typer.echo(f"irgdistill: {message}", err=True)
+        from irgdistill.io import visible
+
+        typer.echo(f"irgdistill: {visible(message)}", err=True)
     sys.exit(code)
 
 

@@ -22,6 +22,7 @@ def presets(
 ) -> None:
     """List the presets of irgdistill, or print one to copy and change."""
     from irgdistill.config import preset_files
+    from irgdistill.io import visible
 
     files = preset_files(name)
     texts = {path: path.read_text(encoding="utf-8") for path in files.values()}
@@ -32,7 +33,7 @@ def presets(
             typer.echo(json.dumps(values))
     elif name is not None:
         typer.echo("".join(texts.values()), nl=False)
-        typer.echo(f"from {', '.join(map(str, texts))}", err=True)
+        typer.echo(f"from {', '.join(map(visible, texts))}", err=True)
     else:
         from rich.console import Console
         from rich.padding import Padding
@@ -40,5 +41,5 @@ def presets(
 
         console = Console(highlight=False)
         for known, path in files.items():
-            console.print(Text(known, style="bold"))
-            console.print(Padding(Text(summaries[path]), (0, 0, 0, 2)))
+            console.print(Text(visible(known), style="bold"))
+            console.print(Padding(Text(visible(summaries[path])), (0, 0, 0, 2)))

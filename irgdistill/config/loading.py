@@ -90,8 +90,10 @@ def _listed(value: Any) -> list[Any]:
 
 
 def dump(config: Config) -> str:
-    """Write a configuration as YAML; `validate(yaml.safe_load(…))` reads it back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Write a configuration as YAML; `read_yaml` reads it back. Characters that are not seen are escaped."""
+    tree = config.model_dump(mode="json")
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return text if text.replace("\n", "").isprintable() else yaml.safe_dump(tree, sort_keys=False)
 
 
 def presets() -> dict[str, Path]:

@@ -4,6 +4,7 @@ from .loggers.base import LOGGERS, Logger, Loggers, check_loggers, logger
 from .metrics_file import records
 from .run_folder import WEIGHTS, RunFolder, find_checkpoint
 from .tensors import FORMAT, checksum, own_copies, read_metadata, read_tensors, save_tensors
+from .text import code_span, markdown, markdown_table, visible, visible_values
 
 __all__ = [
     "FORMAT",
@@ -15,8 +16,11 @@ __all__ = [
     "RunFolder",
     "check_loggers",
     "checksum",
+    "code_span",
     "find_checkpoint",
     "logger",
+    "markdown",
+    "markdown_table",
     "own_copies",
     "quiet_console",
     "read_metadata",
@@ -24,6 +28,8 @@ __all__ = [
     "records",
     "save_tensors",
     "table",
+    "visible",
+    "visible_values",
     "write_atomically",
     "write_folder",
     "write_text",

@@ -12,9 +12,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from irgdistill.io.metrics_file import MetricsFile, records
 from irgdistill.io.progress_bar import ProgressBar
+from irgdistill.io.text import visible
 
 LINE_EVERY = 30.0
 """Seconds between two progress lines within an epoch, where no bar is shown."""
@@ -42,6 +44,7 @@ class Report:
     """Terminal output and metrics file of one run.
 
     It writes to stderr, which leaves stdout to results. With `quiet` it does nothing: of many processes one reports.
+    Every text is one line: hidden characters are shown as escapes, and nothing in it is markup.
     """
 
     def __init__(self, metrics: Path | None = None, stdout: bool = False, quiet: bool = False) -> None:
@@ -59,11 +62,11 @@ class Report:
 
     def result(self, text: str) -> None:
         """Write one line of the command's result."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(visible(text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Write one warning."""
-        self.console.print(f"warning: {text}", markup=False, soft_wrap=True, style="yellow")
+        self.console.print(f"warning: {visible(text)}", markup=False, soft_wrap=True, style="yellow")
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
@@ -107,17 +110,18 @@ class Report:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stdout: bool = True) -> None:
-    """Print a small table. On a narrow terminal, cells break at the ±."""
+    """Print a small table of plain text, never markup. On a narrow terminal, cells break at the ±."""
     if _quiet.get() and not stdout:
         return
     console = Console(stderr=not stdout)
     gap = int(console.width >= NARROW)
     if gap:
         rows = [[cell.replace(" ± ", "±") for cell in row] for row in rows]
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
+    heading = Text(visible(title), style="table.title") if title else None
+    view = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
     for i, column in enumerate(columns):
         number = all(row[i][:1].isdigit() or row[i][:1] in "–-" for row in rows)
-        view.add_column(column, justify="right" if number and i else "left", overflow="fold")
+        view.add_column(Text(visible(column)), justify="right" if number and i else "left", overflow="fold")
     for row in rows:
-        view.add_row(*row)
+        view.add_row(*(Text(visible(cell)) for cell in row))
     console.print(view)

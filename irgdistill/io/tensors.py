@@ -6,7 +6,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,9 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] 
     if not path.is_file():
         raise UserError(f"no file {path}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with _utf8_name(path) as name, safe_open(name, framework="pt") as file:
             header = file.metadata() or {}
-            values = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+            values = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is truncated or not a safetensors file: {one_line(error)}") from None
     if KEY not in header:
@@ -96,3 +97,13 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] 
     if tensors and header != _header(header[KEY], values):
         raise DataError(f"{path} is damaged: its content does not match its checksum")
     return values, metadata
+
+
+@contextmanager
+def _utf8_name(path: Path) -> Iterator[str]:
+    """A name under which safetensors can open the file: it takes UTF-8 only."""
+    if not any("\ud800" <= character <= "\udfff" for character in str(path)):
+        yield str(path)
+        return
+    with open(path, "rb") as file:
+        yield f"/dev/fd/{file.fileno()}"

@@ -161,3 +161,11 @@ def test_weights_that_cannot_be_fetched_are_said_to_be_untried(run: Run) -> None
 def test_what_distill_would_refuse_is_refused(run: Run, options: tuple[object, ...], message: str) -> None:
     result = run("doctor", *options)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1
+
+
+def test_advice_shows_extras_for_users_whole(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [f"nothing-{extra}; extra == '{extra}'" for extra in ("onnx", "dev", "docs")]
+    monkeypatch.setattr("irgdistill.commands.doctor.report.requires", lambda _: wanted)
+    shown = run("doctor")
+    assert shown.code == 0 and "pip install 'irgdistill[onnx]'" in " ".join(shown.out.split())
+    assert list(json.loads(run("doctor", "--json").out)["extras"]) == ["onnx"]

@@ -10,19 +10,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from irgdistill.commands.inspect.figures import INK
+from irgdistill.io import visible
 
 
 def curves_figure(title: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     """Validation top-1 by epoch: per method the mean over its seeds (S, E), shaded from lowest to highest."""
     figure = Figure(figsize=(9.0, 5.5), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
+    axes.set_title(visible(title), loc="left", fontsize=12, fontweight="bold", color=INK)
     colours = matplotlib.colormaps["tab20" if len(curves) > 10 else "tab10"]
     for number, (name, seeds) in enumerate(curves.items()):
         values = np.array(seeds)
         epochs = np.arange(1, values.shape[1] + 1)
         axes.plot(
-            epochs, values.mean(0), color=colours(number), linewidth=1.6, marker="." * (len(epochs) == 1), label=name
+            epochs,
+            values.mean(0),
+            color=colours(number),
+            linewidth=1.6,
+            marker="." * (len(epochs) == 1),
+            label=visible(name),
         )
         axes.fill_between(epochs, values.min(0), values.max(0), color=colours(number), alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch", color=INK)

@@ -22,7 +22,17 @@ from irgdistill.commands.inspect.figures import render
 from irgdistill.config import Config
 from irgdistill.data import Loader, UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
-from irgdistill.io import Report, RunFolder, records, table, write_atomically, write_text
+from irgdistill.io import (
+    Report,
+    RunFolder,
+    markdown,
+    markdown_table,
+    records,
+    table,
+    visible_values,
+    write_atomically,
+    write_text,
+)
 from irgdistill.models import Network, build_teacher, restore
 from irgdistill.runtime import autocast, choose_device
 from irgdistill.version import __version__
@@ -116,10 +126,9 @@ def _save(output: Path, result: Mapping[str, Any], title: str, as_json: bool) ->
     if over := sorted({row["paired_over"] for row in rows if "difference" in row}, reverse=True):
         note += f"; from {BASELINE}: last epoch, ± half of the 95 % interval, paired over {over[0]}"
         note += ", or images where there is one" * (len(over) > 1)
-    lines = [columns, ["---"] * len(columns), *cells]
-    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    text = markdown_table([columns, *([markdown(name), *others] for name, *others in cells)])
     write_text(output / "compare.json", json.dumps(result, indent=1) + "\n")
-    write_text(output / "compare.md", f"{title}; {note}.\n\n{text}")
+    write_text(output / "compare.md", f"{markdown(title)}; {note}.\n\n{text}")
     write_text(output / "compare.csv", _csv(rows))
     picture = render(curves_figure(title, {row["method"]: row["curves"] for row in rows}), "png")
     write_atomically(output / "curves.png", lambda path: path.write_bytes(picture))
@@ -210,5 +219,5 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(visible_values(row) for row in rows)
     return file.getvalue()

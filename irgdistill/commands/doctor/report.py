@@ -19,7 +19,7 @@ from rich.text import Text
 from irgdistill.commands.doctor.trial import Trial, try_run
 from irgdistill.commands.requests import DoctorRequest
 from irgdistill.errors import UserError
-from irgdistill.io import Report, table
+from irgdistill.io import Report, table, visible
 from irgdistill.models import build_network
 from irgdistill.runtime import choose_device, cores
 from irgdistill.training import Setup, check_processes, on_backend, prepare
@@ -32,6 +32,10 @@ SHARED = Path("/dev/shm")
 MARGIN = {"cpu": 1.5}
 """Memory of the process over that of its tensors, by device; 1.1 on others. On a CPU, where freed memory is kept, 1.2
 and 1.6 times as much was measured (benchmarks/results/pages.json, less the memory of a run of tiny networks)."""
+
+
+DEVELOPERS = ("dev", "docs")
+"""Extras that only developers of irgdistill need."""
 
 
 STYLES = {"ok": "green", "change": "yellow", "no": "bold red"}
@@ -75,7 +79,7 @@ def diagnose(request: DoctorRequest) -> bool:
     table("", ["what", "found"], found.rows)
     console = Report(stdout=True).console
     for kind, text in found.verdicts:
-        console.print(Text.assemble((kind, STYLES[kind]), f": {text}"), soft_wrap=not console.is_terminal)
+        console.print(Text.assemble((kind, STYLES[kind]), f": {visible(text)}"), soft_wrap=not console.is_terminal)
     return found.fits
 
 
@@ -86,7 +90,7 @@ def _software(found: Findings) -> None:
     extras: dict[str, dict[str, str | None]] = {}
     for line in _requirements():
         wanted = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", line)
-        if wanted is not None and wanted[2] != "dev":
+        if wanted is not None and wanted[2] not in DEVELOPERS:
             extras.setdefault(wanted[2], {})[wanted[1]] = _version(wanted[1])
     for extra, packages in extras.items():
         there = [f"{name} {number}" if number else f"{name} is missing" for name, number in packages.items()]

@@ -7,7 +7,8 @@ run belongs to.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from irgdistill.config import Config, dump, read_yaml, validate_saved
 from irgdistill.errors import UserError
-from irgdistill.io import RunFolder, records
+from irgdistill.io import RunFolder, code_span, markdown, markdown_table, records, visible
 from irgdistill.models import CheckpointMetadata, Network, multiply_adds, parameters
 from irgdistill.training import metric_name, score
 
@@ -135,8 +136,8 @@ def _header(student: Provenance, license: str) -> ModelCardData:
     if "top1" in metrics:
         result = EvalResult(
             task_type="image-classification",
-            dataset_type="imagefolder" if student.data_is_folder else student.data_name,
-            dataset_name=student.data_name,
+            dataset_type="imagefolder" if student.data_is_folder else visible(student.data_name),
+            dataset_name=visible(student.data_name),
             dataset_split="validation",
             metric_type="accuracy",
             metric_name="top-1 accuracy",
@@ -156,7 +157,9 @@ def _header(student: Provenance, license: str) -> ModelCardData:
 def _text(student: Provenance, license: str, repository: str) -> str:
     """The card below its header, as Markdown. Sections without content are left out."""
     metadata, teacher = student.metadata, student.metadata.teacher
-    training = "trained on labels alone" if teacher is None else f"distilled from `{public_name(teacher.name)}`"
+    training = (
+        "trained on labels alone" if teacher is None else f"distilled from {code_span(public_name(teacher.name))}"
+    )
     versions = ", ".join(f"{name} {version}" for name, version in metadata.versions.items())
     terms = f"Licence of the weights: {license}. The teacher and the data may have terms of their own."
     sections = {
@@ -180,9 +183,9 @@ def _summary(student: Provenance) -> str:
     network = student.network
     size = "×".join(map(str, network.input.size))
     return (
-        f"An image classifier for the {network.num_classes} classes of `{student.data_name}`, trained with irgdistill "
-        f"(method `{student.metadata.method}`): {parameters(network.model):,} parameters, "
-        f"{multiply_adds(network):,} multiply-adds at {size} pixels.\n"
+        f"An image classifier for the {network.num_classes} classes of {code_span(student.data_name)}, "
+        f"trained with irgdistill (method {code_span(student.metadata.method)}): "
+        f"{parameters(network.model):,} parameters, {multiply_adds(network):,} multiply-adds at {size} pixels.\n"
     )
 
 
@@ -215,13 +218,13 @@ def _accuracy(student: Provenance) -> str:
     if "top1" not in metrics:  # validated without labels
         rows = [["network", "agreement with the teacher %", "validation images"]]
         rows.append([name, f"{metrics['agreement']:.2f}", f"{metrics['images']:,}"])
-        return _table(rows) + "\n" + _choice_of_epoch(student)
+        return markdown_table(rows) + "\n" + _choice_of_epoch(student)
     rows = [["network", "top-1 %", "top-5 %", "validation images"]]
     rows.append([name, f"{metrics['top1']:.2f}", f"{metrics['top5']:.2f}", f"{metrics['images']:,}"])
     if teacher is not None and (found := _teacher_accuracy(student)) is not None:
         top1, images = found
-        rows.append([f"teacher, `{public_name(teacher.name)}`", f"{top1:.2f}", "–", f"{images:,}"])
-    return _table(rows) + "\n" + _choice_of_epoch(student)
+        rows.append([f"teacher, {code_span(public_name(teacher.name))}", f"{top1:.2f}", "–", f"{images:,}"])
+    return markdown_table(rows) + "\n" + _choice_of_epoch(student)
 
 
 def _teacher_accuracy(student: Provenance) -> tuple[float, int] | None:
@@ -250,8 +253,8 @@ def _comparison(student: Provenance) -> str:
     if student.comparison is None:
         return ""
     table = (student.comparison_folder / "compare.md").read_text(encoding="utf-8")
-    metadata = student.metadata
-    return f"The same student trained by each method; this one is `{metadata.method}`, seed {metadata.seed}.\n\n{table}"
+    this = f"{code_span(student.metadata.method)}, seed {student.metadata.seed}"
+    return f"The same student trained by each method; this one is {this}.\n\n{table}"
 
 
 def _recipe(student: Provenance) -> str:
@@ -259,13 +262,13 @@ def _recipe(student: Provenance) -> str:
     terms = [_weighted(name, term) for name, term in metadata.losses.items() if term["weight"]]
     rows = [
         ["setting", "value"],
-        ["method", f"`{metadata.method}`"],
+        ["method", code_span(metadata.method)],
         ["loss", " + ".join(terms)],
-        ["data", f"`{student.data_name}`, batches of {student.data['batch_size']}"],
+        ["data", f"{code_span(student.data_name)}, batches of {student.data['batch_size']}"],
         ["seed", str(metadata.seed)],
     ]
     if config is None:
-        return _table(rows)
+        return markdown_table(rows)
     optim, schedule = config.optim, config.schedule
     decay, warmup = f"weight decay {optim.weight_decay:g}", f"warm-up epochs: {schedule.warmup_epochs:g}"
     changed = config.augment.model_dump(exclude_defaults=True)
@@ -273,13 +276,14 @@ def _recipe(student: Provenance) -> str:
         ["epochs", str(schedule.epochs)],
         ["optimizer", f"{optim.name}, learning rate {optim.lr:g}, momentum {optim.momentum:g}, {decay}"],
         ["schedule", f"{schedule.name}, {warmup}"],
-        ["augmentation", ", ".join(f"{name} {value}" for name, value in changed.items()) or "the default"],
+        ["augmentation", ", ".join(f"{name} {markdown(value)}" for name, value in changed.items()) or "the default"],
     ]
     options = " --data FOLDER" if student.data_is_folder else ""
     for option, (section, key) in EXTERNAL_FILES.items():
         if (path := getattr(getattr(config, section), key)) is not None:
-            options += f" {option} {path}"
-    return f"{_table(rows)}\nTo train it again: `irgdistill distill --preset recipe.yaml{options}`\n"
+            options += f" {option} {shlex.quote(str(path))}"
+    command = code_span(f"irgdistill distill --preset recipe.yaml{options}")
+    return f"{markdown_table(rows)}\nTo train it again: {command}\n"
 
 
 def _weighted(name: str, term: Mapping[str, Any]) -> str:
@@ -294,11 +298,6 @@ def _matched_stages(plan: Mapping[str, Any] | None) -> str:
     rows = [["stage", "teacher's last block", "student's last block", "widths"]]
     for pair in plan["pairs"]:
         taps = [pair[role]["exit"] for role in ("teacher", "student")]
-        cells = [f"`{tap['module']}`" for tap in taps]
+        cells = [code_span(tap["module"]) for tap in taps]
         rows.append([pair["name"], *cells, " / ".join(str(tap["channels"]) for tap in taps)])
-    return _table(rows) + "".join(f"\n- {note}" for note in plan["notes"]) + "\n" * bool(plan["notes"])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    first, *others = ["| " + " | ".join(row) + " |\n" for row in rows]
-    return first + "|" + "---|" * len(rows[0]) + "\n" + "".join(others)
+    return markdown_table(rows) + "".join(f"\n- {note}" for note in plan["notes"]) + "\n" * bool(plan["notes"])

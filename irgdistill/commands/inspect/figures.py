@@ -20,7 +20,10 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.text import Text
 from numpy.typing import NDArray
+
+from irgdistill.io import visible
 
 Array = NDArray[Any]
 
@@ -69,7 +72,7 @@ class Blocks:
     def of(cls, labels: Sequence[int], classes: Sequence[str]) -> Blocks:
         """Build from labels sorted by class."""
         starts = [i for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
-        return cls(tuple(classes[labels[i]] for i in starts), tuple(starts), len(labels))
+        return cls(tuple(visible(classes[labels[i]]) for i in starts), tuple(starts), len(labels))
 
     def centres(self) -> Array:
         """Centre of every block, in pixel coordinates."""
@@ -138,7 +141,7 @@ def transformation_figure(stages: Sequence[StageView], blocks: Blocks) -> Figure
     for row, stage in zip(grid, shown, strict=True):
         for axes, name in zip(row, list(stage.edges)[1:], strict=True):
             _bars(axes, stage, name, blocks)
-            axes.set_title(f"{stage.title}: {name}", fontsize=10, loc="left", color=INK, parse_math=False)
+            axes.set_title(f"{stage.title}: {name}", fontsize=10, loc="left", color=INK)
     return figure
 
 
@@ -149,12 +152,12 @@ def overview_figure(title: str, stages: Sequence[StageView], blocks: Blocks) -> 
     moving = any(stage.moved is not None for stage in stages)
     width = 0.9 + 2.4 * panels + 3.8 * moving * len(students)
     figure = Figure(figsize=(width, 3.5 * len(stages) + 0.8), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold", color=INK, parse_math=False)
+    figure.suptitle(visible(title), x=0.01, ha="left", fontsize=15, fontweight="bold", color=INK)
     for part, stage in zip(figure.subfigures(len(stages), 1, squeeze=False)[:, 0], stages, strict=True):
         caption = "      ".join(
             f"{name}: {stage.captions[name]}" if len(students) > 1 else stage.captions[name] for name in students
         )
-        part.suptitle(f"{stage.title}   {caption}", x=0.01, ha="left", fontsize=9.5, color=INK, parse_math=False)
+        part.suptitle(f"{stage.title}   {caption}", x=0.01, ha="left", fontsize=9.5, color=INK)
         ratios = [2.4] * panels + [3.8] * moving * len(students)
         axes = part.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
         _heatmaps(list(axes[:panels]), stage, blocks, shared=True, size=6.5)
@@ -163,12 +166,14 @@ def overview_figure(title: str, stages: Sequence[StageView], blocks: Blocks) -> 
                 place.axis("off")
             else:
                 _bars(place, stage, name, blocks, size=6.5)
-                place.set_title(f"transformation: {name}", fontsize=8, color=INK, parse_math=False)
+                place.set_title(f"transformation: {name}", fontsize=8, color=INK)
     return figure
 
 
 def render(figure: Figure, form: str) -> bytes:
-    """The figure as a file in one of `requests.FIGURES`; equal figures give equal bytes."""
+    """The figure as a file in one of `requests.FIGURES`; equal figures give equal bytes. No text in it is TeX."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     stamp = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[form]
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "irgdistill"}), warnings.catch_warnings():
@@ -205,7 +210,7 @@ def _heatmap(
     names: bool,
 ) -> AxesImage:
     image = axes.imshow(values, cmap=scale.colours, vmin=scale.low, vmax=scale.high)
-    axes.set_title(_short(title, 34), fontsize=size + 1.5, color=INK, parse_math=False)
+    axes.set_title(_short(title, 34), fontsize=size + 1.5, color=INK)
     _name_classes(axes, blocks, "x", size)
     _name_classes(axes, blocks, "y", size)
     if not names:
@@ -231,10 +236,10 @@ def _name_classes(axes: Axes, blocks: Blocks, axis: str, size: float) -> None:
     labels = [_short(blocks.names[i], NAME_LENGTH) for i in shown]
     places = blocks.centres()[shown]
     if axis == "y":
-        axes.set_yticks(places, labels, fontsize=size, parse_math=False)
+        axes.set_yticks(places, labels, fontsize=size)
     else:
         horizontal = max(map(len, labels)) * len(labels) * size * 0.75 < inches * 72
-        axes.set_xticks(places, labels, fontsize=size, rotation=0 if horizontal else 90, parse_math=False)
+        axes.set_xticks(places, labels, fontsize=size, rotation=0 if horizontal else 90)
     axes.tick_params(axis=axis, length=0, pad=2, labelcolor=INK)  # type: ignore[arg-type]
 
 
@@ -254,7 +259,6 @@ def _bars(axes: Axes, stage: StageView, name: str, blocks: Blocks, size: float =
             va="bottom" if sign > 0 else "top",
             fontsize=size,
             color=colour,
-            parse_math=False,
         )
     axes.axhline(0, color=INK, linewidth=0.6)
     axes.set(xlim=(-0.6, blocks.count - 0.4), ylim=(-1.35, 1.35))
@@ -270,7 +274,7 @@ def _text(axes: Axes, lines: Sequence[tuple[str, str]]) -> None:
     axes.axis("off")
     for number, (name, caption) in enumerate(lines):
         text = name + "\n" + caption.replace("   ", "\n")
-        axes.text(0, 0.95 - 0.5 * number, text, va="top", fontsize=9, color=INK, linespacing=1.5, parse_math=False)
+        axes.text(0, 0.95 - 0.5 * number, text, va="top", fontsize=9, color=INK, linespacing=1.5)
 
 
 def _short(name: str, length: int) -> str:

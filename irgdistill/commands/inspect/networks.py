@@ -15,7 +15,7 @@ from irgdistill.commands.requests import ADVICE, InspectRequest
 from irgdistill.config import Config, DataConfig, MatchingConfig, data_of, validate
 from irgdistill.data import Source, Splits, Unlabelled, open_splits
 from irgdistill.errors import UserError
-from irgdistill.io import find_checkpoint
+from irgdistill.io import find_checkpoint, visible
 from irgdistill.matching import Plan, match, print_plan
 from irgdistill.models import CheckpointMetadata, Network, build_network, build_teacher, restore
 from irgdistill.training import check_input_sizes
@@ -281,9 +281,9 @@ def _label(target: str) -> str:
     path = Path(target).resolve()
     if path.is_dir():
         return _run_label(path)
-    return f"{_run_label(path.parent)}/{path.stem}" if path.stem in ("best", "last") else path.stem
+    return f"{_run_label(path.parent)}/{path.stem}" if path.stem in ("best", "last") else visible(path.stem)
 
 
 def _run_label(folder: Path) -> str:
     """Name of a run folder; of a run of `compare` METHOD/SEED, because the folder's name is only its seed."""
-    return f"{folder.parent.name}/{folder.name}" if folder.name.isdecimal() else folder.name
+    return visible(f"{folder.parent.name}/{folder.name}" if folder.name.isdecimal() else folder.name)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from irgdistill.commands.inspect.figures import DIFFERENCE, EDGES, StageView
+from irgdistill.io import visible_values
 
 Array = NDArray[Any]
 
@@ -48,7 +49,7 @@ def build_page(
         "colours": {"edges": _lookup(EDGES), "difference": _lookup(DIFFERENCE)},
         "overview": _base64(overview),
     }
-    parts = {"STYLE": _asset("page.css"), "SCRIPT": _asset("page.js"), "DATA": _script_json(data)}
+    parts = {"STYLE": _asset("page.css"), "SCRIPT": _asset("page.js"), "DATA": _script_json(visible_values(data))}
     head, *rest = _asset("page.html").split("/*@")
     return head + "".join(parts[name] + tail for name, tail in (part.split("@*/", 1) for part in rest))
 

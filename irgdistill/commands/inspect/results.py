@@ -76,7 +76,7 @@ class Results:
                 raise UserError(f"{output / name} was not written by inspect-graph; give another --output")
         for name in own - set(facts["files"]):
             (output / name).unlink(missing_ok=True)
-        write_text(output / "graph.json", json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(output / "graph.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
         for name, content in files.items():
             write_atomically(output / name, partial(_write_bytes, content))
         return facts

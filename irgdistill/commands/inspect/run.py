@@ -37,7 +37,8 @@ def inspect(request: InspectRequest) -> None:
     inspection = open_networks(request, config)
     output = request.output or _default_output(request, inspection)
     _check_output(output)
-    report.line("\n".join(f"{network.label}: {network.weights}" for network in inspection.networks))
+    for network in inspection.networks:
+        report.line(f"{network.label}: {network.weights}")
     if not request.as_json:
         print_plan(inspection.plan, stdout=True)
     unreadable = UnreadableImages(inspection.data.max_bad_images, report.warn)
@@ -81,7 +82,7 @@ def _collect(
 def _print_json(facts: Mapping[str, Any], output: Path) -> None:
     keys = ("teacher", "students", "data", "seed", "neighbours", "unreadable", "stages", "files")
     values = {key: facts[key] for key in keys} | {"images": len(facts["images"]), "output": str(output)}
-    print(json.dumps(values, indent=2, ensure_ascii=False))  # noqa: T201  the command's result
+    print(json.dumps(values, indent=2))  # noqa: T201  the command's result
 
 
 def _print_numbers(facts: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from rich.style import Style
 from rich.text import Text
 
 from irgdistill.commands.inspect.figures import DIFFERENCE, EDGES, StageView
+from irgdistill.io import visible
 
 Array = NDArray[Any]
 
@@ -52,9 +53,9 @@ def show(console: Console, stages: Sequence[StageView]) -> None:
                 lines = half_blocks(average(values, side, side), colours)
             else:
                 lines = [Text(line) for line in density(average(values, side // 2, side), colours is DIFFERENCE, plain)]
-            columns.append([Text(name[:room]), *lines])
+            columns.append([Text(visible(name)[:room]), *lines])
         scale = f"edges 0 to {high:.2g}, differences -{half:.2g} to {half:.2g}"
-        _print(console, Text(f"\n{stage.title}: {scale}", style="bold"))
+        _print(console, Text(f"\n{visible(stage.title)}: {scale}", style="bold"))
         for row in zip(*columns, strict=True):
             line = Text()
             for part in row:
