@@ -204,7 +204,7 @@ def _explain_stop(folder: RunFolder, resuming: bool) -> Iterator[None]:
     except Stopped as stop:
         left = "nothing was trained yet"
         if folder.state.exists() and folder.state.stat().st_mtime_ns != before:
-            left = f"what was saved is safe; go on with: {folder.resume_command}"
+            left = f"what was saved is safe; resume with: {folder.resume_command}"
         raise Interrupted(128 + stop.number, f"{stop}; {left}") from None
 
 

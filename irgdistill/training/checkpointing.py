@@ -43,7 +43,7 @@ class Checkpointer:
     def __init__(self, components: RunComponents, progress: Progress, folder: RunFolder, report: Report) -> None:
         self.components, self.progress, self.folder, self.report = components, progress, folder, report
         self.saved = "nothing is saved"
-        """What the run could be resumed from, for messages."""
+        """The state from which the run can be resumed, in words for messages."""
         self.error: OSError | None = None
         """Why the last save failed, the same in every process; None if it succeeded."""
         self._position: str | None = None
@@ -111,7 +111,7 @@ class Checkpointer:
             self._write_state(state())
         except OSError as error:
             self.error = error
-            # Training goes on and changes the weights, so the queue keeps copies.
+            # Training continues and changes the weights, so the queue keeps copies.
             self._queued = {path: (own_copies(weights), about) for path, (weights, about) in self._queued.items()}
             if not failed:
                 self.report.warn(f"not saved ({os_reason(error)}); {self.saved}; training continues and tries again")

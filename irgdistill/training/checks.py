@@ -1,4 +1,4 @@
-"""What does not go together in a run, each told in one line before anything is trained."""
+"""Checks on incompatible settings, networks and data, made before training."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from irgdistill.models import Network
 
 
 def check_logging(config: Config, splits: Splits) -> None:
-    """Raises UserError for a logger that is not installed, and for pictures that could not be made or shown."""
+    """Raises UserError for a logger that is not installed, and for graph images that cannot be drawn or logged."""
     check_loggers(config.runtime.loggers)
     if not config.runtime.graph_images_every:
         return
     asked = f"runtime.graph_images_every = {config.runtime.graph_images_every}"
     if not config.runtime.loggers:
-        raise UserError(f"{asked}: nothing shows the pictures; give --log tensorboard or --log wandb")
+        raise UserError(f"{asked}: no logger receives the images; give --log tensorboard or --log wandb")
     if not config.uses_teacher:
-        raise UserError(f"{asked}: method {config.method!r} has no teacher whose graphs could be shown")
+        raise UserError(f"{asked}: method {config.method!r} has no teacher whose graphs could be drawn")
     if config.teacher.cache is not None:
         raise UserError(f"{asked}: --teacher-cache trains without the teacher that draws its graphs; leave one out")
     if splits.streaming:
@@ -46,7 +46,7 @@ def check_classes(config: Config, teacher: Network, classes: list[str]) -> None:
 
 
 def check_input_sizes(teacher: Network, student: Network, plan: Plan) -> None:
-    """A map of one pixel has no stage to speak of. Raises UserError with the smallest size that works."""
+    """Raises UserError, with the smallest input size that works, if a matched map shrinks to one pixel."""
     for role, network in (("teacher", teacher), ("student", student)):
         for pair in plan.pairs:
             level: Level = getattr(pair, role)
@@ -67,7 +67,7 @@ def check_input_sizes(teacher: Network, student: Network, plan: Plan) -> None:
 
 
 def check_processes(config: Config, splits: Splits, count: int) -> None:
-    """Every process needs an equal share of each batch. Raises UserError with the nearest size that can be shared."""
+    """Raises UserError, with the nearest size that works, if the processes cannot share a batch evenly."""
     size, unit = config.data.batch_size, count * (2 if config.augment.mixup or config.augment.cutmix else 1)
     if count > 1 and splits.streaming:
         raise UserError(f"{config.data.source} is a stream, which one process reads: leave out --gpus")

@@ -74,7 +74,7 @@ class RunComponents:
     student: Tapped
     """The student with its taps. `student.model` is the plain timm model."""
     adapters: nn.ModuleDict
-    """What some terms train beside the student."""
+    """Modules that some terms train with the student."""
     trained: nn.Module
     """Student and adapters as a step runs them: compiled, and wrapped in DDP, where that is asked for."""
     evaluated: Tapped

@@ -15,7 +15,7 @@ from irgdistill.training.evaluation import metric_name
 
 @dataclass
 class Progress:
-    """All that changes while a run goes on, beside weights and optimizer."""
+    """All that changes while a run trains, beside weights and optimizer."""
 
     epoch: int = 0
     """Epochs done."""
@@ -60,7 +60,7 @@ class Progress:
         return better
 
     def state_dict(self) -> dict[str, Any]:
-        """What all processes share, under the names of the state on disk."""
+        """The part that all processes share, under the names of the state on disk."""
         return {
             "epoch": self.epoch,
             "batch": self.batch,

@@ -269,7 +269,7 @@ class Trainer:
         saved = "all saved"
         if saver.error is not None:
             saved = f"but this could not be saved ({os_reason(saver.error)}): {saver.saved}"
-        raise Interrupted(128 + number, f"stopped at {where}, {saved}; go on with: {saver.resume_command}")
+        raise Interrupted(128 + number, f"stopped at {where}, {saved}; resume with: {saver.resume_command}")
 
     def _batches_done(self) -> int:
         return self.progress.epoch * self.components.batches + self.progress.batch

@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(
     with interrupted(lambda trainer: position(trainer) == 4):
         result = distill(run, teacher, folder, parts, *options)
     assert result.code == 130
-    assert f"go on with: irgdistill distill --resume {parts}" in result.err
+    assert f"resume with: irgdistill distill --resume {parts}" in result.err
     assert "Traceback" not in result.err and (parts / "last.safetensors").exists()
 
     resumed = run("distill", "--resume", parts)

@@ -267,7 +267,7 @@ def test_pictures_that_fail_end_nothing(
     ("options", "message"),
     [
         (("--log", "tensorbord"), "did you mean tensorboard"),
-        (PICTURES, "nothing shows the pictures; give --log tensorboard or --log wandb"),
+        (PICTURES, "no logger receives the images; give --log tensorboard or --log wandb"),
         ((*PICTURES, "--log", "tensorboard", "--method", "none"), "method 'none' has no teacher"),
     ],
 )

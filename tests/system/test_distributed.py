@@ -269,7 +269,7 @@ def _run(world: World, flags: dict[str, Any], folder: Path, stop: int | None, re
             return step(*args)
 
         trainer.train_step = counted  # type: ignore[method-assign]
-        with pytest.raises(Exception, match="all saved; go on with"):
+        with pytest.raises(Exception, match="all saved; resume with"):
             trainer.fit()
     else:
         trainer.fit()

@@ -151,7 +151,7 @@ def test_a_second_signal_stops_at_once_and_loses_nothing(
     with pytest.MonkeyPatch.context() as patch:
         on_call(patch, Trainer, "train_step", {9: send(number, times=2)})
         line = one_line(begin(), 128 + number)
-    assert f"stopped by {signal.Signals(number).name}; what was saved is safe; go on with:" in line
+    assert f"stopped by {signal.Signals(number).name}; what was saved is safe; resume with:" in line
     assert position(load_state(RunFolder(tmp_path / "run").state)) == "epoch 2, batch 2"
     assert run("distill", "--resume", tmp_path / "run").code == 0 and ends_like(whole, tmp_path / "run")
 
@@ -173,7 +173,7 @@ def test_a_signal_in_evaluation_stops_there_and_trains_nothing_twice(
     with pytest.MonkeyPatch.context() as patch:
         on_call(patch, irgdistill.training.evaluation, "_batch_sums", {2: send(signal.SIGTERM)})
         line = one_line(begin(), 143)
-    assert f"stopped at epoch 2, batch {BATCHES} of {BATCHES}, all saved; go on with:" in line
+    assert f"stopped at epoch 2, batch {BATCHES} of {BATCHES}, all saved; resume with:" in line
     with pytest.MonkeyPatch.context() as patch:
         steps: list[int] = []
         on_call(patch, Trainer, "train_step", {n: lambda: steps.append(1) for n in range(1, 100)})
@@ -255,7 +255,7 @@ def test_a_stop_that_cannot_be_saved_says_so(begin: Run, run: Run, whole: Path, 
         on_call(patch, files, "save_file", dict.fromkeys(range(9, 99), full()))
         line = one_line(begin(), 143)
     assert "stopped at epoch 2, batch 3 of 6, but this could not be saved (No space left" in line
-    assert "the last saved state is epoch 2, batch 2; go on with:" in line
+    assert "the last saved state is epoch 2, batch 2; resume with:" in line
     assert run("distill", "--resume", tmp_path / "run").code == 0 and ends_like(whole, tmp_path / "run")
 
 

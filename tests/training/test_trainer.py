@@ -282,7 +282,7 @@ def test_a_signal_stops_after_the_update_and_saves_first() -> None:
     fixture = Fixture(accumulate=2, batches=6)
     fixture.train.before[2] = lambda: signal.raise_signal(signal.SIGTERM)
     with pytest.raises(
-        Interrupted, match=r"stopped at epoch 1, batch 4 of 6, all saved; go on with: .*--resume RUN"
+        Interrupted, match=r"stopped at epoch 1, batch 4 of 6, all saved; resume with: .*--resume RUN"
     ) as stop:
         fixture.trainer.fit()
     assert stop.value.code == 128 + signal.SIGTERM
