@@ -86,6 +86,7 @@ def to_rgb(image: Image.Image, exif_orientation: bool = True) -> Image.Image:
         rgb = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     else:
         rgb = image.convert("RGB")
+    rgb.info = {key: value for key, value in rgb.info.items() if key == RESCALED}  # to convert again changes nothing
     turn = _turn(image) if exif_orientation else None
     return rgb if turn is None else rgb.transpose(turn)
 

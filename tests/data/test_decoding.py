@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile
+from torchvision.datasets import ImageFolder
 
 from irgdistill.config import BEFORE, Config, DataConfig, data_of, load_config, validate_saved
 from irgdistill.data.dataset import Images, UnreadableImages
-from irgdistill.data.decoding import RESCALED, UnreadableImageError, image_endings, open_image
+from irgdistill.data.decoding import RESCALED, UnreadableImageError, image_endings, open_image, to_rgb
 from irgdistill.data.open import open_splits
+from irgdistill.data.timm_dataset import TimmSource
 from irgdistill.errors import UserError
 from irgdistill.training import with_cached_orientation
 from irgdistill.training.teacher_cache import Manifest
@@ -96,7 +98,9 @@ def photo(orientation: int, name: str = "JPEG") -> io.BytesIO:
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
 def test_photos_are_turned_upright(name: str) -> None:
-    turned = np.asarray(open_image(photo(6, name)))  # stored on its left side: turn clockwise
+    upright = open_image(photo(6, name))
+    assert np.array_equal(np.asarray(to_rgb(upright)), np.asarray(upright)), "once, however often it is converted"
+    turned = np.asarray(upright)  # stored on its left side: turn clockwise
     assert turned.shape == (16, 8, 3)
     assert turned[:6].mean() < 8 and turned[-6:].mean() > 247
     mirrored = np.asarray(open_image(photo(2, name)))
@@ -215,3 +219,13 @@ def test_endings_are_those_that_pillow_registers() -> None:
     assert usual <= image_endings()
     assert not image_endings() & {".eps", ".ps", ".pdf", ".fits", ".dds", ".wmf", ".h5", ".txt", ""}
     assert os.path.splitext("a.JPG")[1].lower() in image_endings()
+
+
+def test_files_of_torchvision_data_sets_are_read_by_the_same_decoder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    row(0, 257, 65535, dtype=np.uint16).save(tmp_path / "a" / "deep.png")
+    (tmp_path / "a" / "photo.jpg").write_bytes(photo(6).getvalue())
+    source = TimmSource(ImageFolder(str(tmp_path)))
+    assert np.asarray(source.load(0)[0])[0, :, 0].tolist() == [0, 1, 255]
+    assert source.load(1)[0].size == (8, 16)
+    assert TimmSource(ImageFolder(str(tmp_path)), exif_orientation=False).load(1)[0].size == (16, 8)

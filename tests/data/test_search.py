@@ -86,6 +86,11 @@ def test_what_is_no_regular_file_is_named_and_never_opened(tmp_path: Path) -> No
     assert len(splits.train) == 2 * len(NAMES)
     named = (f"{tmp_path}/{name} (no regular file)" for name in ("a/pipe.png", "b/gone.png", "b/self.png"))
     assert splits.left_out == f"9 files left out: 4 .txt, 2 without ending, {', '.join(named)}"
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        file.add(tmp_path / "a", "a")
+    search = ImageSearch(100)
+    assert len(TarSource(tmp_path / "a.tar", search)) == len(NAMES)
+    assert str(search) == "4 files left out: 2 .txt, 1 without ending, a/pipe.png (no regular file)"
 
 
 def test_the_order_is_natural_as_before(tmp_path: Path) -> None:
