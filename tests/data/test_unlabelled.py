@@ -88,13 +88,17 @@ def test_from_a_cache(run: Run, teacher: Path, tmp_path: Path) -> None:
     """The cached teacher's answers on unlabelled images are the live one's; the exported recipe names what it needs."""
     data = plain(tmp_path / "data" / "train", FLAT).parent
     write_images(data / "val", {"red": 8, "green": 8, "blue": 8}, seed=1)
+    (data / "val" / "red" / "notes.txt").write_text("")
     given = ("--data", data, "--teacher-checkpoint", teacher, "--no-labels", *SMALL)
     cached = run("cache-teacher", *given, "--store", "fp32", "--output", tmp_path / "cache")
     assert cached.code == 0, cached.err
+    assert cached.err.count("1 file left out: 1 .txt\n") == 1
     from_cache = ("--teacher-cache", tmp_path / "cache")
     for name, options in (("live", ("--set", "data.views=1")), ("cached", from_cache)):
         result = distill(run, teacher, data, tmp_path / name, "--epochs", 2, *options)
         assert result.code == 0, result.err
+    evaluated = run("eval", tmp_path / "live", "--workers", 0)
+    assert evaluated.code == 0 and evaluated.err.count("1 file left out: 1 .txt\n") == 1
     live, replayed = (records(tmp_path / name, "train")[-1]["loss"] for name in ("live", "cached"))
     assert replayed == pytest.approx(live, rel=1e-4)
     assert run("export", tmp_path / "cached", "--output", tmp_path / "hub").code == 0
@@ -113,10 +117,12 @@ def test_from_a_cache(run: Run, teacher: Path, tmp_path: Path) -> None:
 def test_inspect_graph_of_such_a_run(run: Run, teacher: Path, tmp_path: Path) -> None:
     data = plain(tmp_path / "data", FLAT)
     assert distill(run, teacher, data, tmp_path / "run", "--epochs", 1, "--val-fraction", 0.25).code == 0
+    (data / "notes").write_text("")
     for split, count in (("val", 18), ("train", 54)):
         output = tmp_path / split
         shown = run("inspect-graph", tmp_path / "run", "--images", count, "--split", split, "--output", output)
         assert shown.code == 0, shown.err
+        assert shown.err.count("1 file left out: 1 without ending") == 1
         facts = json.loads((output / "graph.json").read_text())
         assert facts["classes"] == ["unlabelled"] and {image["label"] for image in facts["images"]} == {0}
         assert len(facts["images"]) == count and (output / "overview.png").exists()
