@@ -22,6 +22,7 @@ from .loading import (
 )
 from .losses import LossesConfig
 from .methods import METHODS, STAGE_KINDS, TEACHER_KINDS, TERMS, Kind, Method, TermSettings, TermSpec, method, term
+from .model_args import check_model_args
 from .renamed import BEFORE, RENAMED_KEYS, RenamedKeyWarning
 from .schema import (
     STORES,
@@ -88,6 +89,7 @@ __all__ = [
     "absolute_source",
     "changeable_on_resume",
     "check_files",
+    "check_model_args",
     "check_run",
     "check_source",
     "check_teacher",

@@ -11,14 +11,19 @@ from irgdistill.errors import nearest
 QUOTE = "'"
 
 
+LONGEST = 100
+"""Characters of a value that a message shows."""
+
+
 WANTED = {
-    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "expected a whole number"),
+    **dict.fromkeys(("int_parsing", "int_parsing_size", "int_type", "int_from_float"), "expected a whole number"),
     **dict.fromkeys(("float_parsing", "float_type"), "expected a number"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "expected true or false"),
     **dict.fromkeys(("dict_type", "model_type"), "expected keys with values"),
     **dict.fromkeys(("list_type", "tuple_type"), "expected a list, such as [A, B]"),
     "too_long": "expected two values, such as [A, B]",
     "path_type": "expected a path",
+    "string_type": "expected text",
     "finite_number": "expected a finite number",
 }
 """Kind of a pydantic error -> its message for users who may not know Python."""
@@ -45,5 +50,10 @@ def explain(errors: Iterable[Any]) -> str:
             words = error["ctx"]["expected"]
             allowed = f"expected {words}{nearest(str(error['input']), words.split(QUOTE)[1::2])}"
         allowed = WANTED.get(kind, allowed).replace("Input should be", "expected a value")
-        sentences.setdefault(f"{path} = {error['input']!r}: ", []).append(f"{allowed[0].lower()}{allowed[1:]}")
+        sentences.setdefault(f"{path} = {_short(error['input'])}: ", []).append(f"{allowed[0].lower()}{allowed[1:]}")
     return "; ".join(what + ", or ".join(dict.fromkeys(why)) for what, why in sentences.items())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticKnownError
 
 if TYPE_CHECKING:
@@ -57,10 +58,25 @@ def _rising(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """Values inside lists and mappings, and the keys of mappings."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+LARGEST = 2**31 - 1
+"""Largest whole number in any setting."""
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 
-Pixels = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=1, le=2**14)]
 
 
 Size = Annotated[tuple[Pixels, Pixels], BeforeValidator(_size)]
@@ -100,6 +116,16 @@ class Section(BaseModel):
         allow_inf_nan=False,
         defer_build=True,  # the help reads the fields only: validators are built when something is validated
     )
+
+    @field_validator("*")
+    @classmethod
+    def _check_limits(cls, value: Any) -> Any:
+        for item in _leaves(value):
+            if isinstance(item, int) and abs(item) > LARGEST:
+                raise ValueError(f"expected at most {LARGEST}")
+            if isinstance(item, (str, Path)) and "\0" in str(item):
+                raise ValueError("expected text without null characters")
+        return value
 
     def replaced(self, values: Mapping[str, Any]) -> Self:
         """Copy with `values`, {"key.path": value}, which are not validated again."""

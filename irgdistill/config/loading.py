@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from irgdistill.config.explain import explain
+from irgdistill.config.plain_yaml import load_yaml
 from irgdistill.config.renamed import current_key, current_keys, with_earlier_defaults
 from irgdistill.config.schema import Config, DataConfig, PluginConfig, refresh
 from irgdistill.config.settings import keys
@@ -34,7 +35,7 @@ def load_config(
         if not equals:
             raise UserError(f"--set {setting}: expected key.path=value, such as --set losses.kd.temperature=2")
         try:
-            value = yaml.safe_load(text)
+            value = load_yaml(text)
         except yaml.YAMLError:
             value = text
         _assign(tree, path.strip(), value)
@@ -137,7 +138,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping. Raises UserError."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = load_yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):

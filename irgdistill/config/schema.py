@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from irgdistill.config.fields import (
     Count,
@@ -27,6 +27,7 @@ from irgdistill.config.fields import (
 from irgdistill.config.flag import CHANGEABLE, DATA, MATCHING, METHOD, NETWORKS, RUN, TRAINING, Flag
 from irgdistill.config.losses import LossesConfig, declare_terms
 from irgdistill.config.methods import METHODS, TEACHER_KINDS
+from irgdistill.config.model_args import check_model_args
 
 
 class PluginConfig(Section):
@@ -74,6 +75,11 @@ class Preprocessing(Section):
     """Share of the resized image that validation crops."""
 
 
+def _model_args(args: dict[str, Any]) -> dict[str, Any]:
+    check_model_args(args)
+    return args
+
+
 class StudentConfig(Section):
     name: Annotated[
         str | None, Flag("--student", NETWORKS, "timm name of the network to train.", completion="network")
@@ -93,8 +99,8 @@ class StudentConfig(Section):
     """Height and width in pixels; default: the network's own."""
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass instead of keeping them; batch norm then counts each batch twice."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of `timm.create_model`, such as drop_path_rate."""
+    args: Annotated[dict[str, Any], AfterValidator(_model_args)] = Field(default_factory=dict)
+    """Further arguments of `timm.create_model`, such as drop_path_rate, that no other setting decides."""
 
 
 class DataConfig(Section):

@@ -10,9 +10,12 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in `__all__`
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from irgdistill.config import check_model_args
 from irgdistill.errors import UserError, nearest, one_line
 from irgdistill.models.network import Network, NetworkRecord
 from irgdistill.models.weights import LOCAL, SOURCES, Weights, classes_of, load_weights
@@ -42,6 +45,10 @@ def build_network(
     """
     _check_name(name)
     args = dict(args or {})
+    try:
+        check_model_args(args)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
     if args.get("in_chans", 3) != 3:
         raise UserError(f"{name} with in_chans = {args['in_chans']}: images have 3 channels")
     if num_classes is None and weights is not None:
@@ -52,16 +59,16 @@ def build_network(
         with _quiet_hub():
             device = {"device": "meta"} if meta else {}
             model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args, **device)
-    except (OSError, RuntimeError, FileNotFoundError) as error:
-        if not pretrained:
-            raise UserError(f"{name} cannot be built: {one_line(error)}") from None
-        raise UserError(
-            f"no pretrained weights of {name} could be fetched ({one_line(error)}); "
-            "give them with --teacher-checkpoint or --student-checkpoint FILE (eval: --checkpoint)"
-        ) from None
-    except TypeError as error:
+    except Exception as error:  # each constructor raises its own kinds for arguments that do not fit
+        if pretrained and isinstance(error, (OSError, RuntimeError)):
+            raise UserError(
+                f"no pretrained weights of {name} could be fetched ({one_line(error)}); "
+                "give them with --teacher-checkpoint or --student-checkpoint FILE (eval: --checkpoint)"
+            ) from None
         wanted = {**args, **({} if num_classes is None else {"num_classes": num_classes})}
-        raise UserError(f"{name} does not accept {wanted}: {one_line(error)}") from None
+        if isinstance(error, TypeError) or args:
+            raise UserError(f"{name} does not accept {wanted}: {one_line(error, 300)}") from None
+        raise UserError(f"{name} cannot be built: {one_line(error)}") from None
     if weights is not None:
         load_weights(model, weights, name)
     return Network.of(model, name, args, input_size, preprocessing)
@@ -118,6 +125,8 @@ def multiply_adds(network: Network) -> int:
 
 def _check_name(name: str) -> None:
     if name.startswith(SOURCES):
+        if not name.startswith(LOCAL):
+            _check_repository(name)
         if name.startswith(LOCAL) and not (Path(name.removeprefix(LOCAL)) / "config.json").is_file():
             raise UserError(f"{name}: no config.json in that folder")
         return
@@ -130,6 +139,16 @@ def _check_name(name: str) -> None:
     except RuntimeError:
         tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
         raise UserError(f"unknown weights {name!r}{nearest(name, tags)}") from None
+
+
+def _check_repository(name: str) -> None:
+    repository = name.partition(":")[2].partition("@")[0]
+    try:
+        validate_repo_id(repository)
+        if not repository:
+            raise HFValidationError("no repository is named")
+    except HFValidationError:
+        raise UserError(f"{name}: expected hf-hub:OWNER/NAME, perhaps with @REVISION") from None
 
 
 def _fixed_size(name: str, args: Mapping[str, Any]) -> bool:
