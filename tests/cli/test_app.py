@@ -22,6 +22,9 @@ from irgdistill.io.tensors import read_metadata, save_tensors
 from irgdistill.runtime.signals import Stopped
 from irgdistill.training.state import load_state
 
+TINY = ("--input-size", 8, "--teacher-input-size", 8)
+"""A CPU takes its time over float16."""
+
 
 def distill(run: Run, teacher: Path, folder: Path, output: Path, *options: object) -> Result:
     checkpoint = ("--teacher-checkpoint", teacher / "best.safetensors")
@@ -118,7 +121,7 @@ def test_the_usual_machinery(
     "options",
     [
         ("--mixup", 0.3, "--ema", 0.9, "--set", "student.args={drop_rate: 0.2}"),
-        ("--amp", "fp16", "--clip-grad", 1, "--accumulate", 2, "--batch-size", 12),
+        (*("--amp", "fp16", "--clip-grad", 1, "--accumulate", 2, "--batch-size", 12), *TINY),
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_student(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import typer
 from rich.console import Console
 from support import Run
+from support.processes import Command
 
 from irgdistill.cli.app import app, commands
 from irgdistill.cli.completion import complete_network
@@ -142,22 +144,17 @@ def on_terminal(*arguments: object, **environment: str) -> str:
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 60, 0, 0))
-    words = [sys.executable, "-m", "irgdistill", *map(str, arguments)]
     clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "LINES")}
-    process = subprocess.Popen(
-        words, stdout=theirs, stderr=theirs, env={**clean, "TERM": "xterm-256color", **environment}
-    )
+    surroundings = {**clean, "TERM": "xterm-256color", **environment}
+    process = Command(Path(), *arguments, terminal=os.ttyname(theirs), environment=surroundings)
+    shown, ended = b"", False
+    while not ended:
+        ended = process.poll() is not None
+        while select.select([ours], [], [], 0.05)[0]:
+            shown += os.read(ours, 4096)
+    os.close(ours)
     os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        shown += part
-    assert process.wait() == 0, shown.decode()
+    assert process.poll() == 0, shown.decode()
     return shown.decode()
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import Run, command, interrupted
+from support.processes import Command
 
 from irgdistill.commands.compare.statistics import mean_and_deviation, paired_interval, t_975
 from irgdistill.io.tensors import read_metadata, save_tensors
@@ -186,21 +186,21 @@ def test_several_runs_at_once(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     together = tmp_path / "together"
     methods = ("compare", "--methods", "none,fitnet", "--seeds", 1)
-    options = (*RECIPE, *teacher, "--epochs", 3)
-    command = [sys.executable, "-m", "irgdistill", *map(str, (*methods, *options, "--jobs", 2, "--output", together))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = (*RECIPE, *teacher, "--epochs", 3, "--batch-size", 32, "--set", "data.train_images=512")
+    words = (*methods, *options, "--jobs", 2, "--output", together)
+    process = Command(tmp_path, *words)
     states = [together / method / "0" / "state" / "state.safetensors" for method in ("none", "fitnet")]
     while not all(state.exists() for state in states):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
-    assert process.returncode == 130 and "repeat the command to continue" in error
+        assert process.poll() is None, process.end()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    code, _, error = process.end()
+    assert code == 130 and "repeat the command to continue" in error
     for method in ("none", "fitnet"):
         log = (together / method / "0" / "log.txt").read_text()
         assert "all saved" in log or "stopped by SIGTERM" in log
-    resumed = run(*methods, *options, "--jobs", 2, "--output", together)
-    assert resumed.code == 0, resumed.err
+    code, _, error = Command(tmp_path, *words).end()
+    assert code == 0, error
     assert run(*methods, *options, "--output", tmp_path / "alone").code == 0
     for method in ("none", "fitnet"):
         a, b = (load_file(folder / method / "0" / "last.safetensors") for folder in (together, tmp_path / "alone"))

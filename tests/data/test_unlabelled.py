@@ -114,6 +114,7 @@ def test_from_a_cache(run: Run, teacher: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_inspect_graph_of_such_a_run(run: Run, teacher: Path, tmp_path: Path) -> None:
     data = plain(tmp_path / "data", FLAT)
     assert distill(run, teacher, data, tmp_path / "run", "--epochs", 1, "--val-fraction", 0.25).code == 0

@@ -423,7 +423,8 @@ def test_what_is_trained_beside_the_student_is_the_same_on_two_processes(
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-QUICK = ("--preset", "quickstart", "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 128, "--device", "cpu")
+QUICK = ("--preset", "quickstart", "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 32, "--device", "cpu")
+QUICK += ("--set", "data.train_images=224")
 RIVALS = [name for name in METHODS if name not in ("none", "irg", "mtk", "irg+kd", "kd+at", "irg+kd+at")]
 
 

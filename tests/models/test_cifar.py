@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import Result, shared
 
-TRAIN, VAL = 2560, 500
+TRAIN, VAL = 1280, 500
 """Images used, class-balanced: enough to see the student learn, few enough for a test."""
 
 

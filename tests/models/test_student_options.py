@@ -35,7 +35,19 @@ def losses(output: Path) -> list[float]:
 @pytest.mark.parametrize(("name", "size"), [("test_vit", 32), ("test_resnet", 64)])
 def test_checkpointed_blocks_train_to_the_same_losses(run: Run, tmp_path: Path, name: str, size: int) -> None:
     teacher = random_teacher("cifar_resnet14_x0_5", tmp_path, 10)
-    options = ("--preset", "quickstart", *ONE_EPOCH, "--batch-size", 128, "--opt", "adamw", "--lr", 0.001)
+    options = (
+        "--preset",
+        "quickstart",
+        *ONE_EPOCH,
+        "--batch-size",
+        32,
+        "--set",
+        "data.train_images=192",
+        "--opt",
+        "adamw",
+        "--lr",
+        0.001,
+    )
     for switch in ("false", "true"):
         checkpointing = ("--set", f"student.grad_checkpointing={switch}")
         output = ("--student", name, "--input-size", size, "--output", tmp_path / switch)

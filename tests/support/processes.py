@@ -25,7 +25,7 @@ from irgdistill.training import Trainer, build_trainer, prepare, seed_process
 PRELOADED = ["irgdistill.commands.distill", "sklearn.datasets"]
 
 
-def _forks() -> Any:
+def forks() -> Any:
     """Starts processes by forking one that has imported everything and trained nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -47,7 +47,7 @@ def in_ranks(size: int, folder: Path, function: Callable[..., Any], *args: Any) 
         port = free.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
     call = [(rank, size, port, str(folder), function, args) for rank in range(size)]
-    processes = [_forks().Process(target=_one, args=each) for each in call]
+    processes = [forks().Process(target=_one, args=each) for each in call]
     for process in processes:
         process.start()
     for process in processes:
@@ -63,7 +63,7 @@ def _answer(path: str, function: Callable[..., Any], args: tuple[Any, ...]) -> N
 
 def forked(folder: Path, function: Callable[..., Any], *args: Any) -> Any:
     """The result of `function(*args)` in a process of its own that has trained nothing before."""
-    process = _forks().Process(target=_answer, args=(str(folder / "answer.pt"), function, args))
+    process = forks().Process(target=_answer, args=(str(folder / "answer.pt"), function, args))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -74,12 +74,21 @@ class Command:
     """A command line in a forked process that leads its own group, as a shell starts it.
 
     `module`: what `python -m MODULE WORDS…` would run. `fork`: the workers that it starts are forked from it too,
-    instead of importing everything anew.
+    instead of importing everything anew. `terminal`: where it writes to, in place of files in `folder`.
     """
 
-    def __init__(self, folder: Path, *words: object, module: str = "irgdistill", fork: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *words: object,
+        module: str = "irgdistill",
+        fork: bool = True,
+        terminal: str | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self._files = [folder / "stdout", folder / "stderr"]
-        self._process = _forks().Process(target=_launch, args=(module, words, self._files, fork))
+        places = [terminal] * 2 if terminal else list(map(str, self._files))
+        self._process = forks().Process(target=_launch, args=(module, words, places, fork, environment))
         self._process.start()
         self.pid: int = self._process.pid
 
@@ -101,12 +110,17 @@ class Command:
         return code, *(path.read_text() for path in self._files)
 
 
-def _launch(module: str, words: tuple[object, ...], files: list[Path], fork: bool) -> None:
+def _launch(
+    module: str, words: tuple[object, ...], places: list[str], fork: bool, environment: dict[str, str] | None
+) -> None:
     os.setsid()
-    for number, path in enumerate(files, start=1):
+    for number, path in enumerate(places, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if environment is not None:
+        os.environ.clear()
+        os.environ |= environment
     if fork:
-        subprocess_handler.Popen = ForkedPopen  # type: ignore[misc]
+        subprocess.Popen = subprocess_handler.Popen = ForkedPopen  # type: ignore[misc]
     _run_module(module, words)
 
 
@@ -124,13 +138,21 @@ class ForkedPopen(subprocess.Popen[bytes]):
     """`Popen([python, "-m", MODULE, *WORDS], env=…, start_new_session=True)` by a fork alone."""
 
     def _execute_child(self, args: Sequence[str], *rest: Any) -> None:
-        environment = rest[5]
+        if list(args[:1]) != [sys.executable] or "-m" not in args:
+            super()._execute_child(args, *rest)  # type: ignore[misc]
+            return
+        environment, pipes = rest[5], rest[9:15]
         self.pid = os.fork()
         self._child_created = True
-        if self.pid == 0:
+        if self.pid:
+            self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+        else:
             code = 1
             try:
                 os.setsid()
+                for target, source in enumerate((pipes[0], pipes[3], pipes[5])):
+                    if source != -1:
+                        os.dup2(source, target)
                 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
                     signal.signal(number, signal.SIG_DFL)
                 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,7 +8,7 @@ from datetime import timedelta
 import timm
 import torch
 import torch.distributed as dist  # noqa: TID251  a test of what the package leaves to its callers
-import torch.multiprocessing as mp
+from support.processes import forks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -89,7 +89,7 @@ def test_outputs_and_averaged_gradients_on_two_ranks() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    other = mp.get_context("spawn").Process(target=check, args=(1, port))  # this process is rank 0: one import less
+    other = forks().Process(target=check, args=(1, port))  # this process is rank 0
     other.start()
     try:
         check(0, port)

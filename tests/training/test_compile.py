@@ -42,7 +42,7 @@ def test_compiled_runs_are_those_of_eager_ones(run: Run, tmp_path: Path, monkeyp
     monkeypatch.setattr(torch, "compile", without_compiler)
     torch.manual_seed(1)
     save_file(timm.create_model(NAME, num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
-    options = ("--preset", "quickstart", "--student", NAME, "--epochs", 1, "--batch-size", 128, "--seed", 3)
+    options = ("--preset", "quickstart", "--student", NAME, "--epochs", 1, "--batch-size", 64, "--seed", 3)
     options += (
         "--method",
         "irg+kd+at",
@@ -54,6 +54,8 @@ def test_compiled_runs_are_those_of_eager_ones(run: Run, tmp_path: Path, monkeyp
         "runtime.log_every=1",
         "--set",
         "runtime.gradient_shares_every=3",
+        "--set",
+        "data.train_images=256",
     )
     taught = ("--teacher", NAME, "--teacher-checkpoint", tmp_path / "teacher.safetensors", "--skip-teacher-check")
     runs = {"alone": ("--method", "none", "--compile"), "compiled": (*taught, "--compile"), "eager": taught}

@@ -22,8 +22,8 @@ from irgdistill.training.setup import prepare
 from irgdistill.training.teacher_cache import TeacherCache, pack_logits, unpack_logits
 from irgdistill.training.trainer import build_trainer
 
-RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--batch-size", 128, "--warmup-epochs", 0)
-RECIPE += ("--device", "cpu", "--workers", 0)
+RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--batch-size", 32, "--warmup-epochs", 0)
+RECIPE += ("--device", "cpu", "--workers", 0, "--set", "data.train_images=224")
 SHORT = ("--epochs", 2, "--set", "runtime.log_every=1", "--set", "runtime.gradient_shares_every=0")
 
 
@@ -55,7 +55,7 @@ def _shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("irgdistill.training.teacher_cache.SHARD", "irgdistill.commands.cache_teacher.SHARD"):
-        monkeypatch.setattr(module, 700)
+        monkeypatch.setattr(module, 175)
 
 
 def losses(folder: Path) -> torch.Tensor:
@@ -165,8 +165,8 @@ def test_an_interrupted_cache_is_finished_and_is_the_same(
         (("--set", "augment.padding=3"), "views of another recipe: padding 3, was"),
         (("--set", "data.views=3"), "data.views = 3, but the teacher cache"),
         (("--set", "data.view_seed=3"), "data.view_seed = 3, but the teacher cache"),
-        (("--set", "data.train_images=500"), "was made of other images: images 500, was"),
-        (("--val-fraction", 0.2), "was made of other images: images"),
+        (("--set", "data.train_images=200"), "was made of other images: images 200, was"),
+        (("--val-fraction", 0.2), "was made of other images: labels"),
         (("--mixup", 0.2), "the output for a mix is not the mix of outputs"),
         (("--method", "fsp"), "fsp compares whole maps"),
         (("--set", "losses.sp.weight=1", "--set", "losses.fsp.weight=1"), "fsp and sp compare whole maps"),
@@ -222,7 +222,7 @@ def test_rows_are_found_by_their_keys(cached: dict[str, Path]) -> None:
     store = TeacherCache(cached["fp32-all"])
     store.open()
     every = {name: torch.cat([shard[name] for shard in store._shards]) for name in store._shards[0]}
-    keys = [1500, 3, 699, 700, 1797, 3]
+    keys = [374, 3, 174, 175, 447, 3]
     rows = store.rows(keys)
     assert rows.keys() == every.keys() and "logits" in rows and len(rows) > 3
     assert all(torch.equal(rows[name], every[name][keys]) for name in rows)
