@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import Result, shared
 
-TRAIN, VAL = 1280, 500
+TRAIN, VAL = 960, 500
 """Images used, class-balanced: enough to see the student learn, few enough for a test."""
 
 
@@ -46,11 +46,12 @@ def test_distillation_on_real_images(run: Callable[..., Result], cifar: Path, tm
     result = run(
         "distill",
         *("--teacher", "cifar_resnet20", "--teacher-checkpoint", shared("weights/cifar_resnet20.safetensors")),
-        *("--student", "cifar_resnet20_x0_5", "--data", cifar, "--epochs", 3, "--batch-size", 64, "--lr", 0.05),
+        *("--student", "cifar_resnet20_x0_5", "--data", cifar, "--epochs", 3, "--batch-size", 48, "--lr", 0.05),
         *("--set", "runtime.log_every=10", "--output", tmp_path / "run"),
     )
     assert result.code == 0, result.err
     evaluated = json.loads(run("eval", tmp_path / "run", "--json").out)
+    print("TOP1", evaluated["top1"])
     assert evaluated["top1"] > 15, "chance is 10"
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]

@@ -240,7 +240,7 @@ def test_only_what_the_terms_compare_is_read(
     method: str, kinds: set[str], cached: dict[str, Path], tmp_path: Path
 ) -> None:
     flags = {"method": method, "teacher.cache": cached["fp32-all"], "student.name": "cifar_resnet14_x0_5"}
-    flags |= {"data.batch_size": 128, "data.workers": 0, "runtime.device": "cpu"}
+    flags |= {"data.batch_size": 32, "data.train_images": 224, "data.workers": 0, "runtime.device": "cpu"}
     setup = prepare(load_config(preset="quickstart", flags=flags))
     run = build_trainer(setup, RunFolder(tmp_path), Report(quiet=True)).components
     assert run.setup.cache is not None
