@@ -227,7 +227,7 @@ def test_importing_costs_no_torch() -> None:
 
 @pytest.mark.slow
 def test_types_are_seen(tmp_path: Path) -> None:
-    """mypy reads the package's types from outside of it (those of torch and others are left out: they take a minute)."""
+    """mypy reads the package's types from outside of it (not those of torch: they take a minute)."""
     pytest.importorskip("mypy")
     assert (Path(irgdistill.__file__).parent / "py.typed").exists()
     (tmp_path / "mypy.ini").write_text(
