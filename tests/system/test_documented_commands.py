@@ -23,6 +23,7 @@ from timm.models import _registry
 from timm.models.resnet import BasicBlock, _create_resnet
 
 from irgdistill.cli.app import commands as command_line
+from irgdistill.plugins import snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -174,6 +175,7 @@ def test_every_command_runs(
     request: pytest.FixtureRequest,
 ) -> None:
     """Figures are drawn for the README alone."""
+    request.addfinalizer(snapshot())
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
