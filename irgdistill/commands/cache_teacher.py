@@ -53,8 +53,8 @@ def cache_teacher(request: CacheRequest) -> None:
     assert teacher is not None
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream: its images have no numbers by which to find them again")
-    if splits.left_out:
-        report.line(splits.left_out)
+    for note in splits.notes:
+        report.line(note)
     check_classes(config, teacher, splits.classes)
     largest = _largest(request.logits, teacher.num_classes)
     count = request.views or config.data.views or 1

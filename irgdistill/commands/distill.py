@@ -52,9 +52,9 @@ def dry_run(config: Config, as_json: bool = False) -> None:
         print(json.dumps(values))  # noqa: T201  the command's result
         return
     print_plan(setup.plan)
-    Report().line(str(setup.splits))
-    if setup.start_note:
-        Report().line(setup.start_note)
+    for line in (str(setup.splits), *setup.splits.notes, setup.start_note):
+        if line:
+            Report().line(line)
     print(dump(setup.config), end="")  # noqa: T201  the command's result
 
 
@@ -88,10 +88,9 @@ def start(
             trainer = build_trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
             if world.main:
                 print_plan(setup.plan)
-            trainer.report.line(str(setup.splits))
-            if setup.start_note:
-                trainer.report.line(setup.start_note)
-            trainer.report.line(f"run folder {folder.path}")
+            for line in (str(setup.splits), *setup.splits.notes, setup.start_note, f"run folder {folder.path}"):
+                if line:
+                    trainer.report.line(line)
             _report_world(trainer)
             trainer.start(request.overwrite or restarted)
             return _train(trainer, folder, own_process)

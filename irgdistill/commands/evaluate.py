@@ -56,8 +56,8 @@ def _evaluate(network: Network, teacher: Network | None, data: DataConfig, confi
     if network.classes is not None and network.classes != splits.classes:
         raise UserError(f"the class names of {data.source} are not those that {network.name} was trained on")
     report = Report()
-    if splits.left_out:
-        report.line(splits.left_out)
+    for note in splits.notes:
+        report.line(note)
     bad = UnreadableImages(data.max_bad_images, report.warn)
     crop = network.input.covering(None if teacher is None else teacher.input)
     loader = eval_loader(splits, data, crop, device, bad)

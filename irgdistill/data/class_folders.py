@@ -37,6 +37,9 @@ class ClassFolders:
                 found.append((path, label))
         if not found:
             raise UserError(f"no images in {root}")
+        filled = {label for _, label in found}
+        self.empty = [name for label, name in enumerate(classes) if label not in filled]
+        """Classes whose folders hold no images."""
         found.sort(key=lambda item: (natural_key(item[0]), item[0]))
         self.paths = [path for path, _ in found]
         self.targets = [label for _, label in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -45,13 +46,30 @@ class Splits:
     """Whether the validation images have labels."""
     left_out: str = ""
     """The files that are no images, in words; empty for none."""
+    empty: Sequence[str] = ()
+    """Class folders without images, such as `zebra in train`."""
+    default_fraction: float | None = None
+    """Share that is held out for validation although no setting asks for it; None if there is none."""
 
     def __str__(self) -> str:
         classes = f"{len(self.classes):,} classes"
         if self.streaming:
             return f"a stream of images of {classes}"
-        found = f"{len(self.train_indices):,} images of {classes} to train on, {len(self.val_indices):,} for validation"
-        return f"{found}; {self.left_out}" if self.left_out else found
+        return f"{len(self.train_indices):,} images of {classes} to train on, {len(self.val_indices):,} for validation"
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the log: what was left out, empty class folders, a share held out unasked, an unusual order."""
+        empty = held_out = ""
+        if self.empty:
+            more = f" and {len(self.empty) - 8:,} more" if len(self.empty) > 8 else ""
+            empty = f"class folders without images: {', '.join(self.empty[:8])}{more}"
+        if self.default_fraction is not None:
+            held_out = (
+                f"no train/ with a validation folder: {100 * self.default_fraction:.3g} % of the images are held out "
+                "for validation; --val-fraction sets another share"
+            )
+        return [line for line in (self.left_out, empty, held_out, _class_order(self.classes)) if line]
 
     def train_labels(self) -> list[int]:
         """Class of every training image, in the order of `train_indices`."""
@@ -59,19 +77,35 @@ class Splits:
         return [labels[i] for i in self.train_indices]
 
 
+def _class_order(classes: Sequence[str]) -> str:
+    """The order of classes that are named by whole numbers, in words; empty if it is the numeric one."""
+    if not all(re.fullmatch("-?[0-9]{1,18}", name) for name in classes):
+        return ""
+    numeric = sorted(classes, key=int)
+    first = next((i for i, name in enumerate(classes) if name != numeric[i]), None)
+    if first is None:
+        return ""
+    shown = ", ".join(classes[:4]) + ", …" * (len(classes) > 4)
+    return f"the order of the classes is not numeric: {shown} (class {first}, from 0, is {classes[first]})"
+
+
 def hold_out(source: Source, labels: Sequence[int], classes: list[str], fraction: float) -> Splits:
     """Hold out a class-balanced `fraction` for validation; depends only on it and the order of images."""
     rng = np.random.default_rng(0)
     train: list[int] = []
     val: list[int] = []
+    largest = 0
     for label in range(len(classes)):
         members = rng.permutation(np.flatnonzero(np.asarray(labels) == label))
+        largest = max(largest, len(members))
         held = round(len(members) * fraction)
         val += members[:held].tolist()
         train += members[held:].tolist()
     if not val or not train:
+        count = len(labels)
         raise UserError(
-            f"--val-fraction {fraction:g} of {len(labels)} images leaves {len(train)} to train, {len(val)} to validate"
+            f"--val-fraction {fraction:g} of {count} images leaves {len(train)} to train, {len(val)} to validate: "
+            f"it is taken of each class, the largest of which holds {largest}; give another share or more images"
         )
     return Splits(source, source, classes, sorted(train), sorted(val))
 

@@ -36,9 +36,10 @@ class TarSource:
     def __init__(self, path: Path, search: ImageSearch, exif_orientation: bool = True) -> None:
         self.path = path
         self.exif_orientation = exif_orientation
+        folders: set[str] = set()
         try:
             with path.open("rb") as file:
-                members = list(_members(file, "", 0, search))
+                members = list(_members(file, "", 0, search, folders))
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"{path} is not an uncompressed tar archive: {one_line(error)}") from None
         if not members:
@@ -46,6 +47,8 @@ class TarSource:
         self.members = sorted(members, key=lambda member: natural_key(member.name))
         self.classes = sorted({member.class_name for member in members})
         """Sorted by name, as class folders are."""
+        self.empty = {PurePosixPath(folder).name for folder in folders} - set(self.classes)
+        """Names of folders without images of their own."""
         label = {name: position for position, name in enumerate(self.classes)}
         self.targets = [label[member.class_name] for member in self.members]
 
@@ -74,13 +77,18 @@ class TarSource:
         return found
 
 
-def _members(file: IO[bytes], inside: str, start: int, search: ImageSearch) -> Iterator[Member]:
-    """Images of an archive whose first byte is `start` in the outer one; `inside` is the name of an inner archive."""
+def _members(file: IO[bytes], inside: str, start: int, search: ImageSearch, folders: set[str]) -> Iterator[Member]:
+    """Images of an archive whose first byte is `start` in the outer one; `inside` is the name of an inner archive.
+
+    Adds the names of folders to `folders`.
+    """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         inner: list[tarfile.TarInfo] = []
         own: list[Member] = []
         for member in archive:
             folder, name = os.path.split(member.name)
+            if member.isdir():
+                folders.add(member.name)
             if member.isdir() or any(part.startswith(".") and part != "." for part in PurePosixPath(folder).parts):
                 continue
             if not inside and member.isfile() and name.lower().endswith(".tar"):
@@ -92,5 +100,5 @@ def _members(file: IO[bytes], inside: str, start: int, search: ImageSearch) -> I
             content = archive.extractfile(member)
             assert content is not None
             label = os.path.splitext(os.path.basename(member.name))[0]
-            yield from _members(content, label, start + member.offset_data, search)
+            yield from _members(content, label, start + member.offset_data, search, folders)
         yield from own

@@ -84,6 +84,8 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
     if cache is not None:
         config = cache.with_cached_views(config)
     splits, teacher = open_data(config, lambda: _teacher(config, cache, fetch, inputs), inputs)
+    if splits.default_fraction is not None:  # remembered, so that the run finds the same images again
+        config = config.replaced({"data.val_fraction": splits.default_fraction})
     class_weights = weigh_classes(config, splits)
     check_logging(config, splits)
     if teacher is not None:

@@ -45,7 +45,7 @@ def test_every_ending_is_read_and_the_rest_is_counted(tmp_path: Path) -> None:
     means = sorted(round(float(np.asarray(splits.val.load(i)[0]).mean()), -1) for i in range(len(NAMES)))
     assert means == [10 * i for i in range(len(NAMES))], "decoded as what they are"
     assert splits.left_out == "13 files left out: 8 .txt, 4 without ending, 1 .csv"
-    assert str(splits).endswith("for validation; 13 files left out: 8 .txt, 4 without ending, 1 .csv")
+    assert splits.notes == ["13 files left out: 8 .txt, 4 without ending, 1 .csv"]
 
     unlabelled = open_splits(DataConfig(source=str(tmp_path / "train"), labels=False, val_fraction=0.5), classes=2)
     assert len(unlabelled.train) == 2 * len(NAMES)

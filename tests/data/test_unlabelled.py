@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import SMALL, Result, Run, records, write_images
 
+from irgdistill.config import read_yaml, validate_saved
 from irgdistill.config.loading import load_config
 from irgdistill.config.schema import DataConfig
 from irgdistill.data.open import open_splits
@@ -181,7 +182,7 @@ def test_terms_on_labels_cannot_be_asked(tmp_path: Path) -> None:
         (("--label-smoothing", 0.1), "--label-smoothing need labels"),
         (("--set", "losses.ce.class_weights=balanced"), "losses.ce.class_weights need labels"),
         (("--set", "data.train_images=9"), "data.train_images need labels"),
-        ((), "to hold out a part, give --val-fraction 0.1"),
+        (("--set", "data.val_split=held"), "to hold out a part, give --val-fraction 0.1"),
     ],
 )
 def test_what_needs_labels_is_refused_in_one_line(
@@ -234,3 +235,37 @@ def test_such_a_run_goes_on_and_compare_refuses_it(run: Run, teacher: Path, tmp_
     refused = run("compare", *student, "--output", tmp_path / "c", "--set", "data.labels=false")
     assert refused.code == 2 and "compare ranks methods by accuracy" in refused.err
     assert "compare does not take --no-labels" in run("compare", *student, "--no-labels").err
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (6, 1), (19, 1), (40, 2)])
+def test_a_plain_folder_holds_out_a_twentieth_by_itself(tmp_path: Path, count: int, held_out: int) -> None:
+    """The share that a run remembers, given as `--val-fraction`, holds out the same images."""
+    write_images(tmp_path, {"photos": count}, size=2)
+    config = DataConfig(source=str(tmp_path / "photos"), labels=False)
+    splits = open_splits(config, classes=CLASSES)
+    assert len(splits.val_indices) == held_out and len(splits.train_indices) == count - held_out
+    assert not splits.labelled and splits.default_fraction == max(0.05, 1 / count)
+    again = open_splits(config.model_copy(update={"val_fraction": splits.default_fraction}), classes=CLASSES)
+    assert again.val_indices == splits.val_indices and again.notes == []
+    half = open_splits(config.model_copy(update={"val_fraction": 0.5}), classes=CLASSES)
+    assert len(half.val_indices) == round(count / 2) and half.notes == []
+
+
+def test_one_photo_is_too_few(tmp_path: Path) -> None:
+    write_images(tmp_path, {"photos": 1}, size=2)
+    with pytest.raises(UserError, match="holds one image: expected at least two"):
+        open_splits(DataConfig(source=str(tmp_path), labels=False), classes=CLASSES)
+
+
+def test_the_run_remembers_what_it_held_out(run: Run, teacher: Path, tmp_path: Path) -> None:
+    from irgdistill.training.setup import prepare
+
+    data = plain(tmp_path / "data", FLAT, count=14)
+    shown = distill(run, teacher, data, tmp_path / "run", "--dry-run")
+    assert shown.code == 0, shown.err
+    assert shown.err.count("5 % of the images are held out for validation; --val-fraction sets another share\n") == 1
+    assert "40 images of 3 classes to train on, 2 for validation\n" in shown.err
+    assert "  val_fraction: 0.05\n" in shown.out
+    (tmp_path / "config.yaml").write_text(shown.out)
+    setup = prepare(validate_saved(read_yaml(tmp_path / "config.yaml")), resuming=True)
+    assert setup.config.data.val_fraction == 0.05 and len(setup.splits.val_indices) == 2 and not setup.splits.notes

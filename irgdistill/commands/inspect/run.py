@@ -63,8 +63,8 @@ def _collect(
     """Run the networks over the drawn images; the second value is the names of those that could be read."""
     splits, data, plan = inspection.splits, inspection.data, inspection.plan
     device = choose_device(config.runtime.device)
-    if splits.left_out:
-        Report().line(splits.left_out)
+    for note in splits.notes:
+        Report().line(note)
     if len(splits.val_indices) < request.images:
         Report().warn(f"only {len(splits.val_indices)} images in the {request.split} split of {data.source}")
     teacher, *students = (network.network for network in inspection.networks)

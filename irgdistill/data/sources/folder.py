@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,10 @@ VAL = ("val", "validation", "test")
 """Usual names of the validation split, the preferred first."""
 
 
+UNLABELLED_FRACTION = 0.05
+"""Share of images without labels that is held out if nothing tells how many; at least one image."""
+
+
 def open_unlabelled(config: DataConfig, val_only: bool, classes: Sequence[str] | int) -> Splits:
     """Open a folder for training without labels. Raises UserError.
 
@@ -38,13 +42,11 @@ def open_unlabelled(config: DataConfig, val_only: bool, classes: Sequence[str] |
     val_root = _find_val(root, config)
     search = ImageSearch(config.search_limit)
     if not train_root.is_dir() or val_root is None:
-        fraction = _held_out(root, config, f"train/ beside {', '.join(_val_names(config))}")
-        images = PlainImages(train_root if train_root.is_dir() else root, search, config.exif_orientation)
-        splits = hold_out(images, [0] * len(images), ["images"], fraction)
-        return replace(splits, classes=names, labelled=False, left_out=str(search))
+        return _hold_out_unlabelled(root, train_root if train_root.is_dir() else root, names, search, config)
     val, labelled = _unlabelled_val(val_root, names, search, config)
     train = val if val_only else PlainImages(train_root, search, config.exif_orientation)
-    return _pair(train, val, names, search, labelled)
+    empty = _empty(val, val_root) if isinstance(val, ClassFolders) else []
+    return replace(_pair(train, val, names, search, labelled), empty=empty)
 
 
 @source("", local=True, open_unlabelled=open_unlabelled)
@@ -69,9 +71,7 @@ def open_path(config: DataConfig, val_only: bool = False) -> Splits:
             f"{root} has no train/ folder; to hold out a part of its class folders, give --val-fraction 0.1"
         )
     search = ImageSearch(config.search_limit)
-    images = ClassFolders(root, classes, search, config.exif_orientation)
-    splits = hold_out(images, images.labels(), classes, config.val_fraction)
-    return replace(splits, left_out=str(search))
+    return _hold_out_of_folders(root, classes, search, config, config.val_fraction)
 
 
 def _open_folders(root: Path, train_root: Path, config: DataConfig, val_only: bool) -> Splits:
@@ -81,12 +81,57 @@ def _open_folders(root: Path, train_root: Path, config: DataConfig, val_only: bo
     search = ImageSearch(config.search_limit)
     if val_root is None:
         fraction = _held_out(root, config, f"{', '.join(_val_names(config))} folder beside train/")
-        train = ClassFolders(train_root, classes, search, config.exif_orientation)
-        return replace(hold_out(train, train.labels(), classes, fraction), left_out=str(search))
-    _check_same_classes(classes, _class_folders(val_root), train_root, val_root)
+        return _hold_out_of_folders(train_root, classes, search, config, fraction)
+    looked = ImageSearch(config.search_limit)  # apart from `search`, which counts each file once
+
+    def no_images(path: Path, name: str) -> bool:
+        return (path / name).is_dir() and next(looked.walk(path / name), None) is None
+
+    _check_same_classes(classes, _class_folders(val_root), train_root, val_root, no_images)
     val = ClassFolders(val_root, classes, search, config.exif_orientation)
-    train = val if val_only else ClassFolders(train_root, classes, search, config.exif_orientation)
-    return _pair(train, val, classes, search)
+    train = val if val_only else _train_folders(train_root, classes, search, config)
+    empty = [] if val_only else _empty(train, train_root)
+    return replace(_pair(train, val, classes, search), empty=[*empty, *_empty(val, val_root)])
+
+
+def _hold_out_of_folders(
+    root: Path, classes: list[str], search: ImageSearch, config: DataConfig, fraction: float
+) -> Splits:
+    images = _train_folders(root, classes, search, config)
+    splits = hold_out(images, images.labels(), classes, fraction)
+    return replace(splits, left_out=str(search), empty=_empty(images, root))
+
+
+def _train_folders(root: Path, classes: Sequence[str], search: ImageSearch, config: DataConfig) -> ClassFolders:
+    """The training images. Raises UserError as `ClassFolders`, or if all but one of its folders are empty."""
+    images = ClassFolders(root, classes, search, config.exif_orientation)
+    if images.empty and len(classes) - len(images.empty) == 1:
+        more = ", …" if len(images.empty) > 3 else ""
+        raise UserError(
+            f"{root} holds images of one class; expected at least two (without images: "
+            f"{', '.join(images.empty[:3])}{more})"
+        )
+    return images
+
+
+def _empty(images: ClassFolders, root: Path) -> list[str]:
+    return [f"{name} in {root.name}" for name in images.empty]
+
+
+def _hold_out_unlabelled(
+    root: Path, train_root: Path, classes: list[str], search: ImageSearch, config: DataConfig
+) -> Splits:
+    """Hold out the share that the settings give, else a small one."""
+    if config.val_split:
+        _held_out(root, config, f"train/ beside {config.val_split}")
+    images = PlainImages(train_root, search, config.exif_orientation)
+    fraction, default = config.val_fraction, None
+    if fraction is None:
+        if len(images) == 1:
+            raise UserError(f"{train_root} holds one image: expected at least two, of which one is for validation")
+        fraction = default = max(UNLABELLED_FRACTION, 1 / len(images))
+    splits = hold_out(images, [0] * len(images), ["images"], fraction)
+    return replace(splits, classes=classes, labelled=False, left_out=str(search), default_fraction=default)
 
 
 def _open_archives(root: Path, train_tar: Path, config: DataConfig) -> Splits:
@@ -100,7 +145,8 @@ def _open_archives(root: Path, train_tar: Path, config: DataConfig) -> Splits:
         fraction = _held_out(root, config, f"{', '.join(_val_names(config))} .tar beside {train_tar.name}")
         return replace(hold_out(train, train.labels(), train.classes, fraction), left_out=str(search))
     val = TarSource(val_tar, search, config.exif_orientation)
-    _check_same_classes(train.classes, val.classes, train_tar, val_tar)
+    empty = {train_tar: train.empty, val_tar: val.empty}
+    _check_same_classes(train.classes, val.classes, train_tar, val_tar, lambda path, name: name in empty[path])
     return _pair(train, val, train.classes, search)
 
 
@@ -150,12 +196,21 @@ def _held_out(root: Path, config: DataConfig, missing: str) -> float:
     return config.val_fraction
 
 
-def _check_same_classes(classes: Sequence[str], others: Sequence[str], one: Path, two: Path) -> None:
+def _check_same_classes(
+    classes: Sequence[str], others: Sequence[str], one: Path, two: Path, empty: Callable[[Path, str], bool]
+) -> None:
+    """Raises UserError if the classes of two folders or archives differ; `empty` tells which have no images."""
     if others != classes:
-        only = [f"{name} only in {one.name}" for name in sorted(set(classes) - set(others))]
-        only += [f"{name} only in {two.name}" for name in sorted(set(others) - set(classes))]
+        only = [(name, one) for name in sorted(set(classes) - set(others))]
+        only += [(name, two) for name in sorted(set(others) - set(classes))]
+        shown = []
+        for name, path in only[:4]:
+            bare = next((each for each in (one, two) if empty(each, name)), None)
+            shown.append(
+                f"{name} in {bare.name} is there and holds no images" if bare else f"{name} only in {path.name}"
+            )
         more = f" and {len(only) - 4} more" if len(only) > 4 else ""
-        raise UserError(f"class folders of {one} and {two} differ: {', '.join(only[:4])}{more}")
+        raise UserError(f"class folders of {one} and {two} differ: {', '.join(shown)}{more}")
 
 
 def _unlabelled_val(root: Path, classes: list[str], search: ImageSearch, config: DataConfig) -> tuple[Source, bool]:
