@@ -51,6 +51,8 @@ def cache_teacher(request: CacheRequest) -> None:
     config = with_cached_orientation(config, read_manifest(request.output), request.output)
     splits, teacher = open_data(config, lambda: build_teacher(config))
     assert teacher is not None
+    if teacher.note:
+        report.line(teacher.note)
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream: its images have no numbers by which to find them again")
     for note in splits.notes:

@@ -28,7 +28,7 @@ def evaluate_targets(request: EvalRequest) -> None:
         else data_of(target, metadata.data, config.data, request.given, metadata.plugins)
         for target, (_, metadata) in zip(request.targets, opened, strict=True)
     ]
-    teacher = open_network(against, against_checkpoint, None)[0] if against else None
+    teacher = open_network(against, against_checkpoint, None, "teacher")[0] if against else None
     results = []
     for target, (network, _), data in zip(request.targets, opened, sets, strict=True):
         metrics = _evaluate(network, teacher, data, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from irgdistill.config import PluginConfig
 from irgdistill.errors import UserError
 from irgdistill.io import FORMAT, read_metadata, read_tensors
 from irgdistill.models.build import build_network, rebuild_network
+from irgdistill.models.foreign import Role, find_weights
 from irgdistill.models.network import Network, NetworkRecord
 from irgdistill.models.weights import Weights, read_weights
 
@@ -108,32 +109,48 @@ def timm_config(network: Network, classes: list[str]) -> dict[str, Any]:
     }
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], CheckpointMetadata | None]:
-    """Weights and metadata (None for other files). Raises UserError as `CheckpointMetadata.read`, or if damaged."""
+def read_checkpoint(
+    path: Path, role: Role, own: Callable[[], Mapping[str, Tensor]]
+) -> tuple[Weights, CheckpointMetadata | None]:
+    """Weights and metadata (None for other files, in which the weights of a network with state dict `own()` are found).
+
+    Raises UserError as `CheckpointMetadata.read`, or if damaged.
+    """
     if CheckpointMetadata.read(path) is None:
-        return read_weights(path), None
-    weights, values = read_tensors(path)
+        dicts = read_weights(path)
+        tensors, note = find_weights(dicts, own(), role)
+        return Weights(tensors, str(path), note), None
+    tensors, values = read_tensors(path)
     assert values is not None
-    return weights, CheckpointMetadata.parse(values, path)
+    return Weights(tensors, str(path)), CheckpointMetadata.parse(values, path)
 
 
 def restore(
-    path: Path, name: str | None = None, input_size: tuple[int, int] | None = None
+    path: Path, name: str | None = None, input_size: tuple[int, int] | None = None, role: Role = "student"
 ) -> tuple[Network, CheckpointMetadata | None]:
     """Rebuild a network from a checkpoint, and its metadata; from any other file of weights given its `name`.
 
-    Raises UserError: unreadable, truncated or damaged file, other weights without a name, weights that do not fit,
-    another name than the checkpoint's own.
+    Of a file with a teacher and a student, `role` says which. Raises UserError: unreadable, truncated or damaged file,
+    other weights without a name, weights that do not fit, another name than the checkpoint's own.
     """
-    tensors, metadata = read_checkpoint(path)
-    weights = Weights(tensors, str(path))
+
+    def shapes() -> Mapping[str, Tensor]:
+        return build_network(_required(name, path), input_size=input_size, meta=True).model.state_dict()
+
+    weights, metadata = read_checkpoint(path, role, shapes)
     if metadata is None:
-        if name is None:
-            raise UserError(
-                f"{path} was not written by irgdistill and does not name its network; name the architecture too"
-            )
-        return build_network(name, weights=weights, input_size=input_size), None
+        network = build_network(_required(name, path), weights=weights, input_size=input_size)
+        network.note = f"{network.name}: {weights.note} in {path}" if weights.note else ""
+        return network, None
     metadata.check_name(path, name, "the name")
     network = rebuild_network(metadata, input_size=input_size, weights=weights)
     network.classes = metadata.classes
     return network, metadata
+
+
+def _required(name: str | None, path: Path) -> str:
+    if name is None:
+        raise UserError(
+            f"{path} was not written by irgdistill and does not name its network; name the architecture too"
+        )
+    return name

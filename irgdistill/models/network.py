@@ -55,6 +55,8 @@ class Network:
     input: InputSpec
     classes: list[str] | None = None
     """Class names in label order, if a checkpoint records them."""
+    note: str = ""
+    """A line for the log: what was taken of a file that holds several weights."""
 
     @classmethod
     def of(

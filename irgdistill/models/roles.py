@@ -13,6 +13,7 @@ from irgdistill.errors import UserError
 from irgdistill.io import Report, RunFolder, find_checkpoint
 from irgdistill.models.build import build_network
 from irgdistill.models.checkpoint import CheckpointMetadata, read_checkpoint, restore
+from irgdistill.models.foreign import Role
 from irgdistill.models.network import Network
 from irgdistill.models.weights import Weights, load_weights
 
@@ -25,7 +26,7 @@ def build_teacher(config: Config, fetch: bool = True) -> Network:
     spec = config.teacher
     if spec.checkpoint is not None:
         path = find_checkpoint(str(spec.checkpoint)) or spec.checkpoint
-        return restore(path, spec.name, spec.input_size)[0]
+        return restore(path, spec.name, spec.input_size, "teacher")[0]
     assert spec.name is not None
     return build_network(spec.name, pretrained=fetch, input_size=spec.input_size)
 
@@ -109,15 +110,16 @@ def _checkpoint_file(path: Path) -> Path:
 
 def _load_initial(student: Network, path: Path, classes: list[str]) -> str:
     """Load a checkpoint, but for a classifier that does not fit, and say where the student starts."""
-    weights, metadata = read_checkpoint(path)
     own, head = student.model.state_dict(), _classifier_keys(student.model)
+    read, metadata = read_checkpoint(path, "student", lambda: own)
+    weights = read.tensors
     theirs = metadata.classes if metadata is not None else classes
     count = next((len(weights[key]) for key in head if key in weights), 0)
     same_width = all(weights[key].shape[1:] == own[key].shape[1:] for key in head if key in weights)
     if head and same_width and (count != len(classes) or theirs != classes):
         weights = {**weights, **{key: own[key] for key in head}}
     load_weights(student.model, Weights(weights, str(path)), student.name)
-    note = f"student {student.name} starts from {path}"
+    note = f"student {student.name} starts from {path}" + (f" ({read.note})" if read.note else "")
     if head and count == len(classes) and theirs != classes:
         return f"{note}; its classifier is new, for other classes"
     return note + (_classifier_note(count, classes) if head else "")
@@ -139,7 +141,7 @@ def _classifier_keys(model: nn.Module) -> list[str]:
 
 
 def open_network(
-    target: str, checkpoint: Path | None, size: tuple[int, int] | None
+    target: str, checkpoint: Path | None, size: tuple[int, int] | None, role: Role = "student"
 ) -> tuple[Network, CheckpointMetadata | None]:
     """Open a checkpoint, a run folder or a timm name (pretrained, or with the weights of `checkpoint`).
 
@@ -153,5 +155,8 @@ def open_network(
             Report().warn(f"{target} holds no best.safetensors; using last.safetensors")
         return restore(path, None, size)
     if checkpoint is not None:
-        return restore(checkpoint, target, size)
+        network, metadata = restore(checkpoint, target, size, role)
+        if network.note:
+            Report().line(network.note)
+        return network, metadata
     return build_network(target, pretrained=True, input_size=size), None

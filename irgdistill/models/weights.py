@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
-from timm.models import load_state_dict
+import torch
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from irgdistill.errors import UserError, one_line
+from irgdistill.io import read_tensors
+from irgdistill.models.foreign import tensor_dicts
 
 LOCAL = "local-dir:"
 
@@ -23,6 +28,8 @@ class Weights(NamedTuple):
 
     tensors: Mapping[str, Tensor]
     origin: str
+    note: str = ""
+    """What was taken, if the file holds several weights that fit."""
 
 
 def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
@@ -41,17 +48,32 @@ def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
     model.load_state_dict(dict(given), strict=True)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights of a .safetensors or .pth file, without unpickling code. Raises UserError if it cannot be read."""
+def read_weights(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Every dictionary of tensors in a .safetensors or .pth file, by its place in the file, without unpickling code.
+
+    Raises UserError if the file cannot be read or holds none.
+    """
     if not path.is_file():
         raise UserError(f"no file {path}")
-    try:
-        weights = load_state_dict(str(path), device="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is truncated or no checkpoint: {one_line(error)}") from None
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    found = tensor_dicts(read_tensors(path)[0] if path.suffix == ".safetensors" else _load(path))
+    if not found:
         raise UserError(f"{path} does not hold a dictionary of weights")
-    return dict(weights)
+    return found
+
+
+def _load(path: Path) -> object:
+    try:
+        with safe_globals([argparse.Namespace]):  # in checkpoints of timm
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))  # in each of torch's refusals, for both of its file formats
+        if refused is not None:
+            raise UserError(
+                f"{path} holds Python objects ({refused[1]}), not weights alone, and reading them may run any code; "
+                f"if you trust it, run in Python: model = torch.load({str(path)!r}, weights_only=False); "
+                "torch.save(model.state_dict(), 'weights.pth')  (of a dictionary: model['state_dict'])"
+            ) from None
+        raise UserError(f"{path} is truncated or no checkpoint: {one_line(error)}") from None
 
 
 def classes_of(name: str, weights: Mapping[str, Tensor]) -> int | None:

@@ -39,7 +39,7 @@ class Setup:
     teacher_checksum: str | None = None
     """Checksum of the teacher's weights, cached or live."""
     start_note: str = ""
-    """The origin of the student's weights, in words; empty for random ones."""
+    """The origin of the student's weights, in words, and of the teacher's if its file holds several."""
 
     @property
     def classes(self) -> list[str]:
@@ -114,7 +114,7 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
         cache=cache,
         class_weights=class_weights,
         teacher_checksum=None if teacher is None else _checksum(teacher, cache, inputs),
-        start_note=start_note,
+        start_note="; ".join(filter(None, (start_note, "" if teacher is None else teacher.note))),
     )
 
 

@@ -39,6 +39,8 @@ def inspect(request: InspectRequest) -> None:
     _check_output(output)
     for network in inspection.networks:
         report.line(f"{network.label}: {network.weights}")
+        if network.network.note:
+            report.line(network.network.note)
     if not request.as_json:
         print_plan(inspection.plan, stdout=True)
     unreadable = UnreadableImages(inspection.data.max_bad_images, report.warn)
