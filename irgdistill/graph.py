@@ -172,6 +172,50 @@ def _distances(x: Tensor, norms: Tensor, rows: slice) -> Tensor:
     return distances
 
 
+def cosine_matrix(features: Tensor) -> Tensor:
+    """(…, N, D) -> (…, N, N): cosines of all pairs of instances, float32 (float64 stays). Zero vectors give zeros."""
+    x = unit(widen(features))
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ x.transpose(-1, -2)
+
+
+def off_diagonal(matrix: Tensor) -> Tensor:
+    """(…, N, N) -> (…, N, N - 1): each row without its entry on the diagonal."""
+    size = matrix.shape[-1]
+    between = matrix.flatten(-2)[..., 1:].reshape(*matrix.shape[:-2], size - 1, size + 1)[..., :-1]
+    return between.reshape(*matrix.shape[:-1], size - 1)
+
+
+FLAT = 1e-3
+"""A row whose deviation from its mean is below this share of its length tells nothing: it has no correlation."""
+
+
+def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - Pearson's correlation of each row of (…, N), mean over the rows; it does not depend on a row's scale.
+
+    Rows that are flat (see `FLAT`) in either network count as zero, with zero gradient.
+    """
+    here, there = _standardised(widen(student)), _standardised(widen(teacher))
+    informative = (here.detach() != 0).any(-1) & (there != 0).any(-1)
+    losses: Tensor = informative * (1 - (here * there.to(here.dtype)).sum(-1))
+    return losses.mean()
+
+
+def _standardised(rows: Tensor) -> Tensor:
+    """Each row minus its mean, of length 1; zeros for a flat row."""
+    deviations = rows - rows.mean(-1, keepdim=True)
+    squared = deviations.square().sum(-1, keepdim=True)
+    flat = squared <= FLAT**2 * rows.detach().square().sum(-1, keepdim=True)
+    return deviations * squared.masked_fill(flat, torch.inf).rsqrt()
+
+
+def softmax_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(teacher / T) ‖ softmax(student / T)) of each row of (…, N), mean over the rows."""
+    log_p = (widen(teacher) / temperature).log_softmax(-1)
+    log_q = (widen(student) / temperature).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
 def centred(x: Tensor) -> Tensor:
     """Subtract the first row and then the mean, in float32 or float64."""
     x = widen(x)

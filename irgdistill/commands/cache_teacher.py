@@ -67,6 +67,7 @@ def cache_teacher(request: CacheRequest) -> None:
     unreadable = UnreadableImages(config.data.max_bad_images, report.warn)
     images = train_images(splits, config.data, config.augment, crop, seed, unreadable)
     taps, attended = _taps(config, teacher, student)
+    grids = attended if config.losses.comparing("grids") else []
     manifest = Manifest(
         format=CACHE_FORMAT,
         name=teacher.name,
@@ -78,9 +79,11 @@ def cache_teacher(request: CacheRequest) -> None:
         attention=[tap_name(tap) for tap in attended],
         storage={"type": request.store, "logits": "all" if largest is None else largest},
     )
+    if grids:
+        manifest["grids"] = [tap_name(tap) for tap in grids]
     manifest = cast(Manifest, json.loads(json.dumps(manifest)))  # tuples become lists, as in the file
     _claim(request.output, manifest)
-    network = _on_device(config, teacher, taps, attended)
+    network = _on_device(config, teacher, taps, attended, grids)
     try:
         ShardWriter(request.output, manifest, images, network, config, largest, DTYPES[request.store]).write(report)
     except Stopped as stop:
@@ -102,7 +105,7 @@ def _student(config: Config) -> Network:
 
 
 def _taps(config: Config, teacher: Network, student: Network | None) -> tuple[list[Tap], list[Tap]]:
-    """Taps to store, and those with a map, whose attention is stored.
+    """Taps to store, and those with a map, whose attention, and grid if the method compares any, is stored.
 
     Both ends of every level, for any student, and what the plan with the given one taps.
     """
@@ -128,7 +131,7 @@ def _claim(folder: Path, manifest: Manifest) -> None:
     write_text(folder / "cache.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def _on_device(config: Config, teacher: Network, taps: list[Tap], attended: list[Tap]) -> Tapped:
+def _on_device(config: Config, teacher: Network, taps: list[Tap], attended: list[Tap], grids: list[Tap]) -> Tapped:
     """The frozen teacher on the run's device."""
     device = choose_device(config.runtime.device)
     keep_memory(device)
@@ -137,7 +140,8 @@ def _on_device(config: Config, teacher: Network, taps: list[Tap], attended: list
         model = model.to(memory_format=torch.channels_last)
     if config.runtime.fold_batch_norm:
         fold_batch_norm(model.eval(), teacher.input.size, {tap.module for tap in taps})
-    network = Tapped(model, teacher.preprocess().to(device), taps, config.runtime.channels_last, energies=attended)
+    view, last = teacher.preprocess().to(device), config.runtime.channels_last
+    network = Tapped(model, view, taps, last, energies=attended, grids=grids)
     return network.requires_grad_(False).eval()
 
 
@@ -204,6 +208,7 @@ class ShardWriter:
         rows |= {f"tap {name}": value.to(self.dtype) for name, value in output.features.items()}
         attention = {name: unit(value.flatten(1)).view_as(value) for name, value in output.energies.items()}
         rows |= {f"attention {name}": value.to(self.dtype) for name, value in attention.items()}
+        rows |= {f"grid {name}": value.to(self.dtype) for name, value in output.grids.items()}
         return {name: value.cpu() for name, value in rows.items()}
 
 

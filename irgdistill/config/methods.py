@@ -12,12 +12,12 @@ from irgdistill.config.fields import Fade, Section, Weight
 from irgdistill.errors import UserError
 from irgdistill.plugins import LAST, Registry
 
-Kind = Literal["labels", "logits", "booster", "features", "energies", "maps"]
+Kind = Literal["labels", "logits", "booster", "features", "energies", "grids", "maps"]
 """Something a term compares: the labels; the teacher's logits; the logits of a booster, a network like the teacher that
-is trained beside the student; of matched stages the pooled features, the energies (squares summed over channels) or the
-whole maps."""
+is trained beside the student; of matched stages the pooled features, the energies (squares summed over channels), the
+grids (means over cells, at most 8×8) or the whole maps."""
 
-STAGE_KINDS: tuple[Kind, ...] = ("features", "energies", "maps")
+STAGE_KINDS: tuple[Kind, ...] = ("features", "energies", "grids", "maps")
 """Kinds that need matched stages."""
 
 TEACHER_KINDS: tuple[Kind, ...] = ("logits", *STAGE_KINDS)

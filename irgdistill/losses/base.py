@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def teacher(self) -> Output:
-        """The teacher's output, for a term that compares the teacher's logits, features, energies or maps."""
+        """The teacher's output, for a term that compares the teacher's logits, features, energies, grids or maps."""
         assert self.teacher_output is not None, "a term asked for a teacher that this run does not have"
         return self.teacher_output
 
@@ -62,7 +62,7 @@ class TermContext:
 
     @property
     def plan(self) -> Plan:
-        """The matched stages, for a term that compares features, energies or maps."""
+        """The matched stages, for a term that compares features, energies, grids or maps."""
         assert self.matched is not None, "a term asked for matched stages without declaring that it compares any"
         return self.matched
 
@@ -95,6 +95,9 @@ class Term(ABC):
     teacher_energies: Sequence[Tap] = ()
     """Taps of which it compares the squares summed over channels, in `Output.energies`."""
     student_energies: Sequence[Tap] = ()
+    teacher_grids: Sequence[Tap] = ()
+    """Taps that it compares as grids of cells, in `Output.grids`."""
+    student_grids: Sequence[Tap] = ()
     adapter: nn.Module | None = None
     """Trained beside the student and not part of it: (images, student's output) -> tensors by name, which the term
     finds in `Output.adapted`."""

@@ -83,10 +83,10 @@ class DistillLoss:
         return sum((weights[name] * value for name, value in raw.items()), start=zero)
 
     def where(self, role: Literal["teacher", "student"]) -> dict[str, list[Tap]]:
-        """The `taps`, `maps` and `energies` of `Tapped` that the terms need of one network."""
+        """The `taps`, `maps`, `energies` and `grids` of `Tapped` that the terms need of one network."""
         return {
             kind: list(dict.fromkeys(tap for term in self.terms.values() for tap in getattr(term, f"{role}_{kind}")))
-            for kind in ("taps", "maps", "energies")
+            for kind in ("taps", "maps", "energies", "grids")
         }
 
     def adapters(self) -> nn.ModuleDict:

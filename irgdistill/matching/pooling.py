@@ -1,4 +1,4 @@
-"""Reads the output at a tap: pooled features, whole maps, attention energies."""
+"""Reads the output at a tap: pooled features, whole maps, grids of cells, attention energies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from irgdistill.errors import UserError
@@ -87,6 +88,41 @@ def _as_nchw(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
     if count % height:
         raise UserError(f"{tap.module}: {count} tokens do not fill a map of the aspect ratio {tap.height}:{tap.width}")
     return tokens.reshape(*tokens.shape[:2], height, count // height)
+
+
+GRID = 8
+"""Most cells of a grid along each side."""
+
+
+def grid(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:
+    """The map at `tap`, averaged over cells -> (B, C, h, w) with h, w ≤ GRID, float32 (float64 stays float64).
+
+    Cells do not overlap: they are squares of ceil(H / GRID) × ceil(W / GRID) pixels, smaller at the lower and right
+    border if these do not divide the map. `tap.layout` is one of MAP_LAYOUTS. Raises UserError as `feature_map`.
+    """
+    x = _as_nchw(output, tap)
+    cell = -(-x.shape[2] // GRID), -(-x.shape[3] // GRID)
+    if cell == (1, 1):
+        return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    cells: Tensor = _CellMean.apply(x, cell)
+    return cells
+
+
+class _CellMean(torch.autograd.Function):
+    """Mean over cells. It keeps no tensor for the backward pass: gradient checkpointing runs the hook again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cell: tuple[int, int]) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.cell = x.shape, x.dtype, cell
+        ctx.format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+        return F.avg_pool2d(x.to(torch.promote_types(x.dtype, torch.float32)), cell, ceil_mode=True)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        shape = torch.empty(ctx.shape, dtype=outer.dtype, device=outer.device, memory_format=ctx.format)
+        outer = outer.contiguous(memory_format=ctx.format)
+        share = torch.ops.aten.avg_pool2d_backward(outer, shape, ctx.cell, ctx.cell, (0, 0), True, True, None)
+        return share.to(ctx.dtype), None
 
 
 def energy_or_map(output: Tensor | Sequence[Any], tap: Tap) -> Tensor:

@@ -1,8 +1,8 @@
 """Runs a network and collects logits and pooled block outputs in one forward.
 
-Hooks on the blocks of the plan pool at once: nothing larger than (B, C) is kept, and nothing can be changed in place
-afterwards. Whole maps are copied, if a term needs them. Hooks are installed once, before any `torch.compile`; the
-model's `state_dict` does not change.
+Hooks on the blocks of the plan pool at once, to (B, C) or to a grid of cells: nothing larger is kept, and nothing can
+be changed in place afterwards. Whole maps are copied, if a term needs them. Hooks are installed once, before any
+`torch.compile`; the model's `state_dict` does not change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from irgdistill.matching.levels import Tap
-from irgdistill.matching.pooling import energy, energy_or_map, feature_map, pool
+from irgdistill.matching.pooling import energy, energy_or_map, feature_map, grid, pool
 
 
 class Output(NamedTuple):
@@ -28,6 +28,8 @@ class Output(NamedTuple):
     """Tap name -> (B, C, H, W), for the requested taps"""
     energies: dict[str, Tensor] = {}  # noqa: RUF012
     """Tap name -> (B, H, W), float32: squares summed over the channels, for the requested taps"""
+    grids: dict[str, Tensor] = {}  # noqa: RUF012
+    """Tap name -> (B, C, h, w), float32: means over the cells of `pooling.grid`, for the requested taps"""
     adapted: dict[str, dict[str, Tensor]] = {}  # noqa: RUF012
     """Term -> output of its adapter; see `losses.Learner`"""
 
@@ -46,8 +48,8 @@ def tap_name(tap: Tap) -> str:
 class Tapped(nn.Module):
     """A network with taps. `forward` (B, 3, H, W) raw images -> `Output`.
 
-    `taps` are pooled, `maps` kept whole, `energies` summed over the channels. `preprocess` resizes and normalises raw
-    images; None: the images are prepared already.
+    `taps` are pooled, `maps` kept whole, `energies` summed over the channels, `grids` averaged over cells. `preprocess`
+    resizes and normalises raw images; None: the images are prepared already.
     """
 
     def __init__(
@@ -58,13 +60,14 @@ class Tapped(nn.Module):
         channels_last: bool = False,
         maps: Iterable[Tap] = (),
         energies: Iterable[Tap] = (),
+        grids: Iterable[Tap] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.preprocess = preprocess
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._kept: tuple[dict[str, Tensor], ...] = ({}, {}, {})
-        kinds = ((taps, pool), (maps, feature_map), (energies, energy_or_map))
+        self._kept: tuple[dict[str, Tensor], ...] = ({}, {}, {}, {})
+        kinds = ((taps, pool), (maps, feature_map), (energies, energy_or_map), (grids, grid))
         self._hooks = [
             self._install(tap, kept, read)
             for kept, (tapped, read) in zip(self._kept, kinds, strict=True)
@@ -75,9 +78,9 @@ class Tapped(nn.Module):
         self._clear()
         inputs = images if self.preprocess is None else self.preprocess(images)
         logits = first_output(self.model(inputs.contiguous(memory_format=self.memory_format)))
-        features, maps, energies_or_maps = (dict(kept) for kept in self._kept)
+        features, maps, energies_or_maps, grids = (dict(kept) for kept in self._kept)
         energies = {name: energy(x) if x.dim() == 4 else x for name, x in energies_or_maps.items()}
-        output = Output(logits, features, maps, energies)
+        output = Output(logits, features, maps, energies, grids)
         self._clear()
         return output
 
@@ -114,5 +117,5 @@ def has_unused_parameters(network: Tapped, shape: tuple[int, int, int]) -> bool:
     image = torch.empty(2, *shape, device="meta")
     with torch.random.fork_rng(devices=[]):
         output = torch.func.functional_call(network, meta, (image,))
-        total = sum((x.sum() for found in output[1:4] for x in found.values()), start=output.logits.sum())
+        total = sum((x.sum() for found in output[1:5] for x in found.values()), start=output.logits.sum())
         return None in torch.autograd.grad(total, wanted, allow_unused=True)

@@ -1,7 +1,7 @@
 """The teacher's outputs for every view of every training image, on disk: written once, read by any number of students.
 
 DIR/cache.json                    the manifest: teacher, data, augmentation, taps, storage
-DIR/00000.safetensors, 00001…     SHARD rows each, checksummed: logits, pooled taps, attention maps
+DIR/00000.safetensors, 00001…     SHARD rows each, checksummed: logits, pooled taps, attention maps, grids
 
 A row is a view of an image: its number is view · N + image, the key by which `data.Images` seeds its augmentation. The
 files are mapped into memory, so that only rows that are asked for are loaded.
@@ -41,7 +41,16 @@ COMPARED_VIEWS = 64
 DTYPES = dict(zip(STORES, (torch.float16, torch.float32), strict=True))
 
 
-class Manifest(TypedDict):
+ROWS = {"taps": "tap", "energies": "attention", "grids": "grid"}
+"""What `Tapped` collects at a tap -> the first word of its name in a shard; the second is that of the tap."""
+
+
+class _Grids(TypedDict, total=False):
+    grids: list[str]
+    """Names of the taps whose grids are stored; no key if there are none."""
+
+
+class Manifest(_Grids):
     """cache.json: everything that determines the rows."""
 
     format: int
@@ -203,14 +212,21 @@ class TeacherCache:
                 f"{self.manifest['storage']['logits']} largest: {unset}, or a cache made with --logits all"
             )
         missing = [name for tap in (plan.teacher_taps() if plan else ()) if (name := tap_name(tap)) not in self.taps]
-        if plan is not None and losses.comparing("energies"):
-            exits = [pair.teacher.exit for pair in plan.pairs]
-            attended = self.manifest["attention"]
-            missing += [name for tap in exits if tap.layout in MAP_LAYOUTS and (name := tap_name(tap)) not in attended]
+        exits = [pair.teacher.exit for pair in plan.pairs] if plan else []
+        mapped = [tap_name(tap) for tap in exits if tap.layout in MAP_LAYOUTS]
+        if losses.comparing("energies"):
+            missing += [name for name in mapped if name not in self.manifest["attention"]]
         if missing:
             raise UserError(
                 f"the run taps {', '.join(missing)} of the teacher, which {self.folder} does not hold; "
                 "give cache-teacher the same --student, --levels and --taps-teacher"
+            )
+        on_grids = losses.comparing("grids")
+        missing = [name for name in mapped if on_grids and name not in self.manifest.get("grids", ())]
+        if missing:
+            raise UserError(
+                f"{' and '.join(on_grids)} compare{'s' * (len(on_grids) == 1)} grids of {', '.join(missing)}, which "
+                f"{self.folder} does not hold; give cache-teacher the same --method and weights, and the same --student"
             )
 
     @property
@@ -227,13 +243,12 @@ class TeacherCache:
                 raise UserError(f"the teacher cache {self.folder} was made of {_OTHER[part]}{what}")
 
     def open(self, where: Mapping[str, Iterable[Tap]] | None = None) -> None:
-        """Map all shards into memory and verify their checksums; of taps and energies only those of `where` are read.
+        """Map all shards into memory and verify their checksums; of values at taps only those of `where` are read.
 
         Raises UserError for a shard that is missing, damaged or of another cache.
         """
         mark = manifest_checksum(self.manifest)
-        kinds = () if where is None else (("tap", where["taps"]), ("attention", where["energies"]))
-        wanted = {f"{kind} {tap_name(tap)}" for kind, taps in kinds for tap in taps}
+        wanted = {f"{word} {tap_name(tap)}" for kind, word in ROWS.items() for tap in (where or {}).get(kind, ())}
         count = math.ceil(self.row_count / SHARD)
         missing = [number for number in range(count) if not shard_path(self.folder, number).exists()]
         if missing:
@@ -269,17 +284,17 @@ class TeacherCache:
     def output(self, teacher_rows: Tensor) -> Output:
         """Decode bytes (B, n) of `teacher_rows` to the teacher's output in float32."""
         rows, start = {}, 0
-        kinds: dict[str, dict[str, Tensor]] = {"tap": {}, "attention": {}}
+        at_taps: dict[str, dict[str, Tensor]] = {word: {} for word in ROWS.values()}
         for name, stored in self._shards[0].items():
             end = start + stored[0].nbytes
             own = teacher_rows[:, start:end].contiguous()
             rows[name], start = own.view(stored.dtype).reshape(len(own), *stored.shape[1:]), end
         for key, value in rows.items():
-            kind, _, name = key.partition(" ")
+            word, _, name = key.partition(" ")
             if name:
-                kinds[kind][name] = value.float()
+                at_taps[word][name] = value.float()
         logits = unpack_logits(rows, self.manifest["teacher"]["num_classes"])
-        return Output(logits, kinds["tap"], energies=kinds["attention"])
+        return Output(logits, at_taps["tap"], energies=at_taps["attention"], grids=at_taps["grid"])
 
 
 _OTHER = {"teacher": "another teacher", "data": "other images", "views": "views of another recipe"}

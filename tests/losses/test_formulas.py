@@ -329,7 +329,7 @@ def test_every_term_is_its_function_over_the_stages(method: str) -> None:
     else:
         expected = FEATURES[method](student.features["s4.1"], teacher.features["t4.1"])
     torch.testing.assert_close(found[method], expected)
-    kinds = {"taps": ("rkd", "pkt"), "maps": ("fitnet", "fsp", "sp"), "energies": ("at",)}
+    kinds = {"taps": ("rkd", "pkt"), "maps": ("fitnet", "fsp", "sp"), "energies": ("at",), "grids": ()}
     for role in ("student", "teacher"):
         assert {kind: bool(taps) for kind, taps in loss.where(role).items()} == {
             k: method in m for k, m in kinds.items()

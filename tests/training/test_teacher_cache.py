@@ -44,6 +44,8 @@ def cached(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         for store, logits in (("fp32", "all"), ("fp16", "all"), ("fp32", "8")):
             options = ("--set", "data.views=2") if logits == "8" else ("--views", 2)
             options += ("--store", store, "--logits", logits, "--output", root / f"{store}-{logits}")
+            if store == "fp32":
+                options += ("--set", "losses.positions.weight=15")
             assert command("cache-teacher", *RECIPE, "--teacher-checkpoint", teacher, *options) == 0
     return {path.name: path for path in root.iterdir()}
 
@@ -75,6 +77,7 @@ def losses(folder: Path) -> torch.Tensor:
         ("rkd", "fp32-all", 0.1, 2e-5),
         ("at", "fp32-all", 1e-6, 2e-5),
         ("at", "fp16-all", 1e-6, 1e-3),
+        ("positions", "fp32-all", 0.1, 2e-5),
     ],
 )
 def test_losses_are_those_of_the_live_teacher(
@@ -137,7 +140,7 @@ def test_an_interrupted_cache_is_finished_and_is_the_same(
         save(path, *rest)
 
     command = ("cache-teacher", *RECIPE, "--teacher-checkpoint", teacher, "--views", 2, "--store", "fp32")
-    command += ("--output", tmp_path / "out")
+    command += ("--set", "losses.positions.weight=15", "--output", tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(caching, "save_tensors", stopping)
         stopped = run(*command)
@@ -170,6 +173,7 @@ def test_an_interrupted_cache_is_finished_and_is_the_same(
         (("--mixup", 0.2), "the output for a mix is not the mix of outputs"),
         (("--method", "fsp"), "fsp compares whole maps"),
         (("--set", "losses.sp.weight=1", "--set", "losses.fsp.weight=1"), "fsp and sp compare whole maps"),
+        (("--method", "positions"), "positions compares grids of layer1.2, layer2.2, layer3.2, which"),
         (("--teacher", "cifar_resnet20"), "was made of another teacher: architecture"),
         (("--teacher-checkpoint", "OTHER"), "was made of another teacher: architecture"),
         (("--teacher-checkpoint", "SAME"), "was made of another teacher: weights"),
@@ -229,6 +233,7 @@ def test_rows_are_found_by_their_keys(cached: dict[str, Path]) -> None:
     output = store.output(store.teacher_rows(keys))
     found = {"logits": output.logits} | {f"tap {name}": x for name, x in output.features.items()}
     found |= {f"attention {name}": x for name, x in output.energies.items()}
+    found |= {f"grid {name}": x for name, x in output.grids.items()}
     assert found.keys() == rows.keys() and all(torch.equal(found[name], rows[name]) for name in rows)
 
 
