@@ -85,7 +85,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    epilog=_examples(["irgdistill distill --preset quickstart --method none --student cifar_resnet20"]),
+    epilog=_examples(["irgdistill train --preset quickstart --model cifar_resnet20"]),
 )
 
 

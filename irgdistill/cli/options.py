@@ -89,14 +89,19 @@ class WithSettings:
     """
 
     function: Function
-    chosen: Mapping[str, str | Flag | None] | None
+    chosen: Mapping[str, str | Flag | None]
+    others: bool
+    without: tuple[str, ...]
 
     def made(self) -> Function:
         from irgdistill.config import options, settings, values_of
 
         known = {setting.key: setting for setting in settings()}
-        chosen = self.chosen
-        taken = [_with_flag(known[key], flag) for key, flag in chosen.items()] if chosen else list(options().values())
+        keys = dict.fromkeys(self.chosen)
+        if self.others:
+            have = [setting.key for setting in options().values()]
+            keys |= dict.fromkeys(key for key in have if not key.startswith(self.without))
+        taken = [_with_flag(known[key], self.chosen.get(key)) for key in keys]
         names = {setting.flag.parameter: setting for setting in taken if setting.flag is not None}
 
         def call(**params: Any) -> None:
@@ -111,13 +116,16 @@ class WithSettings:
         return call
 
 
-def with_settings(chosen: Mapping[str, str | Flag | None] | None = None) -> Callable[[Function], WithSettings]:
+def with_settings(
+    chosen: Mapping[str, str | Flag | None] | None = None, others: bool | None = None, without: Sequence[str] = ()
+) -> Callable[[Function], WithSettings]:
     """Give a command the options of the `chosen` settings; its parameter `given` takes {"key.path": value}.
 
-    `chosen`: key -> another help text, another flag, or None for the flag of the schema; default: every setting that
-    has a flag.
+    `chosen`: key -> another help text, another flag, or None for the flag of the schema. `others`: also every other
+    setting that has a flag, but for keys that begin with one of `without`; default: if none is chosen.
     """
-    return lambda function: WithSettings(function, chosen)
+    others = chosen is None if others is None else others
+    return lambda function: WithSettings(function, chosen or {}, others, tuple(without))
 
 
 def _with_flag(setting: Setting, flag: str | Flag | None) -> Setting:

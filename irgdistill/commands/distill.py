@@ -71,12 +71,7 @@ def start(
     config = on_backend(resolved(request.config), request.backend)
     folder = RunFolder(request.output or _next_folder(config, last=restarted))
     if not restarted:
-        folder.check_inputs(
-            {
-                "--teacher-checkpoint": config.teacher.checkpoint,
-                "--student-checkpoint": config.student.checkpoint,
-            }
-        )
+        folder.check_inputs(request.inputs)
     with _explain_stop(folder, resuming=False):
         setup = _checked_setup(config, request.gpus, request.backend, inputs=inputs)
         if setup is None:
@@ -209,7 +204,8 @@ def _explain_stop(folder: RunFolder, resuming: bool) -> Iterator[None]:
 
 def _next_folder(config: Config, last: bool = False) -> Path:
     """The first free name under runs/; `last`: the one before it."""
-    name = f"{config.student.name}-{config.method}".replace("+", "-").replace("/", "-").replace(":", "-")
+    parts = [str(config.student.name)] + [config.method] * (config.method != "none")
+    name = "-".join(parts).replace("+", "-").replace("/", "-").replace(":", "-")
     number = 1
     while (path := Path("runs") / f"{name}-{number}").exists():
         number += 1

@@ -61,6 +61,31 @@ class DistillRequest:
         if self.output is not None and not restart_count():
             RunFolder(self.output).check_overwrite(self.overwrite)
 
+    @property
+    def inputs(self) -> dict[str, Path | None]:
+        """Options that name files, and the files."""
+        return {
+            "--teacher-checkpoint": self.config.teacher.checkpoint,
+            "--student-checkpoint": self.config.student.checkpoint,
+        }
+
+
+@dataclass(frozen=True)
+class TrainRequest(DistillRequest):
+    """A new run on labels, without a teacher."""
+
+    def __post_init__(self) -> None:
+        if self.config.student.name is None and self.config.student.checkpoint is None:
+            raise UserError("no network: give --model NAME, any timm name such as resnet50")
+        if hints := self.config.losses.hints():
+            unset = ", ".join(f"losses.{name}" for name in hints)
+            raise UserError(f"train learns from labels alone, and {unset} from a teacher: use irgdistill distill")
+        super().__post_init__()
+
+    @property
+    def inputs(self) -> dict[str, Path | None]:
+        return {"--checkpoint": self.config.student.checkpoint}
+
 
 @dataclass(frozen=True)
 class ResumeRequest:

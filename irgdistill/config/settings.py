@@ -78,6 +78,8 @@ def values_of(given: Mapping[str, Any], known: Mapping[str, Setting] | None = No
         assert flag is not None
         if value not in (None, (), []):
             values[known[name].key] = not value if flag.off else value
-    if values.get("student.pretrained") and values.get("student.checkpoint"):
-        raise UserError("--student-pretrained and --student-checkpoint: a student starts from one or the other")
+    starts = ("student.pretrained", "student.checkpoint")
+    if all(values.get(key) for key in starts):
+        flags = {setting.key: setting.flag.name for setting in known.values() if setting.flag is not None}
+        raise UserError(f"{' and '.join(flags[key] for key in starts)}: a network starts from one or the other")
     return values

@@ -63,7 +63,7 @@ def build_network(
         if pretrained and isinstance(error, (OSError, RuntimeError)):
             raise UserError(
                 f"no pretrained weights of {name} could be fetched ({one_line(error)}); "
-                "give them with --teacher-checkpoint or --student-checkpoint FILE (eval: --checkpoint)"
+                "give them with --teacher-checkpoint or --student-checkpoint FILE (other commands: --checkpoint)"
             ) from None
         wanted = {**args, **({} if num_classes is None else {"num_classes": num_classes})}
         if isinstance(error, TypeError) or args:

@@ -58,13 +58,13 @@ def resolve_student(spec: StudentConfig) -> StudentConfig:
         return spec
     checkpoint = spec.checkpoint.resolve()
     spec = spec.replaced({"pretrained": False, "checkpoint": checkpoint})
-    path = _checkpoint_file(checkpoint)
+    path, option = _checkpoint_file(checkpoint), "--student (train: --model)"
     metadata = CheckpointMetadata.read(path)
     if metadata is None:
         if spec.name is None:
-            raise UserError(f"{path} was not written by irgdistill and does not name its network; give --student too")
+            raise UserError(f"{path} was not written by irgdistill and does not name its network; give {option} too")
         return spec
-    metadata.check_name(path, spec.name, "--student")
+    metadata.check_name(path, spec.name, option)
     return spec.replaced(
         {
             "name": metadata.architecture,
@@ -100,7 +100,7 @@ def build_student(
         note = _load_initial(student, _checkpoint_file(spec.checkpoint), classes)
     elif pretrained:
         own = student.model.pretrained_cfg.get("num_classes")  # type: ignore[union-attr,operator]
-        note = f"student {student.name} starts from its pretrained weights" + _classifier_note(own, classes)
+        note = f"{student.name} starts from its pretrained weights" + _classifier_note(own, classes)
     return student, note
 
 
@@ -119,7 +119,7 @@ def _load_initial(student: Network, path: Path, classes: list[str]) -> str:
     if head and same_width and (count != len(classes) or theirs != classes):
         weights = {**weights, **{key: own[key] for key in head}}
     load_weights(student.model, Weights(weights, str(path)), student.name)
-    note = f"student {student.name} starts from {path}" + (f" ({read.note})" if read.note else "")
+    note = f"{student.name} starts from {path}" + (f" ({read.note})" if read.note else "")
     if head and count == len(classes) and theirs != classes:
         return f"{note}; its classifier is new, for other classes"
     return note + (_classifier_note(count, classes) if head else "")

@@ -76,7 +76,7 @@ def test_help_cuts_no_word_on_a_narrow_terminal(run: Run, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("distil",), "no command 'distil'; did you mean distill? (known: distill, compare,"),
+        (("distil",), "no command 'distil'; did you mean distill? (known: distill, train, compare,"),
         (("distill", "--studnt", "x"), "no option --studnt; did you mean --student"),
         (("compare", "--sedes", "3"), "no option --sedes; did you mean --seed"),
         (("--vrsion",), "no option --vrsion; did you mean --version?"),

@@ -78,7 +78,7 @@ def test_negative_options_work_in_python_too(option: str, key: str) -> None:
 
 
 def test_two_starting_points_are_refused_in_python_too() -> None:
-    with pytest.raises(UserError, match="--student-pretrained and --student-checkpoint: a student starts from one"):
+    with pytest.raises(UserError, match="--student-pretrained and --student-checkpoint: a network starts from one"):
         distill(student="resnet18", data="digits", method="none", student_pretrained=True, student_checkpoint="a.pth")
 
 
@@ -125,7 +125,7 @@ def test_what_a_resumed_run_may_change() -> None:
 def test_a_new_command_is_one_file() -> None:
     """Every file of the folder but these declares one command; nothing else lists them."""
     folder = Path(sys.modules["irgdistill.cli.app"].__file__ or "").parent
-    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "app", "options", "completion"}
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "app", "options", "completion", "run"}
     assert len(files) == len(COMMANDS)
     text = (folder / "app.py").read_text()
     assert not [name for name in files if f"cli.{name} " in text or f"cli.{name}\n" in text]

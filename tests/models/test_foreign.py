@@ -105,7 +105,7 @@ def test_a_choice_is_written_to_the_log(run: Run, folder: Path, tmp_path: Path) 
     options = ("--teacher", NAME, "--teacher-checkpoint", path, "--student", NAME, "--student-checkpoint", path)
     result = run("distill", *options, "--data", folder, "--method", "kd", "--batch-size", 24, "--dry-run")
     assert result.code == 0, result.err
-    assert f"student {NAME} starts from {path} (took model_ema of model, model_ema)" in result.err
+    assert f"{NAME} starts from {path} (took model_ema of model, model_ema)" in result.err
     assert f"{NAME}: took model_ema of model, model_ema in {path}\n" in result.err
 
 

@@ -63,7 +63,7 @@ def test_a_checkpoint_of_ours_names_its_network_and_keeps_its_classifier(
     output = tmp_path / "out"
     result = run("distill", "--student-checkpoint", given, "--data", folder, *ALONE, *STILL, "--output", output)
     assert result.code == 0, result.err
-    assert f"student {NAME} starts from {tmp_path / 'best.safetensors'}\n" in result.err
+    assert f"{NAME} starts from {tmp_path / 'best.safetensors'}\n" in result.err
     assert same(trained(output), start)
     metadata = checkpoint.read_tensors(output / "last.safetensors")[1]
     assert metadata is not None and metadata["input_size"] == [24, 24]
@@ -95,7 +95,7 @@ def test_plain_weights_of_timm(folder: Path, tmp_path: Path, suffix: str, classe
     weights = setup.student.model.state_dict()
     assert same(weights, start, but="-" if classes == 3 else "fc.") and len(weights["fc.bias"]) == 3
     remade = f"; its classifier is new, for 3 classes instead of {classes or 'none'}"
-    assert setup.start_note == f"student test_resnet starts from {path}" + ("" if classes == 3 else remade)
+    assert setup.start_note == f"test_resnet starts from {path}" + ("" if classes == 3 else remade)
 
 
 @pytest.mark.parametrize("classes", [3, 1000])
@@ -109,7 +109,7 @@ def test_pretrained_weights_as_timm_gives_them(run: Run, folder: Path, tmp_path:
     options += ("--set", "student.args=" + json.dumps({"pretrained_cfg_overlay": overlay}), "--input-size", 32)
     shown = run("distill", *options, "--dry-run")
     assert shown.code == 0 and "pretrained: true" in shown.out
-    note = "student test_resnet starts from its pretrained weights"
+    note = "test_resnet starts from its pretrained weights"
     remade = "; its classifier is new, for 3 classes instead of 1000"
     assert note + (remade if classes == 1000 else "") + "\n" in shown.err
     result = run("distill", *options, "--output", tmp_path / "out")
@@ -155,7 +155,7 @@ def test_every_method_of_a_comparison_starts_from_the_same_weights(run: Run, fol
     [
         (("--student-checkpoint", "first", "--student-pretrained"), "one or the other"),
         (("--student-checkpoint", "first", "--student", "resnet18"), f"holds a {NAME}, not a resnet18"),
-        (("--student-checkpoint", "plain"), "does not name its network; give --student too"),
+        (("--student-checkpoint", "plain"), "does not name its network; give --student (train: --model) too"),
         (("--student-checkpoint", "plain", "--student", "cifar_resnet20"), "they lack layer1.2.conv1.weight"),
         (("--student-checkpoint", "wide", "--student", NAME), "they have extra layer1.2."),
         (("--student-checkpoint", "wide", "--student", "cifar_resnet20_x0_5"), "they differ in shape at conv1.weight"),

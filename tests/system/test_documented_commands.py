@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FEWER = {
     "distill": ("--epochs", 1),
+    "train": ("--epochs", 1),
     "compare": ("--epochs", 1, "--seeds", 1, "--jobs", 1),
     "cache-teacher": ("--views", 1),
     "inspect-graph": ("--images", 12),

@@ -1,0 +1,81 @@
+"""`irgdistill train`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from irgdistill.cli.options import Json, Quiet, command, with_settings
+from irgdistill.cli.run import (
+    Backend,
+    DryRun,
+    Gpus,
+    Output,
+    Overwrite,
+    Preset,
+    PreviousState,
+    Resume,
+    Set,
+    start_or_resume,
+)
+from irgdistill.config import NETWORKS, Flag
+from irgdistill.errors import UserError
+
+
+@command(
+    "train",
+    order=15,
+    examples=[
+        "irgdistill train --preset quickstart --model cifar_resnet20 --output runs/teacher",
+        "irgdistill train --preset finetune-small-data --model resnet50 --pretrained --data ./flowers",
+    ],
+)
+@with_settings(
+    {
+        "student.name": Flag("--model", NETWORKS, "timm name, hf-hub:… or local-dir:….", completion="network"),
+        "student.pretrained": Flag("--pretrained", NETWORKS, "Start from timm's pretrained weights."),
+        "student.checkpoint": Flag("--checkpoint", NETWORKS, "Start from these weights: a run, .safetensors or .pth."),
+        "student.input_size": "224 or 256x192; default: the network's own.",
+        "losses.ce.label_smoothing": None,
+    },
+    others=True,
+    without=("teacher.", "matching.", "losses.", "method", "data.labels", "runtime.graph_scope"),
+)
+def train(
+    given: dict[str, Any],
+    gpus: Gpus = None,
+    backend: Backend = None,
+    preset: Preset = None,
+    settings: Set = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    resume: Resume = None,
+    previous_state: PreviousState = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train or fine-tune a network on labels, such as a teacher.
+
+    The run is like that of a student: eval, export and --teacher-checkpoint take it.
+    """
+    for setting in settings or ():
+        if setting.strip().startswith(("method=", "teacher.", "matching.")):
+            raise UserError(f"train has no teacher: leave out --set {setting}, or use irgdistill distill")
+    from irgdistill.commands.requests import TrainRequest
+
+    start_or_resume(
+        TrainRequest,
+        given,
+        preset=preset,
+        settings=settings,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        previous_state=previous_state,
+        dry_run=dry_run,
+        gpus=gpus,
+        backend=backend,
+        quiet=quiet,
+        as_json=as_json,
+        fixed={"method": "none"},
+    )

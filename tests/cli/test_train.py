@@ -1,0 +1,84 @@
+"""`irgdistill train`: the run that `distill --method none` makes, under the words of a network on labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import SMALL, Run, interrupted, position, records
+
+from irgdistill.cli.app import commands
+from irgdistill.config import options
+
+NAME = "cifar_resnet14_x0_5"
+
+
+def test_it_is_the_run_without_a_teacher_bit_for_bit(run: Run, folder: Path, tmp_path: Path) -> None:
+    shared = ("--data", folder, *SMALL, "--epochs", 1, "--label-smoothing", 0.1)
+    trained = run("train", "--model", NAME, *shared, "--output", tmp_path / "train", "--json")
+    assert trained.code == 0, trained.err
+    assert json.loads(trained.out)["folder"] == str(tmp_path / "train")
+    assert "student" not in trained.err and "teacher" not in trained.err
+    assert run("distill", "--method", "none", "--student", NAME, *shared, "--output", tmp_path / "none").code == 0
+    one, other = (load_file(tmp_path / name / "last.safetensors") for name in ("train", "none"))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert set(records(tmp_path / "train", "train")[0]["terms"]) == {"ce"}
+
+
+def test_its_run_is_resumed_evaluated_exported_and_teaches(run: Run, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with interrupted(lambda trainer: position(trainer) == 1):
+        stopped = run("train", "--model", NAME, "--data", folder, *SMALL, "--epochs", 2, "--output", output)
+    assert stopped.code == 130
+    assert run("train", "--resume", output).code == 0
+    top1 = json.loads((output / "summary.json").read_text())["top1"]
+    assert json.loads(run("eval", output, "--json").out)["top1"] == pytest.approx(top1)
+    assert run("export", output, "--format", "timm").code == 0
+    options = ("--student", NAME, "--data", folder, *SMALL, "--skip-teacher-check")
+    taught = run("distill", "--teacher-checkpoint", output, *options, "--epochs", 1, "--output", tmp_path / "student")
+    assert taught.code == 0, taught.err
+
+
+def test_it_starts_from_a_checkpoint(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
+    words = ("train", "--checkpoint", teacher, "--data", folder, *SMALL, "--epochs", 1, "--lr", 1e-9)
+    result = run(*words, "--output", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert f"{NAME} starts from {teacher / 'best.safetensors'}" in result.err
+    assert json.loads((tmp_path / "run/summary.json").read_text())["top1"] > 90
+    refused = run(*words, "--output", teacher, "--overwrite")
+    assert refused.code == 2 and f"--checkpoint {teacher} lies in --output {teacher}" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "no network: give --model NAME"),
+        (("--model", "resnt18"), "unknown model 'resnt18'; did you mean resnet18"),
+        (("--model", NAME, "--pretrained", "--checkpoint", "x.pth"), "--pretrained and --checkpoint: a network starts"),
+        (("--model", NAME, "--set", "method=kd"), "train has no teacher: leave out --set method=kd"),
+        (("--model", NAME, "--set", "losses.kd.weight=1"), "labels alone, and losses.kd from a teacher"),
+        (("--model", NAME, "--teacher", NAME), "no option --teacher"),
+        (("--resume", "here", "--epochs", 3), "--resume cannot change schedule.epochs"),
+    ],
+)
+def test_mistakes_are_one_line(run: Run, words: tuple[object, ...], message: str) -> None:
+    result = run("train", "--data", "digits", *words) if "--resume" not in words else run("train", *words)
+    assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1
+
+
+def test_it_has_every_option_of_distill_that_needs_no_teacher() -> None:
+    known: dict[str, Any] = {name: command.params for name, command in commands().items()}
+    train, distill = ({parameter.name for parameter in known[name]} for name in ("train", "distill"))
+    renamed = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "checkpoint"}
+    left_out = {name for name in distill if renamed.get(name, name) not in train}
+    assert train - distill == set(renamed.values())
+    keys = {options()[name].key for name in left_out}
+    assert all(
+        key.startswith(("teacher.", "matching.", "losses.")) or key in {"method", "data.labels", "runtime.graph_scope"}
+        for key in keys
+    )
+    assert "losses.ce.label_smoothing" not in keys
