@@ -25,7 +25,7 @@ from irgdistill.errors import UserError
     "train",
     order=15,
     examples=[
-        "irgdistill train --preset quickstart --model cifar_resnet20 --output runs/teacher",
+        "irgdistill train --preset quickstart --model cifar_resnet20",
         "irgdistill train --preset finetune-small-data --model resnet50 --pretrained --data ./flowers",
     ],
 )
