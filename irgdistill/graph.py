@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Maximum = Callable[[Tensor], Tensor]
@@ -187,7 +188,7 @@ def off_diagonal(matrix: Tensor) -> Tensor:
 
 
 FLAT = 1e-3
-"""A row whose deviation from its mean is below this share of its length tells nothing: it has no correlation."""
+"""A row whose deviations from its mean are below this share of its values tells nothing: it has no correlation."""
 
 
 def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -195,25 +196,21 @@ def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Rows that are flat (see `FLAT`) in either network count as zero, with zero gradient.
     """
-    here, there = _standardised(widen(student)), _standardised(widen(teacher))
-    informative = (here.detach() != 0).any(-1) & (there != 0).any(-1)
-    losses: Tensor = informative * (1 - (here * there.to(here.dtype)).sum(-1))
+    rows = widen(student), widen(teacher)
+    here, there = (x - x.mean(-1, keepdim=True) for x in rows)
+    squares = [x.square().sum(-1) for x in (here, there)]
+    least = [FLAT**2 * x.detach().square().sum(-1) for x in rows]
+    informative = (squares[0].detach() > least[0]) & (squares[1] > least[1])
+    here_scale, there_scale = (x.masked_fill(~informative, torch.inf).rsqrt() for x in squares)
+    losses: Tensor = informative.to(here.dtype) - (here * there).sum(-1) * here_scale * there_scale
     return losses.mean()
-
-
-def _standardised(rows: Tensor) -> Tensor:
-    """Each row minus its mean, of length 1; zeros for a flat row."""
-    deviations = rows - rows.mean(-1, keepdim=True)
-    squared = deviations.square().sum(-1, keepdim=True)
-    flat = squared <= FLAT**2 * rows.detach().square().sum(-1, keepdim=True)
-    return deviations * squared.masked_fill(flat, torch.inf).rsqrt()
 
 
 def softmax_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL(softmax(teacher / T) ‖ softmax(student / T)) of each row of (…, N), mean over the rows."""
-    log_p = (widen(teacher) / temperature).log_softmax(-1)
-    log_q = (widen(student) / temperature).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    log_p, log_q = ((widen(x) / temperature).log_softmax(-1) for x in (teacher, student))
+    total = F.kl_div(log_q, log_p.to(log_q.dtype), reduction="sum", log_target=True)
+    return total / log_q.shape[:-1].numel()
 
 
 def centred(x: Tensor) -> Tensor:

@@ -23,9 +23,18 @@ else:
     torch, graph = lazy("torch"), lazy("irgdistill.graph")
 
 
-def position_edges(grid: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, M, M - 1): cosines of each of the M = h·w positions with the others of its image."""
-    return graph.off_diagonal(graph.cosine_matrix(grid.flatten(2).transpose(1, 2)))
+def position_loss(student: Tensor, teacher: Tensor, temperature: float | None = None) -> Tensor:
+    """Distance of the rows of cosines between the positions of each image, mean over the M positions and the images.
+
+    Grids (B, C, h, w) and (B, D, h, w) with M = h·w. 1 - correlation of two rows without their diagonal, or with a
+    temperature the KL of their softmaxes.
+    """
+    here, there = (
+        graph.off_diagonal(graph.cosine_matrix(x.flatten(2).transpose(1, 2).contiguous())) for x in (student, teacher)
+    )
+    if temperature is None:
+        return graph.correlation_loss(here, there)
+    return graph.softmax_loss(here, there, temperature)
 
 
 @term("positions", weight=15.0, compares="grids", source="Siméoni et al. 2025", place=14)
@@ -51,15 +60,11 @@ class Positions(Term):
         if not stages and context.compared("features"):
             raise Skip("no positions term: no matched stage has a feature map in both networks")
         self.teacher_grids, self.student_grids = zip(*mappable(stages, "positions"), strict=True)
-        self.settings = settings
+        self.temperature = None if settings.form == "pearson" else settings.temperature
 
     def __call__(self, batch: Batch) -> Tensor:
-        losses = []
-        for teacher, student in zip(self.teacher_grids, self.student_grids, strict=True):
-            grids = batch.student.grids[matching.tap_name(student)], batch.teacher.grids[matching.tap_name(teacher)]
-            here, there = map(position_edges, same_size(*grids))
-            if self.settings.form == "pearson":
-                losses.append(graph.correlation_loss(here, there))
-            else:
-                losses.append(graph.softmax_loss(here, there, self.settings.temperature))
-        return torch.stack(losses).mean()
+        stages = zip(self.teacher_grids, self.student_grids, strict=True)
+        pairs = [
+            (batch.student.grids[matching.tap_name(s)], batch.teacher.grids[matching.tap_name(t)]) for t, s in stages
+        ]
+        return torch.stack([position_loss(*same_size(*pair), self.temperature) for pair in pairs]).mean()
