@@ -173,18 +173,26 @@ def _distances(x: Tensor, norms: Tensor, rows: slice) -> Tensor:
     return distances
 
 
-def cosine_matrix(features: Tensor) -> Tensor:
-    """(…, N, D) -> (…, N, N): cosines of all pairs of instances, float32 (float64 stays). Zero vectors give zeros."""
+def cosines(features: Tensor, rows: slice = slice(None)) -> Tensor:
+    """(…, N, D) -> (…, n, N - 1): cosines of the instances of `rows` with all others, float32 (float64 stays float64).
+
+    The cosine with a zero vector is zero.
+    """
     x = unit(widen(features))
     with torch.autocast(x.device.type, enabled=False):
-        return x @ x.transpose(-1, -2)
+        return off_diagonal(x[..., rows, :] @ x.mT, rows)
 
 
-def off_diagonal(matrix: Tensor) -> Tensor:
-    """(…, N, N) -> (…, N, N - 1): each row without its entry on the diagonal."""
-    size = matrix.shape[-1]
-    between = matrix.flatten(-2)[..., 1:].reshape(*matrix.shape[:-2], size - 1, size + 1)[..., :-1]
-    return between.reshape(*matrix.shape[:-1], size - 1)
+def off_diagonal(matrix: Tensor, rows: slice = slice(None)) -> Tensor:
+    """(…, n, N), the `rows` of a matrix (…, N, N) -> (…, n, N - 1): each without its entry on the diagonal, which may
+    change the order of the others."""
+    own = matrix[..., rows]
+    size = own.shape[-1]
+    between = own.flatten(-2)[..., 1:].reshape(*own.shape[:-2], size - 1, size + 1)[..., :-1]
+    others = between.reshape(*own.shape[:-1], size - 1)
+    if size == matrix.shape[-1]:
+        return others
+    return torch.cat([others, matrix[..., : rows.start], matrix[..., rows.stop :]], dim=-1)
 
 
 FLAT = 1e-3

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic.fields import FieldInfo
 
 from irgdistill.config.fields import Fade, Section
-from irgdistill.config.methods import METHODS, TERMS, Kind, Method
+from irgdistill.config.methods import METHODS, TERMS, Kind, Method, TermSettings
 from irgdistill.errors import UserError, nearest
 
 
@@ -27,9 +27,14 @@ class LossesConfig(Section):
         given = {name: getattr(getattr(self, name), "fade", None) for name in type(self).model_fields}
         return {name: fade for name, fade in given.items() if fade is not None}
 
+    def compares(self, name: str) -> frozenset[Kind]:
+        """What a term compares under its settings."""
+        settings, declared = getattr(self, name), TERMS[name].compares
+        return settings.compares(declared) if isinstance(settings, TermSettings) else declared
+
     def comparing(self, *kinds: Kind) -> list[str]:
         """Terms with a weight that compare any of these."""
-        return [name for name, weight in self.weights().items() if weight > 0 and TERMS[name].compares & set(kinds)]
+        return [name for name, weight in self.weights().items() if weight > 0 and self.compares(name) & set(kinds)]
 
     def hints(self) -> list[str]:
         """Terms with a weight that compare more than the labels."""

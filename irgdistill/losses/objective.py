@@ -109,7 +109,7 @@ def build_loss(
     `DistillLoss.notes`. Raises UserError if a term finds no stage that it could compare.
     """
     weights, notes, terms = config.weights(), list[str](), dict[str, Term]()
-    kinds = {name: TERMS[name].compares for name in weights}
+    kinds = {name: config.compares(name) for name in weights}
     weighted = {name: kinds[name] for name, weight in weights.items() if weight > 0}
     context = TermContext(config, world or World(), plan, booster, class_weights, weighted)
     for name in kinds:

@@ -362,32 +362,43 @@ def test_maps_that_cannot_be_laid_out_are_left_out_or_refused() -> None:
 # --- many processes ---------------------------------------------------------------------------------------------------
 
 
+RELATIONS = {name: {} for name in FEATURES} | {
+    f"edges {form} {grid}": {"edges.weight": 1.0, "edges.form": form, "edges.grid": grid}
+    for form in ("paper", "pearson", "softmax")
+    for grid in (1, 4)
+}
+"""Terms that relate images, with their settings."""
+
+
 def _terms(world: World) -> dict[str, tuple[float, Tensor]]:
     """Mean over the processes of each term, and the gradient of that mean at all images' maps."""
     plan, count = Plan(PLAN.pairs[:1]), 12 // world.size
     results = {}
-    for method in FEATURES:
+    for case, settings in RELATIONS.items():
         student, teacher = (
             random(12, width, 8, 8, seed=seed)[world.rows(count)].requires_grad_() for width, seed in ((4, 0), (6, 1))
         )
         both = [
-            Output(random(count, 10), {name: x.mean((2, 3))}, {name: x})
+            Output(random(count, 10), {name: x.mean((2, 3))}, {name: x}, grids={name: x})
             for name, x in (("s2.1", student), ("t2.1", teacher.detach()))
         ]
-        loss = build_loss(load_config(flags={"method": method}).losses, plan, world)
-        value = loss(Batch(both[0], torch.zeros(count, dtype=torch.long), both[1]))[method]
+        term = case.split()[0]
+        flags = {"method": "none", f"losses.{term}.weight": 1.0}
+        flags |= {f"losses.{key}": value for key, value in settings.items()}
+        loss = build_loss(load_config(flags=flags).losses, plan, world)
+        value = loss(Batch(both[0], torch.zeros(count, dtype=torch.long), both[1]))[term]
         (value / world.size).backward()  # DDP's mean
         assert student.grad is not None
-        results[method] = float(world.mean(value.detach())), world.gather(student.grad)
+        results[case] = float(world.mean(value.detach())), world.gather(student.grad)
     return results
 
 
 def test_relations_span_the_images_of_all_processes(tmp_path: Path) -> None:
     alone = _terms(World())
     for found in in_ranks(2, tmp_path, _terms):
-        for method, (value, gradient) in alone.items():
-            assert found[method][0] == pytest.approx(value, abs=1e-12), method
-            torch.testing.assert_close(found[method][1], gradient, rtol=0, atol=1e-12)
+        for case, (value, gradient) in alone.items():
+            assert gradient.abs().sum() > 0 and found[case][0] == pytest.approx(value, abs=1e-12), case
+            torch.testing.assert_close(found[case][1], gradient, rtol=0, atol=1e-12)
 
 
 def _steps(world: World, teacher: Path, folder: Path) -> dict[str, Tensor]:

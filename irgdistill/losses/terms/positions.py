@@ -29,12 +29,8 @@ def position_loss(student: Tensor, teacher: Tensor, temperature: float | None = 
     Grids (B, C, h, w) and (B, D, h, w) with M = h·w. 1 - correlation of two rows without their diagonal, or with a
     temperature the KL of their softmaxes.
     """
-    here, there = (
-        graph.off_diagonal(graph.cosine_matrix(x.flatten(2).transpose(1, 2).contiguous())) for x in (student, teacher)
-    )
-    if temperature is None:
-        return graph.correlation_loss(here, there)
-    return graph.softmax_loss(here, there, temperature)
+    here, there = (graph.cosines(x.flatten(2).transpose(1, 2).contiguous()) for x in (student, teacher))
+    return graph.correlation_loss(here, there) if temperature is None else graph.softmax_loss(here, there, temperature)
 
 
 @term("positions", weight=15.0, compares="grids", source="Siméoni et al. 2025", place=14)

@@ -6,25 +6,46 @@ processes, which DDP takes of their gradients, is the mean over the whole relati
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from irgdistill import matching
-from irgdistill.config import METHOD, Count, Flag, Weight
+from irgdistill.config import METHOD, Count, Flag, Kind, Positive, Weight
 from irgdistill.lazy import lazy
 from irgdistill.losses.base import Batch, Skip, Term, TermContext, TermSettings, term
+from irgdistill.losses.terms.maps import mappable, same_size
 
 if TYPE_CHECKING:
     import torch
+    import torch.nn.functional as F
     from torch import Tensor
 
     from irgdistill import graph
     from irgdistill.matching import Ends
 else:
-    torch, graph = lazy("torch"), lazy("irgdistill.graph")
+    torch, F, graph = lazy("torch"), lazy("torch.nn.functional"), lazy("irgdistill.graph")
 
 LEAST_MOVEMENT = 0.01
 """Share of the features' length below which a stage counts as not yet moving its images: it has no relation to teach.
 At a hundredth, a stage's gradient is at most about a hundred times that of one that moves them by their length."""
+
+
+def pooled_to(side: int, grid: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, C, h', w') with h', w' at most `side`."""
+    return F.adaptive_avg_pool2d(grid, (min(side, grid.shape[2]), min(side, grid.shape[3])))
+
+
+def row_loss(student: Tensor, teacher: Tensor, form: str, temperature: float, rows: slice) -> Tensor:
+    """Distance of two graphs row by row, mean over `rows`: (…, B, D) and (…, B, D') of all processes.
+
+    `pearson`: 1 - correlation of the squared distances, which for the unit vectors at positions (ndim 3) are those of
+    the cosines; `softmax`: KL of the softmaxes of the cosines.
+    """
+    if form == "softmax":
+        return graph.softmax_loss(graph.cosines(student, rows), graph.cosines(teacher, rows), temperature)
+    if student.ndim == 3:
+        return graph.correlation_loss(graph.cosines(student, rows), graph.cosines(teacher, rows))
+    edges = (graph.off_diagonal(graph.edge_matrix(x)[rows], rows) for x in (student, teacher))
+    return graph.correlation_loss(*edges)
 
 
 @term("edges", compares="features", source="Liu et al. 2019", place=3)
@@ -34,6 +55,10 @@ class Edges(Term):
     The teacher's last block against each of the student's last K blocks, mean over the K and over (B, B). K = 1 is the
     paper's one-to-one, more its one-to-many (section 3.2). Each loss is 2/B times the authors' Euclidean loss, and its
     gradient 4/B times theirs, which pushes one end of each pair only.
+
+    The other forms, stages and positions are not the paper's. The paper's maximum lets one pair set the scale of all;
+    row by row each image has its own, and its distance from itself is left out. At a position an image is its channel
+    vector there, of length 1; the loss is the mean over positions.
     """
 
     class Settings(TermSettings):
@@ -41,17 +66,57 @@ class Edges(Term):
         """Factor of this term's mean; default: the method's."""
         blocks: Annotated[Count, Flag("--edge-blocks", METHOD, "1: one-to-one; K: one-to-many.")] = 1
         """1: one-to-one; K: the teacher's last block against each of the student's last K blocks of the last stage."""
+        form: Literal["paper", "pearson", "softmax"] = "paper"
+        """How edges are compared: `paper`: squared differences of the distances over their maximum; row by row,
+        `pearson`: 1 - correlation of the squared distances; `softmax`: KL of the softmaxes of the cosines. Weight 10 of
+        the second and 5 of the third pull about like 100 of the first."""
+        temperature: Positive = 0.1
+        """Divisor of the cosines in both softmaxes."""
+        stages: Literal["last", "all"] = "last"
+        """Stages whose edges are compared, mean over them."""
+        grid: Literal[1, 4] = 1
+        """1: edges of the pooled features; 4: edges at each of 4×4 positions of the map."""
+
+        def compares(self, declared: frozenset[Kind]) -> frozenset[Kind]:
+            return declared if self.grid == 1 else frozenset(("grids",))
 
     def __init__(self, settings: Settings, context: TermContext) -> None:
-        plan, self.world = context.plan, context.world
-        self.teacher_taps, self.student_taps = (plan.pairs[-1].teacher.exit,), plan.student_tail(settings.blocks)
+        plan, self.world, self.settings = context.plan, context.world, settings
+        pairs = [(pair.teacher.exit, pair.student.exit) for pair in plan.pairs[:-1] if settings.stages == "all"]
+        pairs += [(plan.pairs[-1].teacher.exit, tap) for tap in plan.student_tail(settings.blocks)]
+        self.pairs = pairs if settings.grid == 1 else mappable(pairs, "edges with losses.edges.grid above 1")
+        teacher, student = (tuple(dict.fromkeys(taps)) for taps in zip(*self.pairs, strict=True))
+        if settings.grid == 1:
+            self.teacher_taps, self.student_taps = teacher, student
+        else:
+            self.teacher_grids, self.student_grids = teacher, student
 
     def __call__(self, batch: Batch) -> Tensor:
-        rows, tap_name = self.world.rows(len(batch.student.logits)), matching.tap_name
-        [teacher] = [self.world.gather(batch.teacher.features[tap_name(tap)]) for tap in self.teacher_taps]
-        students = [self.world.gather(batch.student.features[tap_name(tap)]) for tap in self.student_taps]
-        losses = [graph.edge_loss(student, teacher, rows, self.world.maximum) for student in students]
-        return torch.stack(losses).mean()
+        rows = self.world.rows(len(batch.student.logits))
+        vertices = self._pooled(batch) if self.settings.grid == 1 else self._at_positions(batch)
+        return torch.stack([self._loss(student, teacher, rows) for student, teacher in vertices]).mean()
+
+    def _pooled(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Vertices (B, D) of student and teacher, of all processes."""
+        here, there, name = batch.student.features, batch.teacher.features, matching.tap_name
+        teachers = {tap: self.world.gather(there[name(tap)]) for tap in self.teacher_taps}
+        return [(self.world.gather(here[name(student)]), teachers[teacher]) for teacher, student in self.pairs]
+
+    def _at_positions(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Vertices (P, B, D) at P positions."""
+        here, there, name = batch.student.grids, batch.teacher.grids, matching.tap_name
+        pairs = [same_size(here[name(student)], there[name(teacher)]) for teacher, student in self.pairs]
+        gathered = [[self.world.gather(pooled_to(self.settings.grid, grid)) for grid in pair] for pair in pairs]
+        stages = [[grid.flatten(2).permute(2, 0, 1).contiguous() for grid in pair] for pair in gathered]
+        return [(student, teacher) for student, teacher in stages]
+
+    def _loss(self, student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
+        if self.settings.form != "paper":
+            return row_loss(student, teacher, self.settings.form, self.settings.temperature, rows)
+        if student.ndim == 2:
+            return graph.edge_loss(student, teacher, rows, self.world.maximum)
+        positions = zip(graph.unit(student), graph.unit(teacher), strict=True)
+        return torch.stack([graph.edge_loss(*pair, rows, self.world.maximum) for pair in positions]).mean()
 
 
 @term("transform", compares="features", source="Liu et al. 2019", place=4)
