@@ -38,7 +38,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Accuracy, calibration, size and speed of a network."""
-    from irgdistill.commands.requests import EvalRequest
+    from irgdistill.commands.image_requests import EvalRequest
     from irgdistill.config import load_config
 
     config = load_config(flags=given)

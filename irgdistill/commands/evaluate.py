@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from irgdistill.commands.requests import EvalRequest
+from irgdistill.commands.image_requests import EvalRequest
 from irgdistill.config import Config, DataConfig, data_of
 from irgdistill.data import UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError

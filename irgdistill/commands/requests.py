@@ -215,29 +215,6 @@ class ExportRequest:
 
 
 @dataclass(frozen=True)
-class EvalRequest:
-    """Networks to evaluate."""
-
-    targets: Sequence[str]
-    """Checkpoints, run folders or names."""
-    config: Config
-    given: frozenset[str]
-    """Keys of `config` that the command line set."""
-    checkpoint: Path | None = None
-    """Weights of the only target, a timm name."""
-    against: str | None = None
-    """Teacher whose agreement is measured."""
-    against_checkpoint: Path | None = None
-    as_json: bool = False
-
-    def __post_init__(self) -> None:
-        if self.checkpoint is not None and len(self.targets) > 1:
-            raise UserError("--checkpoint holds the weights of one network; give one target with it")
-        named = [target for target in (*self.targets, self.against or "") if Path(target).suffix in WEIGHTS]
-        check_files(*map(Path, named), self.checkpoint, self.against_checkpoint)
-
-
-@dataclass(frozen=True)
 class InspectRequest:
     """Networks whose graphs are compared."""
 

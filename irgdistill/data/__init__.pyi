@@ -2,15 +2,20 @@ from .augmentation import crop_of, padding_of
 from .dataset import Images, UnreadableImages
 from .decoding import UnreadableImageError, open_image
 from .loader import Loader, eval_loader, no_collate, train_images, train_loader
+from .one_pass import OnePass
 from .open import open_splits
 from .sampling import balanced_weights
+from .search import ImageSearch
 from .sources import source
 from .splits import Source, Splits, hold_out
-from .unlabelled import Unlabelled
+from .unlabelled import ImageFiles, Unlabelled
 
 __all__ = [
+    "ImageFiles",
+    "ImageSearch",
     "Images",
     "Loader",
+    "OnePass",
     "Source",
     "Splits",
     "Unlabelled",

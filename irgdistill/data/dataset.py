@@ -21,6 +21,8 @@ from irgdistill.errors import DataError
 class UnreadableImages:
     """Names of unreadable images. Workers report them through a queue; `collect` warns in the main process.
 
+    A process reports no more than end the run: what it writes must fit into the queue until that is read. `limit` -1:
+    none is reported.
     The queue also takes notes about readable images, as (kind, text); the first of each kind is shown.
     """
 
@@ -75,6 +77,8 @@ class Images(Dataset[Any]):
         self.limit = unreadable.limit
         self.training = training
         self.noted = False
+        self.reported = 0
+        """Unreadable images that this process has reported."""
         self.cache: ImageCache | None = None
         self.batch_transform: Callable[[Tensor, Sequence[int]], Tensor] | None = None
         self.teacher_rows: Callable[[Sequence[int]], Tensor] | None = None
@@ -131,7 +135,9 @@ class Images(Dataset[Any]):
         try:
             image, label = self.source.load(self.indices[position])
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            self.queue.put(self.source.describe(self.indices[position]))
+            if self.reported <= self.limit:
+                self.reported += 1
+                self.queue.put(self.source.describe(self.indices[position]))
             return None
         if RESCALED in image.info and not self.noted:
             self.noted = True

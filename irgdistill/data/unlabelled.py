@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,14 +20,11 @@ UNLABELLED = -1
 """Replaces a label. No loss term or metric takes it for a class."""
 
 
-class PlainImages:
-    """Images in a folder and all folders below it, ordered by file name, so that folders carry no information."""
+class ImageFiles:
+    """Image files by their paths."""
 
-    def __init__(self, root: Path, search: ImageSearch, exif_orientation: bool = True) -> None:
-        self.exif_orientation = exif_orientation
-        self.paths = sorted(search.walk(root), key=lambda path: (os.path.basename(path), Path(path)))
-        if not self.paths:
-            raise UserError(f"no images in {root}")
+    def __init__(self, paths: Sequence[str], exif_orientation: bool = True) -> None:
+        self.paths, self.exif_orientation = paths, exif_orientation
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -39,6 +37,16 @@ class PlainImages:
 
     def labels(self) -> list[int]:
         return [UNLABELLED] * len(self)
+
+
+class PlainImages(ImageFiles):
+    """Images in a folder and all folders below it, ordered by file name, so that folders carry no information."""
+
+    def __init__(self, root: Path, search: ImageSearch, exif_orientation: bool = True) -> None:
+        paths = sorted(search.walk(root), key=lambda path: (os.path.basename(path), Path(path)))
+        if not paths:
+            raise UserError(f"no images in {root}")
+        super().__init__(paths, exif_orientation)
 
 
 class Unlabelled:

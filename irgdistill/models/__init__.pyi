@@ -1,5 +1,6 @@
 from .build import build_network, known_models, multiply_adds, parameters, rebuild_network
 from .checkpoint import CheckpointMetadata, TeacherRecord, describe, restore, timm_config
+from .class_names import class_names
 from .fold import fold_batch_norm
 from .network import Network, NetworkRecord, Preprocess
 from .roles import build_booster, build_student, build_teacher, open_network, resolve_student
@@ -16,6 +17,7 @@ __all__ = [
     "build_network",
     "build_student",
     "build_teacher",
+    "class_names",
     "describe",
     "fold_batch_norm",
     "known_models",

@@ -23,7 +23,7 @@ from irgdistill.data.open import open_splits
 from irgdistill.data.sampling import EpochSampler
 from irgdistill.data.sources.torchvision import coarse_cifar100
 from irgdistill.data.waiting import WaitMeter
-from irgdistill.errors import UserError
+from irgdistill.errors import DataError, UserError
 from irgdistill.runtime.distributed import World
 
 MEAN = (0.5, 0.5, 0.5)
@@ -355,3 +355,15 @@ def test_an_image_too_many_in_a_row_is_left_out() -> None:
     assert images[0] is None
     with pytest.raises(UserError, match="4 unreadable images"):
         bad.collect()
+
+
+def test_a_process_reports_only_as_many_unreadable_images_as_end_the_run(folder: Path) -> None:
+    """The queue holds 64 KiB: a process that fills it would wait for a reader that waits for its batch."""
+    for path in (folder / "val" / "red").iterdir():
+        path.write_bytes(b"broken")
+    said: list[str] = []
+    bad = UnreadableImages(2, said.append)
+    source = eval_loader(open_splits(DataConfig(source=str(folder))), DataConfig(workers=0), input_spec(16), CPU, bad)
+    with pytest.raises(DataError, match="3 unreadable images, 2 allowed"):
+        list(source.epoch())
+    assert len(said) == 2 and bad.queue.empty()
