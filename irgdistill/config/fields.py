@@ -48,7 +48,7 @@ def _names(value: Any) -> Any:
 
 def _in_order(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
-        raise ValueError("the weight falls from the first share to the second, which cannot be the smaller")
+        raise ValueError("the weight changes from the first share to the second, which cannot be the smaller")
     return value
 
 

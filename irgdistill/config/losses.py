@@ -24,8 +24,20 @@ class LossesConfig(Section):
 
     def fades(self) -> dict[str, Fade]:
         """Terms that fade out, and between which shares of the training."""
-        given = {name: getattr(getattr(self, name), "fade", None) for name in type(self).model_fields}
-        return {name: fade for name, fade in given.items() if fade is not None}
+        return self._shares("fade")
+
+    def rises(self) -> dict[str, Fade]:
+        """Terms whose weight rises from 0, and between which shares of the training."""
+        return self._shares("rise")
+
+    def _shares(self, key: str) -> dict[str, Fade]:
+        given = {name: getattr(getattr(self, name), key, None) for name in type(self).model_fields}
+        return {name: shares for name, shares in given.items() if shares is not None}
+
+    def needing_all_logits(self) -> list[str]:
+        """Terms with a weight for which the teacher's largest logits are not enough."""
+        settings = {name: getattr(self, name) for name in self.comparing("logits")}
+        return [name for name in settings if TERMS[name].all_logits or settings[name].all_logits]
 
     def compares(self, name: str) -> frozenset[Kind]:
         """What a term compares under its settings."""

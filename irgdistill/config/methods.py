@@ -23,7 +23,7 @@ STAGE_KINDS: tuple[Kind, ...] = ("features", "energies", "grids", "maps")
 TEACHER_KINDS: tuple[Kind, ...] = ("logits", *STAGE_KINDS)
 """Kinds that need the trained teacher."""
 
-RESERVED = ("loss", "weights", "fades", "compares", "comparing", "hints", "filled")
+RESERVED = ("loss", "weights", "fades", "rises", "needing_all_logits", "compares", "comparing", "hints", "filled")
 
 Cls = TypeVar("Cls", bound=type)
 
@@ -36,6 +36,13 @@ class TermSettings(Section):
     fade: Fade | None = None
     """Shares of the training between which the weight falls to 0, `[0.3, 0.6]`; default: the method's; `[1, 1]`: never.
     A faded term is no longer computed, unless it trains something beside the student."""
+    rise: Fade | None = None
+    """Shares of the training between which the weight rises from 0, `[0, 0.1]`; default: none, whole from the start."""
+
+    @property
+    def all_logits(self) -> bool:
+        """Whether these settings need every logit of the teacher; see `term`."""
+        return False
 
     def compares(self, declared: frozenset[Kind]) -> frozenset[Kind]:
         """What the term compares under these settings; overridden where they change what is `declared`."""

@@ -36,9 +36,10 @@ class DistillLoss:
         fades: Mapping[str, Fade],
         notes: Sequence[str] = (),
         trains_classifier: bool = True,
+        rises: Mapping[str, Fade] | None = None,
     ) -> None:
         self.terms = terms
-        self.fades = fades
+        self.fades, self.rises = fades, rises or {}
         self.notes = notes
         """A sentence for each term that was skipped, and one if nothing trains the classifier."""
         self.trains_classifier = trains_classifier
@@ -55,8 +56,10 @@ class DistillLoss:
         for name, weight in self._weights.items():
             first, last = self.fades.get(name, (math.inf, math.inf))
             left = 1.0 if progress < first else max(last - progress, 0) / max(last - first, 1e-9)
+            start, end = self.rises.get(name, (0.0, 0.0))
+            risen = 1.0 if progress >= end else max(progress - start, 0) / max(end - start, 1e-9)
             if left > 0 or self.terms[name].adapter is not None:
-                weights[name] = weight * left
+                weights[name] = weight * risen * left
         return weights
 
     def losses(self, batch: Batch, progress: float = 0.0) -> StepLosses:
@@ -125,7 +128,7 @@ def build_loss(
     trained = labels or any(kinds[name] & {"logits", "booster"} for name in terms if name in kinds)
     if not trained:
         notes.append("no term on logits: the classifier keeps its initial weights, only relations are learned")
-    return DistillLoss(terms, weights, config.fades(), notes, trained)
+    return DistillLoss(terms, weights, config.fades(), notes, trained, config.rises())
 
 
 def gradient_shares(

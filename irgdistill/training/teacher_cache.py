@@ -20,7 +20,7 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from torch import Tensor
 
-from irgdistill.config import STORES, TERMS, Config, InputSpec, LossesConfig
+from irgdistill.config import STORES, Config, InputSpec, LossesConfig
 from irgdistill.data import Images, Splits, crop_of, padding_of
 from irgdistill.errors import UserError
 from irgdistill.io import checksum, read_tensors
@@ -204,7 +204,7 @@ class TeacherCache:
                 f"{' and '.join(maps)} compare{'s' * (len(maps) == 1)} whole maps, of which a teacher cache keeps only "
                 "means over positions and over channels: leave out --teacher-cache"
             )
-        whole = [name for name in losses.comparing("logits") if TERMS[name].all_logits]
+        whole = losses.needing_all_logits()
         if whole and self.manifest["storage"]["logits"] != "all":
             unset = " ".join(f"--set losses.{name}.weight=0" for name in whole)
             raise UserError(

@@ -362,7 +362,7 @@ def test_maps_that_cannot_be_laid_out_are_left_out_or_refused() -> None:
 # --- many processes ---------------------------------------------------------------------------------------------------
 
 
-RELATIONS = {name: {} for name in FEATURES} | {
+RELATIONS: dict[str, dict[str, Any]] = {name: {} for name in (*FEATURES, "dist")} | {
     f"edges {form} {grid}": {"edges.weight": 1.0, "edges.form": form, "edges.grid": grid}
     for form in ("paper", "pearson", "softmax")
     for grid in (1, 4)
@@ -379,7 +379,7 @@ def _terms(world: World) -> dict[str, tuple[float, Tensor]]:
             random(12, width, 8, 8, seed=seed)[world.rows(count)].requires_grad_() for width, seed in ((4, 0), (6, 1))
         )
         both = [
-            Output(random(count, 10), {name: x.mean((2, 3))}, {name: x}, grids={name: x})
+            Output(x.mean((2, 3)) @ random(x.shape[1], 10, seed=2), {name: x.mean((2, 3))}, {name: x}, grids={name: x})
             for name, x in (("s2.1", student), ("t2.1", teacher.detach()))
         ]
         term = case.split()[0]

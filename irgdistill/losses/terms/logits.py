@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from irgdistill.config import METHOD, Flag, Positive, Probability, Section, Weight
+from irgdistill.config import METHOD, Fade, Flag, Positive, Probability, Section, Weight
 from irgdistill.lazy import lazy
 from irgdistill.losses.base import Batch, Term, TermContext, TermSettings, term
 
@@ -25,6 +26,16 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
+def standardized(logits: Tensor) -> Tensor:
+    """(B, K): each image's logits minus their mean, over their standard deviation. Sun et al., CVPR 2024.
+
+    The deviation is torch's (K - 1 in the denominator) plus 1e-7, as in the authors' code.
+    """
+    z = graph.widen(logits)
+    deviation, mean = torch.std_mean(z, dim=1, keepdim=True)
+    return (z - mean) / (deviation + 1e-7)
+
+
 def logit_regression(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error over (B, K). Ba & Caruana 2014; the vertex part of L_IRG."""
     return F.mse_loss(graph.widen(student), graph.widen(teacher))
@@ -35,8 +46,7 @@ def decoupled_targets(
 ) -> Tensor:
     """T²·(TCKD + beta·NCKD), mean over images; logits (B, K), labels (B,). Zhao et al. 2022, equation 7, alpha 1.
 
-    TCKD is the divergence of (target, all others) as two classes, NCKD that among the other classes alone. The authors
-    raise the weight over the first 20 epochs; here it is constant.
+    TCKD is the divergence of (target, all others) as two classes, NCKD that among the other classes alone.
     """
     target, place = labels[:, None], torch.arange(student.shape[1] - 1, device=labels.device)
     rest = place + (place >= target)
@@ -87,12 +97,24 @@ class SoftTargets(Term):
         """Factor of this term's mean; default: the method's."""
         temperature: Annotated[Positive, Flag("--temperature", METHOD, "Temperature of the soft targets.")] = 4.0
         """Divisor of the logits in both softmaxes; the term is multiplied by its square."""
+        standardize: bool = False
+        """Subtract from each image's logits their mean and divide by their standard deviation first (Sun et al. 2024,
+        whose CIFAR runs have temperature 2, weight 9 and `losses.ce.weight` 0.1)."""
+
+        @property
+        def all_logits(self) -> bool:
+            return self.standardize
 
     def __init__(self, settings: Settings, context: TermContext) -> None:
-        self.temperature = settings.temperature
+        self.temperature, self.prepared = settings.temperature, _preparation(settings.standardize)
 
     def __call__(self, batch: Batch) -> Tensor:
-        return soft_targets(batch.student.logits, batch.teacher.logits, self.temperature)
+        student, teacher = self.prepared(batch.student.logits), self.prepared(batch.teacher.logits)
+        return soft_targets(student, teacher, self.temperature)
+
+
+def _preparation(standardize: bool) -> Callable[[Tensor], Tensor]:
+    return standardized if standardize else graph.widen
 
 
 @term("logits", weight=0.5, compares="logits", all_logits=True, source="Ba & Caruana 2014", place=2)
@@ -125,10 +147,21 @@ class DecoupledTargets(Term):
         beta: Weight = 2.0
         """Factor of the divergence among the other classes, beside that of the target; the authors' for CIFAR
         ResNets."""
+        rise: Fade | None = None
+        """Shares of the training between which the weight rises from 0; the authors' are `[0, 0.0833]`, 20 of 240
+        epochs. Default: none."""
+        standardize: bool = False
+        """As `losses.kd.standardize`; both weights are then 9 to 18 times as large in the paper's runs."""
+
+        @property
+        def all_logits(self) -> bool:
+            return self.standardize
 
     def __init__(self, settings: Settings, context: TermContext) -> None:
         self.temperature, self.beta = settings.temperature or context.losses.kd.temperature, settings.beta
+        self.prepared = _preparation(settings.standardize)
 
     def __call__(self, batch: Batch) -> Tensor:
         labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
-        return decoupled_targets(batch.student.logits, batch.teacher.logits, labels, self.temperature, self.beta)
+        student, teacher = self.prepared(batch.student.logits), self.prepared(batch.teacher.logits)
+        return decoupled_targets(student, teacher, labels, self.temperature, self.beta)
