@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import torch
 
+from irgdistill.commands.embed import upright
 from irgdistill.commands.image_requests import PredictRequest
 from irgdistill.data import ImageFiles, ImageSearch, OnePass
 from irgdistill.errors import UserError
@@ -33,8 +34,7 @@ def predict(request: PredictRequest) -> None:
         raise UserError(f"{network.name} has no classifier, so it predicts no classes; irgdistill embed embeds images")
     pretrained = metadata is None and request.checkpoint is None
     names = class_names(network, pretrained)
-    oriented = metadata is None or metadata.data is None or metadata.data.get("exif_orientation", False)
-    files = ImageFiles(_paths(request.images, config.data.search_limit, report), oriented)
+    files = ImageFiles(_paths(request.images, config.data.search_limit, report), upright(metadata))
     device = choose_device(config.runtime.device)
     keep_memory(device)
     limit = config.data.max_bad_images if "data.max_bad_images" in request.given else None

@@ -1,9 +1,10 @@
 from .checkpointing import Checkpointer
 from .checks import check_classes, check_input_sizes, check_processes
 from .components import RunComponents, build_components
+from .embeddings import embed
 from .evaluation import Metrics, evaluate, metric_name, score
 from .observer import Observer
-from .probes import knn_top1
+from .probes import knn_top1, linear_top1
 from .progress import Progress
 from .setup import Setup, SharedInputs, on_backend, open_data, prepare, resolved
 from .state import changes, open_state, position, seed_process
@@ -47,8 +48,10 @@ __all__ = [
     "describe_data",
     "describe_teacher",
     "describe_views",
+    "embed",
     "evaluate",
     "knn_top1",
+    "linear_top1",
     "manifest_checksum",
     "metric_name",
     "on_backend",
