@@ -8,13 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from irgdistill.cli.options import Json, command, option, with_settings
-from irgdistill.config import NETWORKS, RUN, Flag
+from irgdistill.config import METHOD, NETWORKS, RUN, Flag
 
 
 @command(
     "eval",
     order=70,
-    examples=["irgdistill eval runs/student", "irgdistill eval runs/student --against runs/teacher --json"],
+    examples=[
+        "irgdistill eval runs/student",
+        "irgdistill eval runs/student --against runs/teacher --json",
+        "irgdistill eval runs/student --probe knn",
+    ],
 )
 @with_settings(
     {
@@ -35,6 +39,9 @@ def evaluate(
     checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.")] = None,
     against: Annotated[str | None, option(NETWORKS, help="Teacher: checkpoint, run folder or timm name.")] = None,
     against_checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for the teacher's timm name.")] = None,
+    probe: Annotated[
+        str | None, option(METHOD, help="Classify by the embeddings: knn, or linear; fitted to the training images.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy, calibration, size and speed of a network."""
@@ -42,7 +49,7 @@ def evaluate(
     from irgdistill.config import load_config
 
     config = load_config(flags=given)
-    request = EvalRequest(targets, config, frozenset(given), checkpoint, against, against_checkpoint, as_json)
+    request = EvalRequest(targets, config, frozenset(given), checkpoint, against, against_checkpoint, as_json, probe)
     from irgdistill.commands.evaluate import evaluate_targets
 
     evaluate_targets(request)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from irgdistill.commands.image_requests import EvalRequest
+from irgdistill.commands.probe import Probe
 from irgdistill.config import Config, DataConfig, data_of
 from irgdistill.data import UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
@@ -30,9 +31,13 @@ def evaluate_targets(request: EvalRequest) -> None:
     ]
     teacher = open_network(against, against_checkpoint, None, "teacher")[0] if against else None
     results = []
-    for target, (network, _), data in zip(request.targets, opened, sets, strict=True):
-        metrics = _evaluate(network, teacher, data, config)
-        values = {"name": target, "architecture": network.architecture, **asdict(metrics)}
+    probe = None if request.probe is None else Probe(request.probe, config, Report())
+    for target, (network, metadata), data in zip(request.targets, opened, sets, strict=True):
+        if probe is None:
+            measured = asdict(_evaluate(network, teacher, data, config))
+        else:
+            measured = probe.measure(network, data, metadata, teacher)
+        values = {"name": target, "architecture": network.architecture, **measured}
         values |= {"params": parameters(network.model), "macs": multiply_adds(network), "data": data.source}
         results.append({key: value for key, value in values.items() if value is not None})
     if request.as_json:
@@ -49,6 +54,8 @@ def _evaluate(network: Network, teacher: Network | None, data: DataConfig, confi
         raise UserError(
             f"the validation images of {data.source} have no labels: give --against TEACHER, or other --data"
         )
+    if not network.num_classes:
+        raise UserError(f"{network.name} has no classifier; --probe knn classifies by its embeddings")
     if network.num_classes != len(splits.classes):
         raise UserError(
             f"{network.name} has {network.num_classes} classes, {data.source} has {len(splits.classes)}: not comparable"
@@ -70,6 +77,10 @@ def _print_results(results: list[dict[str, Any]]) -> None:
     columns = {
         "top-1 %": ("top1", "{:.2f}"),
         "top-5 %": ("top5", "{:.2f}"),
+        "k-NN top-1 %": ("knn_top1", "{:.2f}"),
+        "teacher's k-NN top-1 %": ("teacher_knn_top1", "{:.2f}"),
+        "linear top-1 %": ("linear_top1", "{:.2f}"),
+        "teacher's linear top-1 %": ("teacher_linear_top1", "{:.2f}"),
         "loss": ("loss", "{:.4f}"),
         "calibration %": ("calibration_error", "{:.2f}"),
         "agreement %": ("agreement", "{:.2f}"),
@@ -79,9 +90,9 @@ def _print_results(results: list[dict[str, Any]]) -> None:
         "images/s": ("images_per_second", "{:,.0f}"),
     }
     rows = [
-        [title, *(form.format(result[key]) for result in results)]
+        [title, *(form.format(result[key]) if key in result else "–" for result in results)]
         for title, (key, form) in columns.items()
-        if all(key in result for result in results)
+        if any(key in result for result in results)
     ]
     names = [result["name"] for result in results]
     seen = [f"{result['images']:,} images of {result['data']}" for result in results]

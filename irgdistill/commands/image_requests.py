@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from irgdistill.config import Config, check_files, check_source
+from irgdistill.config import Config, check_files, check_source, check_word
 from irgdistill.errors import UserError
 from irgdistill.io import WEIGHTS
+
+PROBES = ("knn", "linear")
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,12 @@ class EvalRequest:
     """Teacher whose agreement is measured."""
     against_checkpoint: Path | None = None
     as_json: bool = False
+    probe: str | None = None
+    """Classifier on the embeddings, one of PROBES; None: the network's own."""
 
     def __post_init__(self) -> None:
+        if self.probe is not None:
+            check_word("--probe", self.probe, PROBES)
         if self.checkpoint is not None and len(self.targets) > 1:
             raise UserError("--checkpoint holds the weights of one network; give one target with it")
         named = [target for target in (*self.targets, self.against or "") if Path(target).suffix in WEIGHTS]
