@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from irgdistill.runtime import instructions
+
 
 def save(path: Path | None, rows: list[dict[str, Any]], libraries: tuple[str, ...] = (), **about: Any) -> None:
     """Rows, `about`, machine and versions as JSON; nothing without a path."""
     if path is None:
         return
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    machine: dict[str, Any] = {"processor": platform.processor() or platform.machine()}
+    machine |= {"threads": torch.get_num_threads(), "instructions": instructions()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     versions = {"python": platform.python_version(), "torch": torch.__version__}

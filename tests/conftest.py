@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+# Float32 for `--amp auto` on every CPU: without its bf16 instructions. oneDNN reads this when it computes first.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+
 from support import SMALL, Result, Run, command, three_colours
 
 

@@ -25,7 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 from irgdistill.cli.options import COMMANDS, Declaration, WithSettings, is_unknown_option
 from irgdistill.config import RenamedKeyWarning
 from irgdistill.errors import Interrupted, UserError, nearest, os_reason
-from irgdistill.runtime import Signals, Stopped, is_worker, report_failure
+from irgdistill.runtime import Signals, Stopped, end_with_parent, is_worker, report_failure
 from irgdistill.version import __version__
 
 
@@ -137,6 +137,7 @@ USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__na
 def main() -> None:
     """Run the command line, and turn errors into one line and an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    end_with_parent()
     try:
         with Signals(), _renamed_keys_reported():
             sys.exit(app(prog_name="irgdistill", standalone_mode=False) or 0)

@@ -22,7 +22,7 @@ from irgdistill.graph import unit
 from irgdistill.io import Report, read_tensors, save_tensors, write_text
 from irgdistill.matching import MAP_LAYOUTS, Output, Tap, Tapped, ends, match, tap_name
 from irgdistill.models import Network, build_network, build_teacher, fold_batch_norm
-from irgdistill.runtime import Stopped, autocast, choose_device, ignore_signals, keep_memory
+from irgdistill.runtime import Stopped, autocast, choose_device, ignore_signals, keep_memory, slow_precision
 from irgdistill.training import (
     CACHE_FORMAT,
     DTYPES,
@@ -170,6 +170,8 @@ class ShardWriter:
         missing = [number for number in range(count) if not _intact(shard_path(self.folder, number), checksum)]
         report.line(f"{rows:,} views of {data['images']:,} images: {len(missing)} of {count} files to write")
         precision = autocast(self.config.runtime.amp, self.device)
+        if slow := slow_precision(self.config.runtime.amp, self.device):
+            report.warn(slow)
         with report.progress(rows, rows - len(missing) * SHARD):
             for done, number in enumerate(missing):
                 keys = range(number * SHARD, min((number + 1) * SHARD, rows))

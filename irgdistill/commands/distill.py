@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from irgdistill.matching import print_plan
 from irgdistill.runtime import (
     Stopped,
     World,
+    choose_device,
     keep_memory,
     process_group,
     restart_count,
@@ -118,11 +120,20 @@ def _resume(
 ) -> dict[str, Any] | None:
     if world.main:
         folder.lock()
+    setup = replace(setup, config=_with_saved_precision(setup.config, state))
     trainer = build_trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
     trainer.checkpointer.resume(state, previous)
     trainer.report.line(f"resuming {folder.path} at {position(state)} of {trainer.components.batches}")
     _report_world(trainer)
     return _train(trainer, folder, own_process)
+
+
+def _with_saved_precision(config: Config, state: dict[str, Any]) -> Config:
+    """The configuration with the precision in which the run was trained so far."""
+    amp = state["config"]["runtime"]["amp"]
+    if amp == "auto":  # version 0.1 saved it as it was asked for, and knew these two
+        amp = "bf16" if choose_device(config.runtime.device).type == "cuda" else "none"
+    return config.replaced({"runtime.amp": amp})
 
 
 def _train(trainer: Trainer, folder: RunFolder, own_process: bool) -> dict[str, Any] | None:

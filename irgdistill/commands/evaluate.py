@@ -13,7 +13,7 @@ from irgdistill.data import UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import Report, table
 from irgdistill.models import Network, multiply_adds, open_network, parameters
-from irgdistill.runtime import autocast, choose_device, keep_memory
+from irgdistill.runtime import autocast, choose_device, keep_memory, slow_precision
 from irgdistill.training import Metrics, evaluate
 
 
@@ -47,7 +47,7 @@ def evaluate_targets(request: EvalRequest) -> None:
 
 
 def _evaluate(network: Network, teacher: Network | None, data: DataConfig, config: Config) -> Metrics:
-    device = choose_device(config.runtime.device)
+    device, report = choose_device(config.runtime.device), Report()
     keep_memory(device)
     splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
     if not splits.labelled and teacher is None:
@@ -62,7 +62,8 @@ def _evaluate(network: Network, teacher: Network | None, data: DataConfig, confi
         )
     if network.classes is not None and network.classes != splits.classes:
         raise UserError(f"the class names of {data.source} are not those that {network.name} was trained on")
-    report = Report()
+    if slow := slow_precision(config.runtime.amp, device):
+        report.warn(slow)
     for note in splits.notes:
         report.line(note)
     bad = UnreadableImages(data.max_bad_images, report.warn)

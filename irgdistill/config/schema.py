@@ -242,7 +242,8 @@ class RuntimeConfig(Section):
     device: Annotated[str, Flag("--device", RUN, "auto, cpu, cuda, cuda:1, …."), CHANGEABLE] = "auto"
     """`auto`: CUDA if there is a GPU, else the CPU."""
     amp: Annotated[Literal["auto", "none", "bf16", "fp16"], Flag("--amp", RUN, "auto, none, bf16 or fp16.")] = "auto"
-    """Autocast precision; `auto`: bf16 on CUDA, none on the CPU. Relations are always computed in float32."""
+    """Autocast precision; a run remembers what `auto` was. `auto`: bf16 on CUDA (fp16 on GPUs without units for it), on
+    a CPU bf16 if it has instructions for it and is faster, else none. Relations are always computed in float32."""
     channels_last: Annotated[bool, Flag("--channels-last", RUN, "Use the channels-last memory format.")] = False
     """Keep both networks' maps in channels-last format: faster for most convolutional networks."""
     fold_batch_norm: bool = True

@@ -1,8 +1,10 @@
 from .batch_norm import sync_batch_norm
 from .compiler import compiler_settings
-from .device import autocast, choose_device, keep_memory, read_later
+from .device import choose_device, keep_memory, read_later
 from .distributed import World, process_group, running_statistics
 from .environment import is_worker, report_failure, restart_count, world_size
+from .parent import end_with_parent, lifeline
+from .precision import autocast, bf16_speed, instructions, resolve_precision, slow_precision
 from .signals import Signals, Stopped, ignore_signals
 from .workers import cores, run_workers
 
@@ -11,18 +13,24 @@ __all__ = [
     "Stopped",
     "World",
     "autocast",
+    "bf16_speed",
     "choose_device",
     "compiler_settings",
     "cores",
+    "end_with_parent",
     "ignore_signals",
+    "instructions",
     "is_worker",
     "keep_memory",
+    "lifeline",
     "process_group",
     "read_later",
     "report_failure",
+    "resolve_precision",
     "restart_count",
     "run_workers",
     "running_statistics",
+    "slow_precision",
     "sync_batch_norm",
     "world_size",
 ]

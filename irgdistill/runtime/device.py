@@ -1,4 +1,4 @@
-"""Device, memory and precision of a run."""
+"""Device and memory of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,14 +42,6 @@ def keep_memory(device: torch.device) -> None:
     if mallopt is not None:  # musl lacks it
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def autocast(amp: str, device: torch.device) -> Any:
-    """A reusable autocast context for a precision of `RuntimeConfig.amp`."""
-    if amp == "auto":
-        amp = "bf16" if device.type == "cuda" else "none"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def read_later(flag: Tensor) -> Callable[[], bool]:

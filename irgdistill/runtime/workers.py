@@ -19,6 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from irgdistill.errors import Interrupted
 from irgdistill.runtime.environment import FAILURES
+from irgdistill.runtime.parent import lifeline
 
 
 def cores() -> int:
@@ -29,7 +30,7 @@ def cores() -> int:
 def run_workers(count: int, arguments: Sequence[str]) -> None:
     """Run `irgdistill ARGUMENTS` in `count` processes on this machine, through torch's launcher.
 
-    Each joins through `process_group`. Environment and logging of this process are restored afterwards. Raises
+    Each joins through `process_group`, and ends with this process. Environment and logging of this process are restored afterwards. Raises
     Interrupted with the message and exit code of the first worker to fail or stop.
     """
     config = LaunchConfig(
@@ -45,7 +46,7 @@ def run_workers(count: int, arguments: Sequence[str]) -> None:
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // count)))
     with (
         TemporaryDirectory() as folder,
-        _environment({FAILURES: folder, "OMP_NUM_THREADS": threads}),
+        _environment({FAILURES: folder, "OMP_NUM_THREADS": threads, **lifeline()}),
         _quiet_launcher(),
     ):
         try:

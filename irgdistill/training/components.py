@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from irgdistill.io import Report
 from irgdistill.losses import DistillLoss, Learner, build_loss
 from irgdistill.matching import Output, Tapped, has_unused_parameters
 from irgdistill.models import Network, fold_batch_norm
-from irgdistill.runtime import World, autocast, choose_device, sync_batch_norm
+from irgdistill.runtime import World, autocast, choose_device, resolve_precision, slow_precision, sync_batch_norm
 from irgdistill.training.optimization import build_mixup, build_optimizer, build_scheduler
 from irgdistill.training.setup import Setup
 from irgdistill.training.teacher_cache import TeacherCache
@@ -137,8 +137,9 @@ class RunComponents:
 
 def build_components(setup: Setup, world: World, report: Report) -> RunComponents:
     """Build a run on the device of this process. Raises UserError for settings that cannot work."""
+    device = choose_device(setup.config.runtime.device, world.local_rank)
+    setup = replace(setup, config=_with_precision(setup.config, device, world, report))
     config = setup.config
-    device = choose_device(config.runtime.device, world.local_rank)
     loss = _build_loss(setup, device, world, report)
     networks = _build_networks(setup, loss, device, world)
     data = _build_data(setup, loss, device, world, report)
@@ -156,6 +157,17 @@ def build_components(setup: Setup, world: World, report: Report) -> RunComponent
         scheduler=build_scheduler(optimizer, config.schedule, updates_per_epoch),
         scaler=torch.amp.GradScaler(device.type, enabled=config.runtime.amp == "fp16"),
     )
+
+
+def _with_precision(config: Config, device: torch.device, world: World, report: Report) -> Config:
+    """The configuration with the precision that `auto` is here, the same in all processes."""
+    asked = config.runtime.amp
+    amp = world.broadcast(resolve_precision(asked, device) if world.main else asked)
+    if amp != asked and amp != "none":
+        report.line(f"precision {amp}, the fastest of {device.type} here (--amp auto)")
+    if world.main and (slow := slow_precision(amp, device)):
+        report.warn(slow)
+    return config.replaced({"runtime.amp": amp})
 
 
 def _build_loss(setup: Setup, device: torch.device, world: World, report: Report) -> DistillLoss:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.processes import Command
 
+from irgdistill.io import RunFolder
 from irgdistill.models.build import build_network
 
 pytestmark = pytest.mark.timeout(600)
@@ -110,6 +111,34 @@ def test_a_killed_worker_is_named(tmp_path: Path) -> None:
     os.kill(_wait_for(lambda: process.worker(1), process), signal.SIGKILL)
     code, _, err = process.end()
     assert code == 137 and "worker 1 was killed by SIGKILL" in err and "Traceback" not in err, err
+
+
+def _gone(pid: int) -> bool:
+    """Whether a process has ended; nobody may be there to ask for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("command", ["distill", "compare"])
+def test_what_a_killed_command_started_ends_with_it(tmp_path: Path, command: str) -> None:
+    words: tuple[object, ...] = (*DISTILL, "--method", "none", *GLOO, "--output", tmp_path / "run")
+    folder = tmp_path / "run"
+    if command == "compare":
+        words = ("compare", *DISTILL[1:], "--methods", "none", "--seeds", 2, "--jobs", 2, "--output", tmp_path / "cmp")
+        folder = tmp_path / "cmp/none/0"
+    process = Command(tmp_path, *words)
+    _wait_for((folder / "state/state.safetensors").exists, process)
+    children = [_wait_for(lambda rank=rank: process.worker(rank), process) for rank in (0, 1)]
+    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while not all(map(_gone, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(map(_gone, children))
+    RunFolder(folder).lock()  # not in use: can be resumed at once
 
 
 @pytest.mark.slow

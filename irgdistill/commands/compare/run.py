@@ -24,7 +24,7 @@ from irgdistill.io import Report, RunFolder, write_text
 from irgdistill.losses import build_loss
 from irgdistill.matching import Tapped
 from irgdistill.models import CheckpointMetadata
-from irgdistill.runtime import Stopped, cores
+from irgdistill.runtime import Stopped, choose_device, cores, lifeline, resolve_precision
 from irgdistill.training import SharedInputs, changes, prepare, resolved
 
 POLL = 0.2
@@ -65,12 +65,24 @@ def compare(request: CompareRequest) -> None:
 def _planned_runs(request: CompareRequest) -> list[Run]:
     """All runs, seed by seed, so that an unfinished comparison covers all methods."""
     methods = list(dict.fromkeys(request.methods))
-    first = request.config(methods[0]).seed
+    first, precision = request.config(methods[0]).seed, _precision(request)
     return [
-        Run(resolved(request.config(method, seed)), RunFolder(request.output / method / str(seed)))
+        Run(
+            resolved(request.config(method, seed)).replaced({"runtime.amp": precision}),
+            RunFolder(request.output / method / str(seed)),
+        )
         for seed in range(first, first + request.seeds)
         for method in methods
     ]
+
+
+def _precision(request: CompareRequest) -> str:
+    """One precision for all runs: the one asked for; for `auto` that of the runs that are there, or what is best here."""
+    asked = request.config(request.methods[0]).runtime
+    paths = sorted(request.output.glob("*/*/config.yaml"))
+    there = [validate_saved(read_yaml(path), f"{path}: ").runtime.amp for path in paths]
+    known = [amp for amp in there if amp != "auto"]
+    return known[0] if asked.amp == "auto" and known else resolve_precision(asked.amp, choose_device(asked.device))
 
 
 def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -> None:
@@ -131,7 +143,7 @@ def _train_together(left: Sequence[Run], request: CompareRequest) -> None:
 
 
 def _launch(run: Run, request: CompareRequest) -> subprocess.Popen[bytes]:
-    """Start or resume a run in a process of its own session: this process passes Ctrl-C on."""
+    """Start or resume a run in a process of its own session, which ends with this one: Ctrl-C is passed on."""
     folder = run.folder.path
     folder.mkdir(parents=True, exist_ok=True)
     if run.folder.state.exists():
@@ -147,7 +159,7 @@ def _launch(run: Run, request: CompareRequest) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            env={"OMP_NUM_THREADS": str(threads), **os.environ, **lifeline()},
             start_new_session=True,
         )
 

@@ -21,7 +21,7 @@ from irgdistill.commands.requests import DoctorRequest
 from irgdistill.errors import UserError
 from irgdistill.io import Report, table, visible
 from irgdistill.models import build_network
-from irgdistill.runtime import choose_device, cores
+from irgdistill.runtime import bf16_speed, choose_device, cores, instructions, resolve_precision
 from irgdistill.training import Setup, check_processes, on_backend, prepare
 from irgdistill.version import __version__
 
@@ -127,6 +127,14 @@ def _machine(found: Findings, output: Path) -> None:
         cores=count,
     )
     found.values |= {"threads": threads, "memory": there}
+    has, speed = instructions(), bf16_speed()
+    found.row(
+        "cpu precision",
+        f"a convolution in bf16 takes {1 / speed:.2g} of its time in float32; --amp auto is "
+        f"{resolve_precision('auto', torch.device('cpu'))}; instructions: {' '.join(has or ['unknown'])}",
+        instructions=has,
+        bf16_speed=round(speed, 3),
+    )
     if SHARED.is_dir():
         found.row("shared memory", f"{size(_room(SHARED))} free", shared_memory=_room(SHARED))
     found.row("disk", f"{size(_room(output))} free for {output}", disk=_room(output))
