@@ -29,7 +29,7 @@ def lifeline() -> dict[str, str]:
 def end_with_parent() -> None:
     """Kill this process as soon as the one that gave it a `lifeline` is gone. Does nothing without one.
 
-    A run is safe at any point of its work, so nothing is saved first: two processes of one run never train side by side.
+    A run is safe at any point of its work, so nothing is saved first.
     """
     parent = int(os.environ.pop(PARENT, 0))  # not for the children of this process
     if not parent or not hasattr(signal, "SIGKILL"):

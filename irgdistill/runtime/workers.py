@@ -30,8 +30,8 @@ def cores() -> int:
 def run_workers(count: int, arguments: Sequence[str]) -> None:
     """Run `irgdistill ARGUMENTS` in `count` processes on this machine, through torch's launcher.
 
-    Each joins through `process_group`, and ends with this process. Environment and logging of this process are restored afterwards. Raises
-    Interrupted with the message and exit code of the first worker to fail or stop.
+    Each joins through `process_group`, and ends with this process, whose environment and logging are restored
+    afterwards. Raises Interrupted with the message and exit code of the first worker to fail or stop.
     """
     config = LaunchConfig(
         min_nodes=1,
