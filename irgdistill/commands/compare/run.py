@@ -77,7 +77,7 @@ def _planned_runs(request: CompareRequest) -> list[Run]:
 
 
 def _precision(request: CompareRequest) -> str:
-    """The precision of all runs: the one asked for; for `auto` that of the runs that are there, or what is best here."""
+    """The precision of all runs: the one asked for; for `auto` that of runs that are there, or what is best here."""
     asked = request.config(request.methods[0]).runtime
     paths = sorted(request.output.glob("*/*/config.yaml"))
     there = [validate_saved(read_yaml(path), f"{path}: ").runtime.amp for path in paths]
