@@ -21,17 +21,27 @@ def embed(network: Network, images: OnePass, amp: str, report: Report) -> tuple[
     Raises DataError as `OnePass`.
     """
     device = images.loader.device
-    view, model = network.preprocess().to(device), network.model.to(device).eval()
+    view = network.preprocess().to(device)
+    network.model.to(device).eval()
     precision, start, count = autocast(amp, device), time.perf_counter(), 0
     found, positions = torch.empty(0), torch.empty(len(images), dtype=torch.long)
     with report.progress(len(images), 0):
         for batch, numbers in images:
             with precision:
-                features: Any = model.forward_features(view(batch))  # type: ignore[operator]
-                embedding = model.forward_head(features, pre_logits=True).float()  # type: ignore[operator]
+                embedding = _embedding(network, view(batch)).float()
             if not count:
                 found = torch.empty(len(images), embedding.shape[1])
             end = count + len(numbers)
             found[count:end], positions[count:end], count = embedding, numbers, end
             report.advance(int(numbers[-1]) + 1, "embedding", {}, count / (time.perf_counter() - start))
     return found[:count], positions[:count]
+
+
+def _embedding(network: Network, images: Tensor) -> Tensor:
+    """The input of the classifier (B, D); of a network without one, its output, pooled over positions."""
+    model: Any = network.model
+    if network.num_classes:
+        pooled: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+        return pooled
+    output: Tensor = model(images)
+    return output if output.dim() == 2 else output.mean(1) if output.dim() == 3 else output.mean((2, 3))

@@ -13,11 +13,15 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support import Run
+from support import Run, write_images
 from timm.data import create_transform
 from torch import Tensor
 
-from irgdistill.io import read_tensors
+from irgdistill.config import DataConfig
+from irgdistill.data import ImageFiles, OnePass
+from irgdistill.io import Report, read_tensors
+from irgdistill.models import Network
+from irgdistill.training import embed
 
 NASTY = os.fsdecode(b'a,"b\n\xfe.png')
 
@@ -106,3 +110,18 @@ def test_mistakes_are_one_line(
     (folder / "empty").mkdir()
     result = run("embed", teacher, *words, "--workers", 0)
     assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (5, 3, 3)])
+def test_the_output_of_a_network_without_a_classifier_is_its_embedding(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """(B, D), tokens (B, N, D) or a map (B, D, H, W): the mean over positions."""
+    images = write_images(tmp_path, {"red": 2})
+    output = torch.randn(2, *shape)
+    network = Network.of(timm.create_model("cifar_resnet20", num_classes=0))
+    network.model.forward = lambda _: output
+    files = ImageFiles(sorted(map(str, images.rglob("*.png"))))
+    source = OnePass(files, DataConfig(workers=0), network.input, torch.device("cpu"), print)
+    found, positions = embed(network, source, "none", Report(quiet=True))
+    axes = {1: (), 2: (1,), 3: (2, 3)}[len(shape)]
+    assert torch.allclose(found, torch.from_numpy(output.numpy().mean(axes)))
+    assert positions.tolist() == [0, 1]
