@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
+from irgdistill.losses.queue import Queue
 from irgdistill.matching import Output, Tap, Tapped, tap_name
 
 
@@ -55,3 +57,32 @@ class Booster(nn.Module):
 
     def forward(self, images: Tensor, output: Output) -> dict[str, Tensor]:
         return {"logits": self.network(images).logits}
+
+
+class Project(nn.Module):
+    """A linear layer from the pooled features at a tap of the student to `width` numbers."""
+
+    def __init__(self, tap: Tap, width: int) -> None:
+        super().__init__()
+        self.name = tap_name(tap)
+        self.layer = nn.Linear(tap.channels, width)
+
+    def forward(self, images: Tensor, output: Output) -> dict[str, Tensor]:
+        return {"projected": self.layer(output.features[self.name])}
+
+
+class Contrast(nn.Module):
+    """Linear embeddings of both networks' pooled features, and the latest of them with their labels.
+
+    The term itself applies `teacher`, as the teacher's features are not known here.
+    """
+
+    def __init__(self, student: Tap, teacher: Tap, width: int, length: int) -> None:
+        super().__init__()
+        self.name = tap_name(student)
+        self.student, self.teacher = nn.Linear(student.channels, width), nn.Linear(teacher.channels, width)
+        empty = torch.zeros(width)
+        self.queue = Queue(length, student=empty, teacher=empty, labels=torch.tensor(-1))
+
+    def forward(self, images: Tensor, output: Output) -> dict[str, Tensor]:
+        return {"embedding": self.student(output.features[self.name])}
