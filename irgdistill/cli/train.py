@@ -58,11 +58,14 @@ def train(
 
     The run is like that of a student: eval, export and --teacher-checkpoint take it.
     """
-    for setting in settings or ():
-        if setting.strip().startswith(("method=", "teacher.", "matching.")):
-            raise UserError(f"train has no teacher: leave out --set {setting}, or use irgdistill distill")
     from irgdistill.commands.requests import TrainRequest
+    from irgdistill.config import TERMS
 
+    hints = [name for name, term in TERMS.items() if term.compares != {"labels"}]
+    of_teacher = ("method=", "teacher.", "matching.", *(f"losses.{name}." for name in hints))
+    for setting in settings or ():
+        if setting.strip().startswith(of_teacher):
+            raise UserError(f"train has no teacher: leave out --set {setting}, or use irgdistill distill")
     start_or_resume(
         TrainRequest,
         given,
@@ -77,5 +80,5 @@ def train(
         backend=backend,
         quiet=quiet,
         as_json=as_json,
-        fixed={"method": "none"},
+        fixed={"method": "none", **{f"losses.{name}.weight": 0.0 for name in hints}},  # as in compare, of any preset
     )

@@ -88,7 +88,7 @@ def test_a_term_of_a_plugin_trains_with_its_own_setting_and_is_in_the_record(
     shares = [record["share"] for record in records if record["kind"] == "gradient"]
     assert shares and all(set(share) == {"ce", "gap"} and sum(share.values()) == pytest.approx(1) for share in shares)
     config = yaml.safe_load((output / "config.yaml").read_text())
-    assert config["losses"]["gap"] == {"weight": 0.3, "fade": None, "margin": 0.25}
+    assert config["losses"]["gap"] == {"weight": 0.3, "fade": None, "rise": None, "margin": 0.25}
     assert [set(entry) for entry in config["plugins"]] == [{"path", "sha256"}]
     assert config["plugins"][0]["path"] == str(plugin)
     assert run("export", output, "--check-images", 2).code == 0
@@ -252,3 +252,9 @@ def test_its_methods_are_completed(plugin: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
     )
     assert shown.stdout.split() == ["gap", "gap+kd"], shown.stderr
+
+
+def test_train_refuses_the_weight_of_a_plugin_s_term(run: Run, plugin: Path) -> None:
+    words = ("--model", "cifar_resnet20", "--data", "digits", "--plugin", plugin, "--set", "losses.gap.weight=1")
+    result = run("train", *words)
+    assert result.code == 2 and "train learns from labels alone, and losses.gap from a teacher" in result.err

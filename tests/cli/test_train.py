@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support import SMALL, Run, interrupted, position, records
 
 from irgdistill.cli.app import commands
-from irgdistill.config import options
+from irgdistill.config import options, presets
 
 NAME = "cifar_resnet14_x0_5"
 
@@ -60,7 +60,7 @@ def test_it_starts_from_a_checkpoint(run: Run, teacher: Path, folder: Path, tmp_
         (("--model", "resnt18"), "unknown model 'resnt18'; did you mean resnet18"),
         (("--model", NAME, "--pretrained", "--checkpoint", "x.pth"), "--pretrained and --checkpoint: a network starts"),
         (("--model", NAME, "--set", "method=kd"), "train has no teacher: leave out --set method=kd"),
-        (("--model", NAME, "--set", "losses.kd.weight=1"), "labels alone, and losses.kd from a teacher"),
+        (("--model", NAME, "--set", "losses.kd.weight=1"), "train has no teacher: leave out --set losses.kd.weight=1"),
         (("--model", NAME, "--teacher", NAME), "no option --teacher"),
         (("--resume", "here", "--epochs", 3), "--resume cannot change schedule.epochs"),
     ],
@@ -68,6 +68,18 @@ def test_it_starts_from_a_checkpoint(run: Run, teacher: Path, folder: Path, tmp_
 def test_mistakes_are_one_line(run: Run, words: tuple[object, ...], message: str) -> None:
     result = run("train", "--data", "digits", *words) if "--resume" not in words else run("train", *words)
     assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1
+
+
+def test_it_takes_the_recipe_of_every_preset_without_its_teacher(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("irgdistill.commands.distill.start", lambda request, own_process: started.append(request))
+    for preset in presets():
+        result = run("train", "--preset", preset, "--model", NAME, "--data", "digits")
+        assert result.code == 0, result.err
+        config = started[-1].config
+        assert config.method == "none" and not config.uses_teacher
+        assert [name for name, weight in config.losses.weights().items() if weight] == ["ce"]
+    assert len(started) == len(presets()) > 10
 
 
 def test_it_has_every_option_of_distill_that_needs_no_teacher() -> None:
