@@ -1,7 +1,7 @@
 """The Python interface: a run in one call, or the loss for your own training loop.
 
     from irgdistill import Distiller
-    distiller = Distiller(teacher, student, method="irg+kd+at")  # two timm models
+    distiller = Distiller(teacher, student)  # two timm models
     for images, labels in loader:
         loss, terms = distiller(images, labels)
         loss.backward()
@@ -22,13 +22,22 @@ from torch import Tensor, nn
 
 from irgdistill.commands.distill import start
 from irgdistill.commands.requests import DistillRequest
-from irgdistill.config import STAGE_KINDS, Config, load_config, values_of
+from irgdistill.config import (
+    AUTO,
+    DEFAULT_METHOD,
+    ENCODER_METHOD,
+    STAGE_KINDS,
+    Config,
+    Pooling,
+    load_config,
+    values_of,
+)
 from irgdistill.errors import UserError
 from irgdistill.losses import Batch, Learner, build_loss
 from irgdistill.matching import Output, Plan, Tap, Tapped
 from irgdistill.matching import match as match_levels
 from irgdistill.models import Network
-from irgdistill.training import check_classes
+from irgdistill.training import check_classes, difference
 
 
 def distill(
@@ -79,7 +88,7 @@ class Distiller(nn.Module):
         self,
         teacher: nn.Module | None,
         student: nn.Module,
-        method: str = "irg+kd+at",
+        method: str = AUTO,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         """`teacher`, `student`: timm models; `teacher` None for the method `none`.
@@ -99,15 +108,20 @@ class Distiller(nn.Module):
             raise UserError(
                 f"{name} trains a second network from scratch: irgdistill distill --method {name} builds it"
             )
+        self._widths: tuple[int, int] | None = None
         if self.config.uses_teacher:
             if teacher is None:
                 raise UserError(f"method {method!r} needs a teacher")
-            own = _network(student, "student")
-            check_classes(self.config, _network(teacher, "teacher"), [str(i) for i in range(own.num_classes)])
+            own, other = _network(student, "student"), _network(teacher, "teacher")
+            classes = [str(i) for i in range(own.num_classes)]
+            self.config = self.config.with_method(ENCODER_METHOD if difference(other, classes) else DEFAULT_METHOD)
+            check_classes(self.config, other, classes)
+            if self.config.losses.comparing("embedding"):
+                self._widths = own.embedding_width(), other.embedding_width()
             if self.config.losses.comparing(*STAGE_KINDS):
                 self.plan = match(teacher, student, **self.config.matching.model_dump())
         self.student = student
-        self.loss = build_loss(self.config.losses, self.plan)
+        self.loss = build_loss(self.config.losses, self.plan, embedding_widths=self._widths)
         self.adapters = self.loss.adapters().to(next(student.parameters()).device)
         # In a tuple, so that the teacher's weights are not among this module's parameters.
         self._teacher = (teacher.requires_grad_(False),) if teacher is not None and self.config.uses_teacher else ()
@@ -121,12 +135,13 @@ class Distiller(nn.Module):
         (B, 3, H', W'): the same crops at the teacher's size and normalisation, if these differ. `progress`: share of
         the training that is done, 0 to 1, by which hints fade out.
         """
-        student = _look(self.student, images, self.loss.where("student"), self.adapters)
+        embedding: Pooling | None = None if self._widths is None else "auto"
+        student = _look(self.student, images, self.loss.where("student"), embedding, self.adapters)
         teacher = None
         for model in self._teacher:
             with torch.no_grad():
                 seen = images if teacher_images is None else teacher_images
-                teacher = _look(model.eval(), seen, self.loss.where("teacher"))
+                teacher = _look(model.eval(), seen, self.loss.where("teacher"), embedding)
         with torch.autocast(images.device.type, enabled=False):
             total, raw, _ = self.loss.losses(Batch(student, labels, teacher), progress)
             return total, {name: value.detach() for name, value in raw.items()}
@@ -139,11 +154,15 @@ class Distiller(nn.Module):
 
 
 def _look(
-    model: nn.Module, images: Tensor, where: Mapping[str, Sequence[Tap]], adapters: nn.ModuleDict | None = None
+    model: nn.Module,
+    images: Tensor,
+    where: Mapping[str, Sequence[Tap]],
+    embedding: Pooling | None,
+    adapters: nn.ModuleDict | None = None,
 ) -> Output:
     """One forward pass with taps, which are removed after it."""
     last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-    tapped = Tapped(model, None, channels_last=last, **where)
+    tapped = Tapped(model, None, channels_last=last, embedding=embedding, **where)
     try:
         output: Output = Learner(tapped, adapters)(images) if adapters else tapped(images)
         return output

@@ -17,7 +17,7 @@ import irgdistill
 import irgdistill.models
 from irgdistill.api import Distiller, distill, match
 from irgdistill.config.loading import load_config
-from irgdistill.config.methods import METHODS
+from irgdistill.config.methods import DEFAULT_METHOD, METHODS
 from irgdistill.errors import UserError
 
 SIZE = (3, 16, 16)
@@ -113,8 +113,10 @@ def test_the_loss_is_the_trainers(method: str, tmp_path: Path) -> None:
     assert {"loss": loss.item(), **terms} == pytest.approx(
         {name: value.item() for name, value in values.items()}, rel=1e-6
     )
-    assert set(terms) == {"ce", *METHODS[method].weights}
-    assert (len(list(distiller.parameters())) > len(list(student.parameters()))) == (method in ("fitnet", "fsp"))
+    chosen = DEFAULT_METHOD if method == "auto" else method
+    assert set(terms) == {"ce", *METHODS[chosen].weights}
+    trained_beside = method in ("fitnet", "fsp", "embedding", "encoder")
+    assert (len(list(distiller.parameters())) > len(list(student.parameters()))) == trained_beside
     assert all(p.grad is not None for p in distiller.parameters())
 
 
@@ -163,10 +165,10 @@ def test_the_plan_of_two_models() -> None:
         (lambda: Distiller(network(), network(), "irgkd"), "did you mean irg\\+kd"),
         (lambda: Distiller(network(), network(), settings={"losses.kd.wieght": 1}), "did you mean losses.kd.weight"),
         (lambda: Distiller(network(), network(), settings={"optim.lr": 1}), "'optim.lr' does not define the loss"),
-        (lambda: Distiller(None, network()), "method 'irg\\+kd\\+at' needs a teacher"),
+        (lambda: Distiller(None, network()), "method 'auto' needs a teacher"),
         (lambda: Distiller(network(), network(), "rocket"), "irgdistill distill --method rocket"),
         (lambda: Distiller(nn.Linear(2, 2), network()), "the teacher, Linear, is not a timm model"),
-        (lambda: Distiller(timm.create_model("cifar_resnet20", num_classes=7), network()), "7 classes"),
+        (lambda: Distiller(timm.create_model("cifar_resnet20", num_classes=7), network(), "kd"), "7 classes"),
         (lambda: distill(stduent="resnet18"), "no option 'stduent'; did you mean student"),
         (lambda: distill(load_config(), epochs=3), "not both: leave out epochs"),
         (lambda: distill(student="resnet18", method="none"), "no data: give --data"),
@@ -179,9 +181,11 @@ def test_bad_input_is_one_line(call: Any, message: str) -> None:
 
 
 def test_relations_alone_need_no_shared_classes(digits: tuple[Tensor, Tensor]) -> None:
+    """The default method chooses by the classes; another can be told to leave out what needs them."""
     teacher = timm.create_model("cifar_resnet20", num_classes=7)
-    settings = {"losses.kd.weight": 0, "losses.logits.weight": 0}
-    _, terms = Distiller(teacher, network(), settings=settings)(digits[0][:8], digits[1][:8])
+    _, terms = Distiller(teacher, network())(digits[0][:8], digits[1][:8])
+    assert set(terms) == {"ce", "edges", "transform", "positions", "embedding"}
+    _, terms = Distiller(teacher, network(), "irg+kd+at", {"losses.kd.weight": 0})(digits[0][:8], digits[1][:8])
     assert set(terms) == {"ce", "edges", "transform", "attention"}
 
 
@@ -190,7 +194,7 @@ def test_hints_fade_with_the_progress_that_is_told(digits: tuple[Tensor, Tensor]
     distiller = Distiller(timm.create_model("cifar_resnet20", num_classes=10), network())
     told = [distiller(images, labels, progress=progress) for progress in (0, 0.45, 0.7)]
     assert [set(terms) - set(told[2][1]) for _, terms in told] == [{"attention"}, {"attention"}, set()]
-    weights = load_config().losses.weights()
+    weights = load_config().with_method(DEFAULT_METHOD).losses.weights()
     expected = [sum(value * weights[name] for name, value in terms.items()) for _, terms in told]
     expected[1] -= 50 * told[1][1]["attention"]
     torch.testing.assert_close(torch.stack([loss for loss, _ in told]), torch.stack(expected))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from irgdistill.commands.requests import CacheRequest
-from irgdistill.config import Config
+from irgdistill.config import Config, Pooling
 from irgdistill.data import Images, UnreadableImages, no_collate, train_images
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.graph import unit
@@ -49,13 +49,14 @@ def cache_teacher(request: CacheRequest) -> None:
     """
     config, report = resolved(request.config), Report()
     config = with_cached_orientation(config, read_manifest(request.output), request.output)
-    splits, teacher = open_data(config, lambda: build_teacher(config))
+    asked = config
+    config, splits, teacher, method_note = open_data(asked, lambda: build_teacher(asked))
     assert teacher is not None
     if teacher.note:
         report.line(teacher.note)
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream: its images have no numbers by which to find them again")
-    for note in splits.notes:
+    for note in filter(None, (*splits.notes, method_note)):
         report.line(note)
     check_classes(config, teacher, splits.classes)
     largest = _largest(request.logits, teacher.num_classes)
@@ -79,11 +80,14 @@ def cache_teacher(request: CacheRequest) -> None:
         attention=[tap_name(tap) for tap in attended],
         storage={"type": request.store, "logits": "all" if largest is None else largest},
     )
+    embedding = teacher.pooling if config.losses.comparing("embedding") or not teacher.num_classes else None
+    if embedding is not None:
+        manifest["embedding"] = embedding
     if grids:
         manifest["grids"] = [tap_name(tap) for tap in grids]
     manifest = cast(Manifest, json.loads(json.dumps(manifest)))  # tuples become lists, as in the file
     _claim(request.output, manifest)
-    network = _on_device(config, teacher, taps, attended, grids)
+    network = _on_device(config, teacher, taps, attended, grids, embedding)
     try:
         ShardWriter(request.output, manifest, images, network, config, largest, DTYPES[request.store]).write(report)
     except Stopped as stop:
@@ -93,6 +97,8 @@ def cache_teacher(request: CacheRequest) -> None:
 def _largest(logits: str, classes: int) -> int | None:
     if logits == "all":
         return None
+    if not classes:
+        raise UserError(f"--logits {logits}: the teacher has no classifier, and its embedding is stored whole")
     if int(logits) >= classes:
         raise UserError(f"--logits {logits}: expected all, or a number from 1 to {classes - 1}")
     return int(logits)
@@ -131,7 +137,14 @@ def _claim(folder: Path, manifest: Manifest) -> None:
     write_text(folder / "cache.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def _on_device(config: Config, teacher: Network, taps: list[Tap], attended: list[Tap], grids: list[Tap]) -> Tapped:
+def _on_device(
+    config: Config,
+    teacher: Network,
+    taps: list[Tap],
+    attended: list[Tap],
+    grids: list[Tap],
+    embedding: Pooling | None,
+) -> Tapped:
     """The frozen teacher on the run's device."""
     device = choose_device(config.runtime.device)
     keep_memory(device)
@@ -141,7 +154,7 @@ def _on_device(config: Config, teacher: Network, taps: list[Tap], attended: list
     if config.runtime.fold_batch_norm:
         fold_batch_norm(model.eval(), teacher.input.size, {tap.module for tap in taps})
     view, last = teacher.preprocess().to(device), config.runtime.channels_last
-    network = Tapped(model, view, taps, last, energies=attended, grids=grids)
+    network = Tapped(model, view, taps, last, energies=attended, grids=grids, embedding=embedding)
     return network.requires_grad_(False).eval()
 
 
@@ -206,7 +219,10 @@ class ShardWriter:
         return shard
 
     def _rows(self, output: Output) -> dict[str, Tensor]:
-        rows = pack_logits(output.logits, self.largest, self.dtype)
+        known = self.manifest["teacher"]["num_classes"] > 0
+        rows = pack_logits(output.logits, self.largest, self.dtype) if known else {}
+        if output.embedding is not None:
+            rows["embedding"] = output.embedding.to(self.dtype)
         rows |= {f"tap {name}": value.to(self.dtype) for name, value in output.features.items()}
         attention = {name: unit(value.flatten(1)).view_as(value) for name, value in output.energies.items()}
         rows |= {f"attention {name}": value.to(self.dtype) for name, value in attention.items()}

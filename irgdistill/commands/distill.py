@@ -54,9 +54,8 @@ def dry_run(config: Config, as_json: bool = False) -> None:
         print(json.dumps(values))  # noqa: T201  the command's result
         return
     print_plan(setup.plan)
-    for line in (str(setup.splits), *setup.splits.notes, setup.start_note):
-        if line:
-            Report().line(line)
+    for line in setup.notes:
+        Report().line(line)
     print(dump(setup.config), end="")  # noqa: T201  the command's result
 
 
@@ -85,9 +84,8 @@ def start(
             trainer = build_trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
             if world.main:
                 print_plan(setup.plan)
-            for line in (str(setup.splits), *setup.splits.notes, setup.start_note, f"run folder {folder.path}"):
-                if line:
-                    trainer.report.line(line)
+            for line in (*setup.notes, f"run folder {folder.path}"):
+                trainer.report.line(line)
             _report_world(trainer)
             trainer.start(request.overwrite or restarted)
             return _train(trainer, folder, own_process)

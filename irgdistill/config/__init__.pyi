@@ -21,7 +21,21 @@ from .loading import (
     validate_saved,
 )
 from .losses import LossesConfig
-from .methods import METHODS, STAGE_KINDS, TEACHER_KINDS, TERMS, Kind, Method, TermSettings, TermSpec, method, term
+from .methods import (
+    AUTO,
+    DEFAULT_METHOD,
+    ENCODER_METHOD,
+    METHODS,
+    STAGE_KINDS,
+    TEACHER_KINDS,
+    TERMS,
+    Kind,
+    Method,
+    TermSettings,
+    TermSpec,
+    method,
+    term,
+)
 from .model_args import check_model_args
 from .renamed import BEFORE, RENAMED_KEYS, RenamedKeyWarning
 from .schema import (
@@ -32,6 +46,7 @@ from .schema import (
     MatchingConfig,
     OptimConfig,
     PluginConfig,
+    Pooling,
     Preprocessing,
     RuntimeConfig,
     ScheduleConfig,
@@ -41,8 +56,11 @@ from .settings import Setting, changeable_on_resume, keys, options, settings, va
 from .sources import SOURCES, SourceEntry, absolute_source, check_source, find_source, source, source_words
 
 __all__ = [
+    "AUTO",
     "BEFORE",
     "DATA",
+    "DEFAULT_METHOD",
+    "ENCODER_METHOD",
     "MATCHING",
     "METHOD",
     "METHODS",
@@ -72,6 +90,7 @@ __all__ = [
     "OneOf",
     "OptimConfig",
     "PluginConfig",
+    "Pooling",
     "Positive",
     "Preprocessing",
     "Probability",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from irgdistill.config.methods import DEFAULT_METHOD
 from irgdistill.config.schema import Config
 from irgdistill.config.sources import check_source
 from irgdistill.errors import UserError, nearest
@@ -12,6 +13,7 @@ from irgdistill.errors import UserError, nearest
 
 def check_run(config: Config, begun: bool = False) -> None:
     """Raises UserError if a run cannot start, or with `begun` cannot be resumed, which needs fewer files."""
+    asked, config = config.method, config.with_method(DEFAULT_METHOD)
     if config.student.name is None and config.student.checkpoint is None:
         raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
     if not config.data.labels:
@@ -21,7 +23,7 @@ def check_run(config: Config, begun: bool = False) -> None:
     check_source(config.data)
     if (config.uses_teacher and config.teacher.cache is None) or config.losses.comparing("booster"):
         hints = ", ".join(f"losses.{name}" for name in config.losses.hints())
-        check_teacher(config, f"method {config.method!r}" if config.method != "none" else hints)
+        check_teacher(config, f"method {asked!r}" if asked != "none" else hints)
     if not begun:
         check_files(config.student.checkpoint, config.teacher.checkpoint, config.teacher.cache)
 
@@ -36,17 +38,18 @@ def check_teacher(config: Config, who: str) -> None:
 
 def check_without_labels(config: Config) -> None:
     """Raises UserError that names every setting that needs labels."""
+    config = config.with_method(DEFAULT_METHOD)
     used = [f"losses.{name}" for name in config.losses.comparing("labels")]
     used += ["losses.ce.class_weights"] * (config.losses.ce.class_weights != "none")
     used += ["--label-smoothing"] * (config.losses.ce.label_smoothing > 0)
     used += ["--balanced"] * config.data.balanced
     used += ["data.train_images"] * (config.data.train_images is not None)
-    methods = "--method kd, irg, mtk, irg+kd or irg+kd+at learns from the teacher alone"
+    methods = "--method kd, irg, mtk, irg+kd, irg+kd+at or encoder learns from the teacher alone"
     if used:
         raise UserError(f"--no-labels: {', '.join(used)} need labels; leave them out ({methods})")
     if not config.uses_teacher:
         raise UserError(f"--no-labels: method {config.method!r} learns from labels alone; {methods}")
-    lasting = config.losses.comparing("logits") or config.losses.hints()
+    lasting = config.losses.comparing("logits", "embedding") or config.losses.hints()
     if all(name in config.losses.fades() for name in lasting):
         fades = " and ".join(f"losses.{name}.fade" for name in lasting)
         raise UserError(f"--no-labels: nothing would teach the student to the end; leave out {fades}")

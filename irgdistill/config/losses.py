@@ -63,6 +63,10 @@ class LossesConfig(Section):
                 unset[f"{name}.weight"] = method.weights.get(name, 0.0)
             if name in method.fades and settings.fade is None:
                 unset[f"{name}.fade"] = method.fades[name]
+        for path, value in method.settings.items():
+            name, _, key = path.partition(".")
+            if key not in getattr(self, name).model_fields_set:
+                unset[path] = value
         return self.replaced(unset)
 
 
@@ -75,7 +79,7 @@ def declare_terms() -> bool:
     if [(name, info.annotation) for name, info in fields.items()] == [(name, TERMS[name].settings) for name in TERMS]:
         return False
     for name, method in METHODS.items():
-        for unknown in (*method.weights, *method.fades):
+        for unknown in (*method.weights, *method.fades, *(path.partition(".")[0] for path in method.settings)):
             if unknown not in TERMS:
                 raise UserError(f"method {name!r} has no term {unknown!r}{nearest(unknown, TERMS)}")
     fields.clear()

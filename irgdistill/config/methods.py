@@ -12,15 +12,15 @@ from irgdistill.config.fields import Fade, Section, Weight
 from irgdistill.errors import UserError
 from irgdistill.plugins import LAST, Registry
 
-Kind = Literal["labels", "logits", "booster", "features", "energies", "grids", "maps"]
-"""Something a term compares: the labels; the teacher's logits; the logits of a booster, a network like the teacher that
-is trained beside the student; of matched stages the pooled features, the energies (squares summed over channels), the
-grids (means over cells, at most 8×8) or the whole maps."""
+Kind = Literal["labels", "logits", "embedding", "booster", "features", "energies", "grids", "maps"]
+"""Something a term compares: the labels; the teacher's logits; its embedding; the logits of a booster, a network like
+the teacher that is trained beside the student; of matched stages the pooled features, the energies (squares summed over
+channels), the grids (means over cells, at most 8×8) or the whole maps."""
 
 STAGE_KINDS: tuple[Kind, ...] = ("features", "energies", "grids", "maps")
 """Kinds that need matched stages."""
 
-TEACHER_KINDS: tuple[Kind, ...] = ("logits", *STAGE_KINDS)
+TEACHER_KINDS: tuple[Kind, ...] = ("logits", "embedding", *STAGE_KINDS)
 """Kinds that need the trained teacher."""
 
 RESERVED = ("loss", "weights", "fades", "rises", "needing_all_logits", "compares", "comparing", "hints", "filled")
@@ -66,10 +66,22 @@ class TermSpec:
 
 @dataclass(frozen=True)
 class Method:
-    """Weights of hints beside cross-entropy, and the fades of some of them."""
+    """Weights of hints beside cross-entropy, the fades of some of them, and other settings of terms."""
 
     weights: Mapping[str, float]
     fades: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """{"term.setting": value} that replaces the setting's own default."""
+
+
+AUTO = "auto"
+"""The method that is chosen when teacher and data are known: `DEFAULT_METHOD`, or `ENCODER_METHOD`."""
+
+DEFAULT_METHOD = "irg+kd+at"
+"""Where the teacher's classes are the data's."""
+
+ENCODER_METHOD = "encoder"
+"""For a teacher without a classifier, or with other classes."""
 
 
 TERMS: Registry[TermSpec] = Registry("term", "irgdistill.losses.terms")
@@ -115,15 +127,17 @@ def method(
     name: str,
     weights: Mapping[str, float],
     fades: Mapping[str, tuple[float, float]] | None = None,
+    settings: Mapping[str, Any] | None = None,
     place: int = LAST,
 ) -> None:
-    """Register a method: the weights of its terms, and the shares of the training between which some fade out.
+    """Register a method: weights of its terms, shares of the training between which some fade out, other settings.
 
     Raises UserError for a name that is taken.
     """
-    METHODS.add(name, Method(dict(weights), dict(fades or {})), place)
+    METHODS.add(name, Method(dict(weights), dict(fades or {}), dict(settings or {})), place)
 
 
+method(AUTO, {}, place=-1)
 method("none", {}, place=0)
 method("kd", {"kd": 1.0}, place=1)
 method("irg", {"logits": 0.5, "edges": 5.0}, place=2)
@@ -136,3 +150,5 @@ method(
     fades={"attention": (0.3, 0.6)},
     place=6,
 )
+method("relations", {"edges": 5.0, "transform": 1.0}, place=7)
+method(ENCODER_METHOD, {"edges": 5.0, "transform": 1.0, "positions": 15.0, "embedding": 1.0}, place=8)

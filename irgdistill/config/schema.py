@@ -26,7 +26,7 @@ from irgdistill.config.fields import (
 )
 from irgdistill.config.flag import CHANGEABLE, DATA, MATCHING, METHOD, NETWORKS, RUN, TRAINING, Flag
 from irgdistill.config.losses import LossesConfig, declare_terms
-from irgdistill.config.methods import METHODS, TEACHER_KINDS
+from irgdistill.config.methods import AUTO, METHODS, TEACHER_KINDS
 from irgdistill.config.model_args import check_model_args
 
 
@@ -35,6 +35,10 @@ class PluginConfig(Section):
     """The Python file, absolute."""
     sha256: str
     """Checksum of its content; a file with another content is refused."""
+
+
+Pooling = Literal["auto", "cls", "mean", "cls+mean"]
+"""How an embedding is made of a network's last features."""
 
 
 class TeacherConfig(Section):
@@ -58,6 +62,9 @@ class TeacherConfig(Section):
         CHANGEABLE,
     ] = None
     """Cache written by `cache-teacher`, used instead of a live teacher."""
+    pooling: Pooling = "auto"
+    """How the teacher's embedding is made: by its own head, or of a transformer's class token, the mean of its patch
+    tokens, or both."""
     check: Annotated[
         bool, Flag("--skip-teacher-check", NETWORKS, "Train even if the teacher is near chance.", off=True)
     ] = True
@@ -286,9 +293,9 @@ class Config(Section):
     method: Annotated[
         str,
         BeforeValidator(OneOf(METHODS)),
-        Flag("--method", METHOD, "irg+kd+at, irg+kd, mtk, irg, none, kd, at, ….", completion="method"),
-    ] = "irg+kd+at"
-    """Named set of loss weights."""
+        Flag("--method", METHOD, "auto, irg+kd+at, encoder, kd, none, ….", completion="method"),
+    ] = AUTO
+    """Named set of loss weights. `auto`: `irg+kd+at` if the teacher has the data's classes, else `encoder`."""
     seed: Annotated[
         int, Field(ge=0, lt=2**31), Flag("--seed", TRAINING, "Seed of weights, order and augmentation.")
     ] = 0
@@ -315,14 +322,21 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fill_weights(self) -> Config:
-        filled = self.losses.filled(METHODS[self.method], self.data.labels)
-        object.__setattr__(self, "losses", filled)  # frozen from here on
+        if self.method != AUTO:
+            filled = self.losses.filled(METHODS[self.method], self.data.labels)
+            object.__setattr__(self, "losses", filled)  # frozen from here on
         return self
+
+    def with_method(self, name: str) -> Config:
+        """The same run with the method that `auto` stands for; a run with another method does not change."""
+        if self.method != AUTO:
+            return self
+        return self.replaced({"method": name, "losses": self.losses.filled(METHODS[name], self.data.labels)})
 
     @property
     def uses_teacher(self) -> bool:
         """Whether any term compares outputs of the trained teacher."""
-        return bool(self.losses.comparing(*TEACHER_KINDS))
+        return self.method == AUTO or bool(self.losses.comparing(*TEACHER_KINDS))
 
 
 def refresh() -> None:

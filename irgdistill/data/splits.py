@@ -52,10 +52,10 @@ class Splits:
     """Share that is held out for validation although no setting asks for it; None if there is none."""
 
     def __str__(self) -> str:
-        classes = f"{len(self.classes):,} classes"
+        classes = f" of {len(self.classes):,} classes" if self.classes else ""
         if self.streaming:
-            return f"a stream of images of {classes}"
-        return f"{len(self.train_indices):,} images of {classes} to train on, {len(self.val_indices):,} for validation"
+            return f"a stream of images{classes}"
+        return f"{len(self.train_indices):,} images{classes} to train on, {len(self.val_indices):,} for validation"
 
     @property
     def notes(self) -> list[str]:

@@ -86,3 +86,19 @@ class Contrast(nn.Module):
 
     def forward(self, images: Tensor, output: Output) -> dict[str, Tensor]:
         return {"embedding": self.student(output.features[self.name])}
+
+
+class Projector(nn.Module):
+    """A linear layer from the student's embedding to the teacher's width, and the teacher's latest embeddings.
+
+    `filled` marks the rows of the queue that hold an embedding.
+    """
+
+    def __init__(self, width: int, teacher_width: int, length: int = 0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, teacher_width)
+        self.queue = Queue(length, teacher=torch.zeros(teacher_width), filled=torch.tensor(False)) if length else None
+
+    def forward(self, images: Tensor, output: Output) -> dict[str, Tensor]:
+        assert output.embedding is not None
+        return {"projected": self.linear(output.embedding)}

@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def teacher(self) -> Output:
-        """The teacher's output, for a term that compares the teacher's logits, features, energies, grids or maps."""
+        """The teacher's output, for a term that compares any part of it."""
         assert self.teacher_output is not None, "a term asked for a teacher that this run does not have"
         return self.teacher_output
 
@@ -57,6 +57,8 @@ class TermContext:
     booster_network: Tapped | None = None
     class_weights: Tensor | None = None
     """(K,) weights of the classes."""
+    embedding_widths: tuple[int, int] | None = None
+    """Widths of the student's and the teacher's embeddings."""
     others: Mapping[str, frozenset[Kind]] | None = None
     """The terms with a weight, and what each compares."""
 
@@ -65,6 +67,12 @@ class TermContext:
         """The matched stages, for a term that compares features, energies, grids or maps."""
         assert self.matched is not None, "a term asked for matched stages without declaring that it compares any"
         return self.matched
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths of the student's and the teacher's embeddings, for a term that compares `embedding`."""
+        assert self.embedding_widths is not None, "a term asked for embeddings without declaring that it compares them"
+        return self.embedding_widths
 
     @property
     def booster(self) -> Tapped:

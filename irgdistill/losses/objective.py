@@ -43,7 +43,7 @@ class DistillLoss:
         self.notes = notes
         """A sentence for each term that was skipped, and one if nothing trains the classifier."""
         self.trains_classifier = trains_classifier
-        """Whether any term reaches the student's classifier; otherwise it keeps its initial weights."""
+        """Whether any term reaches the student's output; otherwise its last layers keep their initial weights."""
         self._weights = {name: weights[name] for name in terms}
         self._raw: Callable[[Batch, Iterable[str] | None], dict[str, Tensor]] = self
 
@@ -92,6 +92,11 @@ class DistillLoss:
             for kind in ("taps", "maps", "energies", "grids")
         }
 
+    @property
+    def compares_embeddings(self) -> bool:
+        """Whether any term compares embeddings."""
+        return any("embedding" in TERMS[name].compares for name in self.terms if name in TERMS)
+
     def adapters(self) -> nn.ModuleDict:
         """Networks that are trained beside the student, by term."""
         return nn.ModuleDict({name: term.adapter for name, term in self.terms.items() if term.adapter is not None})
@@ -104,17 +109,20 @@ def build_loss(
     booster: Tapped | None = None,
     labels: bool = True,
     class_weights: Tensor | None = None,
+    embedding_widths: tuple[int, int] | None = None,
+    classifier: bool = True,
 ) -> DistillLoss:
     """The terms with a weight; with `labels` also those that compare the labels alone, whatever their weight.
 
     Relations span the images of all processes of `world`. `booster` is the network that is trained beside the student;
-    `class_weights` (K,) weigh the labels. A term that does not apply to these networks is skipped, see
+    `class_weights` (K,) weigh the labels; `embedding_widths` are the student's and the teacher's;
+    `classifier`: the student has one. A term that does not apply to these networks is skipped, see
     `DistillLoss.notes`. Raises UserError if a term finds no stage that it could compare.
     """
     weights, notes, terms = config.weights(), list[str](), dict[str, Term]()
     kinds = {name: config.compares(name) for name in weights}
     weighted = {name: kinds[name] for name, weight in weights.items() if weight > 0}
-    context = TermContext(config, world or World(), plan, booster, class_weights, weighted)
+    context = TermContext(config, world or World(), plan, booster, class_weights, embedding_widths, weighted)
     for name in kinds:
         if not (labels if kinds[name] == {"labels"} else name in weighted):
             continue
@@ -125,8 +133,9 @@ def build_loss(
             continue
         for companion, beside in terms[name].companions.items():
             terms[companion], weights[companion] = beside, 1.0
-    trained = labels or any(kinds[name] & {"logits", "booster"} for name in terms if name in kinds)
-    if not trained:
+    last = {"logits", "booster"} if classifier else {"embedding"}
+    trained = labels or any(kinds[name] & last for name in terms if name in kinds)
+    if classifier and not trained:
         notes.append("no term on logits: the classifier keeps its initial weights, only relations are learned")
     return DistillLoss(terms, weights, config.fades(), notes, trained, config.rises())
 

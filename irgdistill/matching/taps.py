@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from irgdistill.config import Pooling
+from irgdistill.matching.embedding import EmbeddingHook
 from irgdistill.matching.levels import Tap
 from irgdistill.matching.pooling import energy, energy_or_map, feature_map, grid, pool
 
@@ -32,6 +34,8 @@ class Output(NamedTuple):
     """Tap name -> (B, C, h, w), float32: means over the cells of `pooling.grid`, for the requested taps"""
     adapted: dict[str, dict[str, Tensor]] = {}  # noqa: RUF012
     """Term -> output of its adapter; see `losses.Learner`"""
+    embedding: Tensor | None = None
+    """(B, D), float32: the pooled last feature, if it is asked for"""
 
 
 def first_output(output: Any) -> Tensor:
@@ -49,7 +53,8 @@ class Tapped(nn.Module):
     """A network with taps. `forward` (B, 3, H, W) raw images -> `Output`.
 
     `taps` are pooled, `maps` kept whole, `energies` summed over the channels, `grids` averaged over cells. `preprocess`
-    resizes and normalises raw images; None: the images are prepared already.
+    resizes and normalises raw images; None: the images are prepared already. `embedding`: also return the embedding,
+    pooled in this way.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Tapped(nn.Module):
         maps: Iterable[Tap] = (),
         energies: Iterable[Tap] = (),
         grids: Iterable[Tap] = (),
+        embedding: Pooling | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -73,6 +79,7 @@ class Tapped(nn.Module):
             for kept, (tapped, read) in zip(self._kept, kinds, strict=True)
             for tap in tapped
         ]
+        self._embedding = None if embedding is None else EmbeddingHook(model, embedding)
 
     def forward(self, images: Tensor) -> Output:
         self._clear()
@@ -80,7 +87,8 @@ class Tapped(nn.Module):
         logits = first_output(self.model(inputs.contiguous(memory_format=self.memory_format)))
         features, maps, energies_or_maps, grids = (dict(kept) for kept in self._kept)
         energies = {name: energy(x) if x.dim() == 4 else x for name, x in energies_or_maps.items()}
-        output = Output(logits, features, maps, energies, grids)
+        embedding = None if self._embedding is None else self._embedding.take(logits)
+        output = Output(logits, features, maps, energies, grids, embedding=embedding)
         self._clear()
         return output
 
@@ -93,6 +101,8 @@ class Tapped(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self._embedding is not None:
+            self._embedding.remove()
         return self.model
 
     def _install(self, tap: Tap, kept: dict[str, Tensor], read: Callable[[Any, Tap], Tensor]) -> Any:

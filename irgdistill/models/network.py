@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from irgdistill.config import InputSpec
+from irgdistill.config import InputSpec, Pooling
 from irgdistill.errors import UserError
 from irgdistill.matching import Level, LevelsError, Tap, Tapped, find_levels
 
@@ -55,6 +55,8 @@ class Network:
     input: InputSpec
     classes: list[str] | None = None
     """Class names in label order, if a checkpoint records them."""
+    pooling: Pooling = "auto"
+    """How its embedding is made."""
     note: str = ""
     """A line for the log: what was taken of a file that holds several weights."""
 
@@ -85,6 +87,19 @@ class Network:
     @property
     def num_classes(self) -> int:
         return int(self.model.num_classes)  # type: ignore[arg-type]
+
+    def embedding_width(self) -> int:
+        """Width of the embedding, found on the meta device. Raises UserError if the network has none of this kind."""
+        tapped = Tapped(self.model, None, embedding=self.pooling)
+        tensors = {**dict(tapped.named_parameters()), **dict(tapped.named_buffers())}
+        meta = {key: value.detach().to("meta") for key, value in tensors.items()}
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            output = torch.func.functional_call(tapped, meta, (torch.empty(1, *self.input.shape, device="meta"),))
+        self.model.train(training)
+        tapped.release()
+        return int(output.embedding.shape[1])
 
     @property
     def architecture(self) -> str:

@@ -26,9 +26,12 @@ def build_teacher(config: Config, fetch: bool = True) -> Network:
     spec = config.teacher
     if spec.checkpoint is not None:
         path = find_checkpoint(str(spec.checkpoint)) or spec.checkpoint
-        return restore(path, spec.name, spec.input_size, "teacher")[0]
-    assert spec.name is not None
-    return build_network(spec.name, pretrained=fetch, input_size=spec.input_size)
+        teacher = restore(path, spec.name, spec.input_size, "teacher")[0]
+    else:
+        assert spec.name is not None
+        teacher = build_network(spec.name, pretrained=fetch, input_size=spec.input_size)
+    teacher.pooling = spec.pooling
+    return teacher
 
 
 def build_booster(config: Config, num_classes: int) -> Network:
@@ -93,7 +96,7 @@ def build_student(
         args=spec.args,
         preprocessing=None if spec.preprocessing is None else spec.preprocessing.model_dump(),
     )
-    if student.num_classes != len(classes):
+    if student.num_classes != len(classes):  # without classes, the student returns its embedding
         raise UserError(f"{student.name} has no classifier to train on {len(classes)} classes")
     note = ""
     if spec.checkpoint is not None and weights:

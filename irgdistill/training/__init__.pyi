@@ -1,5 +1,5 @@
 from .checkpointing import Checkpointer
-from .checks import check_classes, check_input_sizes, check_processes
+from .checks import check_classes, check_input_sizes, check_processes, difference
 from .components import RunComponents, build_components
 from .embeddings import embed
 from .evaluation import Metrics, evaluate, metric_name, score
@@ -7,6 +7,7 @@ from .observer import Observer
 from .probes import knn_top1, linear_top1
 from .progress import Progress
 from .setup import Setup, SharedInputs, on_backend, open_data, prepare, resolved
+from .similarity import agreement, each_pair, linear_cka, nearest_neighbours, pearson, spearman
 from .state import changes, open_state, position, seed_process
 from .teacher_cache import (
     CACHE_FORMAT,
@@ -39,6 +40,7 @@ __all__ = [
     "SharedInputs",
     "TeacherCache",
     "Trainer",
+    "agreement",
     "build_components",
     "build_trainer",
     "changes",
@@ -48,16 +50,21 @@ __all__ = [
     "describe_data",
     "describe_teacher",
     "describe_views",
+    "difference",
+    "each_pair",
     "embed",
     "evaluate",
     "knn_top1",
+    "linear_cka",
     "linear_top1",
     "manifest_checksum",
     "metric_name",
+    "nearest_neighbours",
     "on_backend",
     "open_data",
     "open_state",
     "pack_logits",
+    "pearson",
     "position",
     "prepare",
     "read_manifest",
@@ -65,5 +72,6 @@ __all__ = [
     "score",
     "seed_process",
     "shard_path",
+    "spearman",
     "with_cached_orientation",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from irgdistill.config import Config
+from irgdistill.config import ENCODER_METHOD, Config
 from irgdistill.data import Splits
 from irgdistill.errors import UserError
 from irgdistill.io import check_loggers
@@ -26,22 +26,31 @@ def check_logging(config: Config, splits: Splits) -> None:
         raise UserError(f"{asked}: {config.data.source} is a stream, which has no images to draw from")
 
 
-def check_classes(config: Config, teacher: Network, classes: list[str]) -> None:
-    """Terms on logits need the same classes in the same order; relation terms need none. Raises UserError."""
-    used = config.losses.comparing("logits")
-    if not used:
-        return
-    remedy = "relation terms need no shared classes: " + " ".join(f"--set losses.{name}.weight=0" for name in used)
+NO_CLASSIFIER = "the teacher has no classifier"
+
+
+def difference(teacher: Network, classes: list[str]) -> str:
+    """Why the teacher's output is no logits over these classes, in words; empty if it is."""
+    if not teacher.num_classes:
+        return NO_CLASSIFIER
     if teacher.num_classes != len(classes):
-        raise UserError(
-            f"the teacher has {teacher.num_classes} classes and the data {len(classes)}, "
-            f"so {' and '.join(used)} cannot compare their logits; {remedy}"
-        )
+        return f"the teacher has {teacher.num_classes:,} classes and the data {len(classes):,}"
     if teacher.classes is not None and teacher.classes != classes:
         first = next(i for i, (a, b) in enumerate(zip(teacher.classes, classes, strict=True)) if a != b)
+        return f"class {first} is {teacher.classes[first]!r} for the teacher and {classes[first]!r} in the data"
+    return ""
+
+
+def check_classes(config: Config, teacher: Network, classes: list[str]) -> None:
+    """Terms on logits need the same classes in the same order; relation terms need none. Raises UserError."""
+    used, problem = config.losses.comparing("logits"), difference(teacher, classes)
+    if used and problem:
+        unset = " ".join(f"--set losses.{name}.weight=0" for name in used)
+        several = len(used) > 1
+        first = "" if not config.data.labels else "train a teacher of these classes with `irgdistill train`, or "
         raise UserError(
-            f"class {first} is {teacher.classes[first]!r} for the teacher and {classes[first]!r} in the data, "
-            f"so {' and '.join(used)} cannot compare their logits; {remedy}"
+            f"{problem}, but the term{'s' * several} {' and '.join(used)} compare{'s' * (not several)} logits: {first}"
+            f"use --method {ENCODER_METHOD}, whose terms need no shared classes ({unset} leaves these out)"
         )
 
 

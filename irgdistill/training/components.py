@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irgdistill.config import Config
+from irgdistill.config import Config, Pooling
 from irgdistill.data import Loader, UnreadableImages, eval_loader, train_loader
 from irgdistill.errors import UserError
 from irgdistill.io import Report
@@ -20,6 +20,7 @@ from irgdistill.losses import DistillLoss, Learner, build_loss
 from irgdistill.matching import Output, Tapped, has_unused_parameters
 from irgdistill.models import Network, fold_batch_norm
 from irgdistill.runtime import World, autocast, choose_device, resolve_precision, slow_precision, sync_batch_norm
+from irgdistill.training.held_out import HELD_OUT_IMAGES, HeldOutGraph
 from irgdistill.training.optimization import build_mixup, build_optimizer, build_scheduler
 from irgdistill.training.setup import Setup
 from irgdistill.training.teacher_cache import TeacherCache
@@ -79,6 +80,8 @@ class RunComponents:
     """Student and adapters as a step runs them: compiled, and wrapped in DDP, where that is asked for."""
     evaluated: Tapped
     """The network that is evaluated and saved: the average of the weights if there is one, else the student."""
+    held_out: HeldOutGraph | None
+    """Evaluates a student without a classifier."""
     ema: ModelEmaV3 | None
     teacher: Teacher | None
     """None for a method without a teacher."""
@@ -103,6 +106,11 @@ class RunComponents:
     def accumulate(self) -> int:
         """Batches of an update."""
         return self.config.optim.accumulate
+
+    @property
+    def projector(self) -> nn.Module | None:
+        """The layer from the student's to the teacher's embeddings, if a term trains one."""
+        return self.adapters.get_submodule("embedding.linear") if "embedding" in self.adapters else None
 
     @property
     def updates(self) -> int:
@@ -143,13 +151,15 @@ def build_components(setup: Setup, world: World, report: Report) -> RunComponent
     loss = _build_loss(setup, device, world, report)
     networks = _build_networks(setup, loss, device, world)
     data = _build_data(setup, loss, device, world, report)
+    precision = autocast(config.runtime.amp, device)
     optimizer = build_optimizer(networks["student"].model, config.optim, networks["adapters"])
     updates_per_epoch = data["batches"] // config.optim.accumulate
     return RunComponents(
         setup=setup,
         world=world,
         device=device,
-        autocast=autocast(config.runtime.amp, device),
+        autocast=precision,
+        held_out=_held_out(setup, networks["teacher"], device, data["unreadable"], precision, world),
         loss=loss,
         **networks,
         **data,
@@ -179,6 +189,8 @@ def _build_loss(setup: Setup, device: torch.device, world: World, report: Report
         None if booster is None else _tapped(booster, device, config.runtime.channels_last),
         config.data.labels,
         None if setup.class_weights is None else torch.tensor(setup.class_weights, device=device),
+        setup.embedding_widths,
+        setup.student.num_classes > 0,
     )
     for note in loss.notes:
         report.warn(note)
@@ -195,7 +207,8 @@ def _build_networks(setup: Setup, loss: DistillLoss, device: torch.device, world
     if runtime.sync_bn:
         model = sync_batch_norm(model, world)
     view = setup.student.preprocess().to(device)
-    student = Tapped(model, view, channels_last=last, **loss.where("student"))
+    embedding: Pooling | None = "auto" if _embeds(setup, loss) else None
+    student = Tapped(model, view, channels_last=last, **loss.where("student"), embedding=embedding)
     compiled = _compiled(student, setup.config)
     adapters = loss.adapters().to(device)
     if runtime.sync_bn and list(adapters.parameters()):
@@ -208,7 +221,7 @@ def _build_networks(setup: Setup, loss: DistillLoss, device: torch.device, world
         "student": student,
         "adapters": adapters,
         "trained": world.wrap(learner, unused),
-        "evaluated": compiled if ema is None else Tapped(ema.module, view, (), last),
+        "evaluated": compiled if ema is None else Tapped(ema.module, view, (), last, embedding=embedding),
         "ema": ema,
         "teacher": _build_teacher(setup, loss, device),
     }
@@ -226,8 +239,29 @@ def _build_teacher(setup: Setup, loss: DistillLoss, device: torch.device) -> Tea
     if runtime.fold_batch_norm:
         tapped_modules = {tap.module for kind in taps.values() for tap in kind}
         fold_batch_norm(model.eval(), setup.teacher.input.size, tapped_modules)
-    network = Tapped(model, view, channels_last=runtime.channels_last, **taps)
+    embedding = setup.teacher.pooling if _embeds(setup, loss) else None
+    network = Tapped(model, view, channels_last=runtime.channels_last, **taps, embedding=embedding)
     return LiveTeacher(_compiled(network.requires_grad_(False).eval(), setup.config))
+
+
+def _embeds(setup: Setup, loss: DistillLoss) -> bool:
+    """Whether the run reads embeddings: for a term, or to evaluate a student without a classifier."""
+    return loss.compares_embeddings or not setup.student.num_classes
+
+
+def _held_out(
+    setup: Setup,
+    teacher: Teacher | None,
+    device: torch.device,
+    unreadable: UnreadableImages,
+    precision: AbstractContextManager[Any],
+    world: World,
+) -> HeldOutGraph | None:
+    if setup.student.num_classes:
+        return None
+    splits, live = setup.splits, None if teacher is None else teacher.network
+    loader = eval_loader(splits, setup.config.data, setup.crop, device, unreadable, HELD_OUT_IMAGES, world)
+    return HeldOutGraph(loader, precision, world, live, splits.labelled)
 
 
 def _build_data(setup: Setup, loss: DistillLoss, device: torch.device, world: World, report: Report) -> dict[str, Any]:
@@ -245,7 +279,7 @@ def _build_data(setup: Setup, loss: DistillLoss, device: torch.device, world: Wo
         world,
         None if cache is None else cache.teacher_rows,
     )
-    crop = setup.student.input if setup.splits.labelled else setup.crop
+    crop = setup.student.input if setup.splits.labelled and setup.student.num_classes else setup.crop
     validation = eval_loader(setup.splits, config.data, crop, device, unreadable, world=world)
     accumulate = config.optim.accumulate
     if len(train) < accumulate:
@@ -254,7 +288,7 @@ def _build_data(setup: Setup, loss: DistillLoss, device: torch.device, world: Wo
         "train": train,
         "validation": validation,
         "unreadable": unreadable,
-        "mixup": build_mixup(config.augment, config.data.batch_size, len(setup.classes)),
+        "mixup": build_mixup(config.augment, config.data.batch_size, max(len(setup.classes), 1)),
         "batches": len(train) // accumulate * accumulate,
         "data_facts": {
             "training images": train.images,

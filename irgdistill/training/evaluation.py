@@ -19,6 +19,7 @@ from irgdistill.io import Report
 from irgdistill.losses import soft_targets
 from irgdistill.matching import Tapped
 from irgdistill.runtime import World
+from irgdistill.training.checks import difference
 
 if TYPE_CHECKING:
     from irgdistill.training.components import RunComponents
@@ -30,17 +31,17 @@ CHECK_IMAGES = 2000
 """Validation images on which the teacher is evaluated before training."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Metrics:
     """Means over all readable images of a loader."""
 
-    top1: float | None
+    top1: float | None = None
     """Percent. This and the next three: None without labels."""
-    top5: float | None
+    top5: float | None = None
     """Percent; the first min(5, K) classes."""
-    loss: float | None
+    loss: float | None = None
     """Mean cross-entropy, no smoothing."""
-    calibration_error: float | None
+    calibration_error: float | None = None
     """Expected calibration error in percent, 15 equal bins of confidence (Guo et al. 2017)."""
     images: int
     images_per_second: float
@@ -49,6 +50,17 @@ class Metrics:
     """Percent of images for which student and teacher predict the same class."""
     kl: float | None = None
     """Mean KL(teacher ‖ student) at temperature 1, in nats."""
+    knn_top1: float | None = None
+    """Percent of images whose class the 20 nearest others predict. This and the next four: of embeddings, for a
+    student without classes."""
+    teacher_knn_top1: float | None = None
+    """The same for the teacher."""
+    neighbours: float | None = None
+    """Percent of the 10 nearest images that are the teacher's nearest, too."""
+    edge_correlation: float | None = None
+    """Pearson correlation of the edges with the teacher's."""
+    embedding_cosine: float | None = None
+    """Mean cosine of the projected embeddings with the teacher's, each minus its mean."""
 
 
 @torch.no_grad()
@@ -73,9 +85,9 @@ def evaluate(
     images_seen, timed, seconds = 0, 0, 0.0
     for images, labels in loader.epoch():
         with autocast:
-            start = _now(loader.device)
+            start = now(loader.device)
             logits = network(images).logits.float()
-            elapsed = _now(loader.device) - start
+            elapsed = now(loader.device) - start
             other = teacher(images).logits.float() if teacher is not None else None
         if images_seen or len(labels) == loader.images:  # the first batch warms up
             timed, seconds = timed + len(labels), seconds + elapsed
@@ -104,7 +116,8 @@ def evaluate(
     )
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """The time in seconds at which the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -135,15 +148,38 @@ def _batch_bins(logits: Tensor, labels: Tensor) -> Tensor:
 # --- metrics in records -----------------------------------------------------------------------------------------------
 
 
+SELECTING = {
+    "top1": "top-1",
+    "agreement": "agreement",
+    "knn_top1": "k-NN top-1",
+    "neighbours": "shared neighbours",
+}
+"""Metrics that select the best weights, in percent, and their titles; the first that is measured counts."""
+
+
 def metric_name(metrics: Mapping[str, Any]) -> str:
-    """The metric that selects the best weights: accuracy, or without labels the agreement with the teacher."""
-    return "top1" if "top1" in metrics else "agreement"
+    """The metric that selects the best weights: the first of `SELECTING` that is measured."""
+    return next((name for name in SELECTING if name in metrics), "agreement")
 
 
 def score(metrics: Mapping[str, Any]) -> str:
     """That metric with its value, such as `top-1 91.20`."""
     name = metric_name(metrics)
-    return f"{'top-1' if name == 'top1' else name} {metrics[name]:.2f}"
+    return f"{SELECTING[name]} {metrics[name]:.2f}"
+
+
+def details(metrics: Metrics) -> str:
+    """The other metrics of an epoch, in words."""
+    found = {
+        "top-5": (metrics.top5, ".2f"),
+        "val loss": (metrics.loss, ".3f"),
+        "KL": (metrics.kl, ".3f"),
+        "teacher's": (metrics.teacher_knn_top1, ".2f"),
+        "shared neighbours": (None if metrics.knn_top1 is None else metrics.neighbours, ".2f"),
+        "edge correlation": (metrics.edge_correlation, ".3f"),
+        "embedding cosine": (metrics.embedding_cosine, ".3f"),
+    }
+    return "  ".join(f"{title} {value:{form}}" for title, (value, form) in found.items() if value is not None)
 
 
 def check_teacher(run: RunComponents, report: Report) -> dict[str, Any] | None:
@@ -151,13 +187,10 @@ def check_teacher(run: RunComponents, report: Report) -> dict[str, Any] | None:
     setup = run.setup
     if setup.teacher is None or run.teacher is None or run.teacher.network is None or not run.config.teacher.check:
         return None
+    if difference(setup.teacher, setup.splits.classes):  # it does not answer with these classes
+        return None
     if not setup.splits.labelled:
         report.warn("the validation images have no labels: the teacher's accuracy is not checked")
-        return None
-    if setup.teacher.num_classes != len(setup.classes):
-        report.warn(
-            f"the teacher has {setup.teacher.num_classes} classes, the data {len(setup.classes)}: accuracy not checked"
-        )
         return None
     loader = eval_loader(
         setup.splits,

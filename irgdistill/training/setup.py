@@ -10,12 +10,21 @@ from pathlib import Path
 from timm.layers import use_reentrant_ckpt
 from timm.utils import random_seed
 
-from irgdistill.config import STAGE_KINDS, Config, InputSpec, absolute_source, check_run
+from irgdistill.config import (
+    AUTO,
+    DEFAULT_METHOD,
+    ENCODER_METHOD,
+    STAGE_KINDS,
+    Config,
+    InputSpec,
+    absolute_source,
+    check_run,
+)
 from irgdistill.data import Splits, UnreadableImages, balanced_weights, open_splits, train_images
 from irgdistill.errors import UserError
 from irgdistill.matching import Plan, match
 from irgdistill.models import LOCAL, Network, build_booster, build_student, build_teacher, resolve_student
-from irgdistill.training.checks import check_classes, check_input_sizes, check_logging
+from irgdistill.training.checks import NO_CLASSIFIER, check_classes, check_input_sizes, check_logging, difference
 from irgdistill.training.teacher_cache import TeacherCache, describe_data, describe_teacher, describe_views
 
 
@@ -38,12 +47,23 @@ class Setup:
     """Weights of the cross-entropy, by class index."""
     teacher_checksum: str | None = None
     """Checksum of the teacher's weights, cached or live."""
+    embedding_widths: tuple[int, int] | None = None
+    """Widths of the student's and the teacher's embeddings, if a term compares them."""
+    method_note: str = ""
+    """The method that `auto` chose, and why; empty if it was given."""
     start_note: str = ""
     """The origin of the student's weights, in words, and of the teacher's if its file holds several."""
 
     @property
     def classes(self) -> list[str]:
-        return self.splits.classes
+        """Class names of the student, in label order; none for a student without a classifier."""
+        return self.splits.classes if self.student.num_classes else []
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the log: data, method, initial weights."""
+        lines = (str(self.splits), *self.splits.notes, self.method_note, self.start_note)
+        return [line for line in lines if line]
 
 
 class SharedInputs:
@@ -83,15 +103,17 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
     cache = None if config.teacher.cache is None else TeacherCache(config.teacher.cache)
     if cache is not None:
         config = cache.with_cached_views(config)
-    splits, teacher = open_data(config, lambda: _teacher(config, cache, fetch, inputs), inputs)
+    asked = config
+    config, splits, teacher, method_note = open_data(asked, lambda: _teacher(asked, cache, fetch, inputs), inputs)
     if splits.default_fraction is not None:  # remembered, so that the run finds the same images again
         config = config.replaced({"data.val_fraction": splits.default_fraction})
     class_weights = weigh_classes(config, splits)
     check_logging(config, splits)
     if teacher is not None:
         check_classes(config, teacher, splits.classes)
+    classes = splits.classes if config.data.labels or config.losses.comparing("logits") else []
     random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
-    student, start_note = build_student(config.student, splits.classes, not resuming, fetch)
+    student, start_note = build_student(config.student, classes, not resuming, fetch)
     if config.student.grad_checkpointing:
         _checkpoint_blocks(student)
     plan = None
@@ -113,6 +135,8 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
         booster=booster,
         cache=cache,
         class_weights=class_weights,
+        embedding_widths=_embedding_widths(config, student, teacher),
+        method_note=method_note,
         teacher_checksum=None if teacher is None else _checksum(teacher, cache, inputs),
         start_note="; ".join(filter(None, (start_note, "" if teacher is None else teacher.note))),
     )
@@ -120,13 +144,37 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
 
 def open_data(
     config: Config, teacher: Callable[[], Network | None], inputs: SharedInputs | None = None
-) -> tuple[Splits, Network | None]:
-    """Open the images and build the teacher, which supplies the classes if there are no labels. Raises UserError."""
+) -> tuple[Config, Splits, Network | None, str]:
+    """Open the images and build the teacher, which supplies the classes if there are no labels.
+
+    The configuration has the method that `auto` stands for; the text says which and why, and is empty for a method that
+    was given. Raises UserError.
+    """
     if config.data.labels:
-        return (open_splits(config.data) if inputs is None else inputs.splits(config)), teacher()
+        splits, network = (open_splits(config.data) if inputs is None else inputs.splits(config)), teacher()
+        problem = "" if network is None else difference(network, splits.classes)
+        config, note = _choose_method(config, problem)
+        return config, splits, network, note
     network = teacher()
     assert network is not None
-    return open_splits(config.data, classes=network.classes or network.num_classes), network
+    config, note = _choose_method(config, "" if network.num_classes else NO_CLASSIFIER)
+    classes = (network.classes or network.num_classes) if config.losses.comparing("logits") else 0
+    return config, open_splits(config.data, classes=classes), network, note
+
+
+def _choose_method(config: Config, problem: str) -> tuple[Config, str]:
+    """The configuration with the method that `auto` stands for; `problem`: why the teacher's logits do not fit."""
+    if config.method != AUTO:
+        return config, ""
+    chosen = ENCODER_METHOD if problem else DEFAULT_METHOD
+    why = f"{problem}, so no logits are compared" if problem else "the teacher has the data's classes"
+    return config.with_method(chosen), f"method {chosen}: {why}"
+
+
+def _embedding_widths(config: Config, student: Network, teacher: Network | None) -> tuple[int, int] | None:
+    if teacher is None or not config.losses.comparing("embedding"):
+        return None
+    return student.embedding_width(), teacher.embedding_width()
 
 
 def _teacher(config: Config, cache: TeacherCache | None, fetch: bool, inputs: SharedInputs | None) -> Network | None:
@@ -166,7 +214,7 @@ def _check_cache(cache: TeacherCache, config: Config, splits: Splits, student: N
     images = train_images(splits, config.data, config.augment, crop, seed, UnreadableImages(config.data.max_bad_images))
     cache.check_same("data", describe_data(images, splits, count))
     if config.uses_teacher:
-        cache.check_terms(config.losses, plan)
+        cache.check_terms(config, plan)
 
 
 def weigh_classes(config: Config, splits: Splits) -> list[float] | None:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from torch import Tensor
 
-from irgdistill.config import STORES, Config, InputSpec, LossesConfig
+from irgdistill.config import STORES, Config, InputSpec, Pooling
 from irgdistill.data import Images, Splits, crop_of, padding_of
 from irgdistill.errors import UserError
 from irgdistill.io import checksum, read_tensors
@@ -45,12 +45,16 @@ ROWS = {"taps": "tap", "energies": "attention", "grids": "grid"}
 """What `Tapped` collects at a tap -> the first word of its name in a shard; the second is that of the tap."""
 
 
-class _Grids(TypedDict, total=False):
+class _Optional(TypedDict, total=False):
+    """Keys that a manifest has only if such values are stored."""
+
     grids: list[str]
-    """Names of the taps whose grids are stored; no key if there are none."""
+    """Names of the taps whose grids are stored."""
+    embedding: Pooling
+    """How the stored embedding was made."""
 
 
-class Manifest(_Grids):
+class Manifest(_Optional):
     """cache.json: everything that determines the rows."""
 
     format: int
@@ -194,10 +198,13 @@ class TeacherCache:
         """The teacher without weights, for matching."""
         network = rebuild_network(NetworkRecord.model_validate(self.manifest["teacher"]), meta=True)
         network.name, network.classes = self.manifest["name"], self.manifest["classes"]
+        network.pooling = self.manifest.get("embedding", "auto")
         return network
 
-    def check_terms(self, losses: LossesConfig, plan: Plan | None) -> None:
+    def check_terms(self, config: Config, plan: Plan | None) -> None:
         """Raises UserError if a term needs what is not cached."""
+        losses = config.losses
+        self._check_embedding(config)
         maps = losses.comparing("maps")
         if maps:
             raise UserError(
@@ -228,6 +235,16 @@ class TeacherCache:
                 f"{' and '.join(on_grids)} compare{'s' * (len(on_grids) == 1)} grids of {', '.join(missing)}, which "
                 f"{self.folder} does not hold; give cache-teacher the same --method and weights, and the same --student"
             )
+
+    def _check_embedding(self, config: Config) -> None:
+        used, cached, asked = config.losses.comparing("embedding"), self.manifest.get("embedding"), config.teacher
+        if used and cached is None:
+            raise UserError(
+                f"{' and '.join(used)} compare{'s' * (len(used) == 1)} embeddings, which {self.folder} does not hold; "
+                "give cache-teacher the same --method and weights"
+            )
+        if used and "pooling" in asked.model_fields_set and asked.pooling != cached:
+            raise UserError(f"teacher.pooling = {asked.pooling}, but the teacher cache {self.folder} has {cached}")
 
     @property
     def taps(self) -> list[str]:
@@ -293,8 +310,11 @@ class TeacherCache:
             word, _, name = key.partition(" ")
             if name:
                 at_taps[word][name] = value.float()
-        logits = unpack_logits(rows, self.manifest["teacher"]["num_classes"])
-        return Output(logits, at_taps["tap"], energies=at_taps["attention"], grids=at_taps["grid"])
+        embedding = rows["embedding"].float() if "embedding" in rows else None
+        classes = self.manifest["teacher"]["num_classes"]
+        logits = unpack_logits(rows, classes) if classes or embedding is None else embedding
+        pooled, energies, grids = (at_taps[word] for word in ("tap", "attention", "grid"))
+        return Output(logits, pooled, energies=energies, grids=grids, embedding=embedding)
 
 
 _OTHER = {"teacher": "another teacher", "data": "other images", "views": "views of another recipe"}

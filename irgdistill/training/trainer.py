@@ -18,7 +18,15 @@ from irgdistill.losses import Batch, gradient_shares
 from irgdistill.runtime import Signals, Stopped, World, compiler_settings, read_later
 from irgdistill.training.checkpointing import Checkpointer
 from irgdistill.training.components import RunComponents, build_components
-from irgdistill.training.evaluation import Metrics, check_teacher, evaluate, metric_name, score
+from irgdistill.training.evaluation import (
+    SELECTING,
+    Metrics,
+    check_teacher,
+    details,
+    evaluate,
+    metric_name,
+    score,
+)
 from irgdistill.training.observer import Observer
 from irgdistill.training.progress import Progress
 from irgdistill.training.setup import Setup
@@ -172,6 +180,8 @@ class Trainer:
             self.world.average_statistics(model)
         try:
             with self.signals.impatient() if self.world.size == 1 else nullcontext():
+                if run.held_out is not None:
+                    return run.held_out.measure(run.evaluated, run.projector)
                 labelled = run.setup.splits.labelled
                 teacher = None if labelled or run.teacher is None else run.teacher.network
                 return evaluate(run.evaluated, run.validation, run.autocast, teacher, self.world, labelled)
@@ -189,10 +199,8 @@ class Trainer:
             self.checkpointer.save_weights("best")
         self.checkpointer.save_weights("last")
         self.checkpointer.save_state()
-        details = f"top-5 {metrics.top5:.2f}  val loss {metrics.loss:.3f}" if metrics.top1 is not None else ""
-        details = details or f"KL {metrics.kl:.3f}"
         best = "  (best)" if better else ""
-        self.report.line(f"epoch {progress.epoch}/{epochs}  {score(progress.last)}  {details}{best}")
+        self.report.line(f"epoch {progress.epoch}/{epochs}  {score(progress.last)}  {details(metrics)}{best}")
 
     def _log(self, images: int, seconds: float) -> None:
         run, progress = self.components, self.progress
@@ -226,7 +234,7 @@ class Trainer:
             "method": self.config.method,
             "student": setup.student.name,
             "teacher": None if setup.teacher is None else setup.teacher.name,
-            **{key: best[key] for key in ("top1", "top5", "agreement", "epoch") if key in best},
+            **{key: best[key] for key in (*SELECTING, "top5", "epoch") if key in best},
             f"last_{metric_name(last)}": last[metric_name(last)],
             "epochs": self.config.schedule.epochs,
             "seconds": progress.seconds,

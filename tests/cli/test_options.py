@@ -89,7 +89,7 @@ def test_the_help_shows_the_default_of_the_schema(run: Run, monkeypatch: pytest.
         "--lr                    <float>     Peak learning rate (default: 0.1).",
         "--epochs",
         "(default: 100)",
-        "(default: irg+kd+at)",
+        "(default: auto)",
     ):
         assert " ".join(line.split()) in " ".join(shown.split())
     defaults = {name: setting.default for name, setting in options().items()}

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import Result, Run, command, write_images
 
-from irgdistill.commands.inspect.measures import nearest_neighbours
 from irgdistill.io.tensors import read_metadata
+from irgdistill.training.similarity import nearest_neighbours
 
 CLASSES = ("blue & co", "green", "<b>red")
 

@@ -9,22 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from irgdistill.commands.inspect import measures as inspection
 from irgdistill.commands.inspect.measures import (
     LOGITS,
     Graph,
-    agreement,
     collect_features,
     compare_graphs,
     draw_evenly,
-    each_pair,
     graph_of,
-    linear_cka,
-    nearest_neighbours,
-    pearson,
-    ranks,
     similarity,
-    spearman,
     stages_of,
 )
 from irgdistill.config.schema import LossesConfig
@@ -34,6 +26,16 @@ from irgdistill.losses.objective import build_loss
 from irgdistill.matching.plan import match
 from irgdistill.matching.taps import Tapped
 from irgdistill.models.build import build_network
+from irgdistill.training import similarity as similarities
+from irgdistill.training.similarity import (
+    agreement,
+    each_pair,
+    linear_cka,
+    nearest_neighbours,
+    pearson,
+    ranks,
+    spearman,
+)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -131,7 +133,7 @@ def test_neighbours_by_a_double_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(20):
         others = sorted((float(edges[i, j]), j) for j in range(20) if j != i)
         assert found[i].tolist() == [j for _, j in others[:4]]
-    monkeypatch.setattr(inspection, "BLOCK", 60)
+    monkeypatch.setattr(similarities, "BLOCK", 60)
     assert torch.equal(nearest_neighbours(edges, 4), found)  # in blocks of three rows
     assert agreement(found, found) == 1
     assert agreement(torch.tensor([[1, 2], [0, 2]]), torch.tensor([[2, 3], [3, 4]])) == 0.25

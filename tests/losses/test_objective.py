@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from irgdistill.config.loading import load_config
+from irgdistill.config.methods import DEFAULT_METHOD
 from irgdistill.config.schema import LossesConfig
 from irgdistill.graph import edge_loss, edge_matrix, transformation_loss, transformation_vector
 from irgdistill.losses.base import Batch
@@ -152,9 +153,9 @@ def test_a_hint_fades_out_between_two_shares_of_the_training() -> None:
 
 
 def test_attention_of_the_default_fades_and_can_be_kept() -> None:
-    assert load_config().losses.fades() == {"attention": (0.3, 0.6)}
+    assert load_config().with_method(DEFAULT_METHOD).losses.fades() == {"attention": (0.3, 0.6)}
     assert load_config(flags={"method": "kd+at"}).losses.fades() == {}
-    kept = build_loss(load_config(settings=["losses.attention.fade=1,1"]).losses, PLAN)
+    kept = build_loss(load_config(settings=["losses.attention.fade=1,1"]).with_method(DEFAULT_METHOD).losses, PLAN)
     assert kept.weights(0.999) == kept.weights() and "attention" in kept.weights()
 
 

@@ -22,13 +22,14 @@ from irgdistill.commands.inspect.figures import (
     stage_figure,
     transformation_figure,
 )
-from irgdistill.commands.inspect.measures import Features, Stage, StageComparison, nearest_neighbours
+from irgdistill.commands.inspect.measures import Features, Stage, StageComparison
 from irgdistill.commands.inspect.networks import Inspection, NetworkUnderTest
 from irgdistill.commands.inspect.page import build_page
 from irgdistill.commands.requests import InspectRequest
 from irgdistill.errors import UserError
 from irgdistill.io import write_atomically, write_text
 from irgdistill.models import parameters
+from irgdistill.training import nearest_neighbours
 from irgdistill.version import __version__
 
 FORMAT = 1

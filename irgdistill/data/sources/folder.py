@@ -29,8 +29,8 @@ UNLABELLED_FRACTION = 0.05
 def open_unlabelled(config: DataConfig, val_only: bool, classes: Sequence[str] | int) -> Splits:
     """Open a folder for training without labels. Raises UserError.
 
-    Training images lie in any folders. Validation images lie in class folders of the teacher's `classes`, or have no
-    labels either.
+    Training images lie in any folders. Validation images lie in class folders of the teacher's `classes` (any folders
+    if there are none), or have no labels either.
     """
     root = Path(str(config.source))
     if not root.is_dir():
@@ -45,8 +45,9 @@ def open_unlabelled(config: DataConfig, val_only: bool, classes: Sequence[str] |
         return _hold_out_unlabelled(root, train_root if train_root.is_dir() else root, names, search, config)
     val, labelled = _unlabelled_val(val_root, names, search, config)
     train = val if val_only else PlainImages(train_root, search, config.exif_orientation)
-    empty = _empty(val, val_root) if isinstance(val, ClassFolders) else []
-    return replace(_pair(train, val, names, search, labelled), empty=empty)
+    if isinstance(val, ClassFolders):
+        return replace(_pair(train, val, names or _folders(val_root), search), empty=_empty(val, val_root))
+    return _pair(train, val, names, search, labelled)
 
 
 @source("", local=True, open_unlabelled=open_unlabelled)
@@ -219,7 +220,7 @@ def _unlabelled_val(root: Path, classes: list[str], search: ImageSearch, config:
     if not folders or any(is_image_name(path.name) for path in root.iterdir()):
         return PlainImages(root, search, config.exif_orientation), False
     unnamed = classes == [str(i) for i in range(len(classes))]
-    if folders != classes and not (unnamed and len(folders) == len(classes)):
+    if classes and folders != classes and not (unnamed and len(folders) == len(classes)):
         raise UserError(
             f"the {len(folders)} folders of {root} ({', '.join(folders[:3])}, …) are not the teacher's {len(classes)} "
             f"classes ({', '.join(classes[:3])}, …): without labels, put the images into {root} itself"
