@@ -115,7 +115,7 @@ def test_the_loss_is_the_trainers(method: str, tmp_path: Path) -> None:
     )
     chosen = DEFAULT_METHOD if method == "auto" else method
     assert set(terms) == {"ce", *METHODS[chosen].weights}
-    trained_beside = method in ("fitnet", "fsp", "embedding", "encoder")
+    trained_beside = method in ("fitnet", "fsp", "reviewkd", "srd", "crd", "embedding", "encoder")
     assert (len(list(distiller.parameters())) > len(list(student.parameters()))) == trained_beside
     assert all(p.grad is not None for p in distiller.parameters())
 
