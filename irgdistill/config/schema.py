@@ -209,7 +209,7 @@ class AugmentConfig(Section):
 
 class OptimConfig(Section):
     name: Annotated[str, Flag("--opt", TRAINING, "timm optimizer.")] = "sgd"
-    """Optimizer of timm's factory (`sgd` uses Nesterov momentum)."""
+    """Optimizer of timm's factory (`sgd` uses Nesterov momentum, `momentum` is SGD without it)."""
     lr: Annotated[Positive, Flag("--lr", TRAINING, "Peak learning rate.")] = 0.1
     """Peak learning rate; not scaled with the batch."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -217,7 +217,9 @@ class OptimConfig(Section):
     weight_decay: Annotated[
         Weight, Flag("--weight-decay", TRAINING, "Weight decay; not applied to biases and norms.")
     ] = 5e-4
-    """Weight decay; not applied to biases and normalisation layers, as in timm."""
+    """Weight decay; not applied to biases and normalisation layers, as in timm, unless `decay_all` is set."""
+    decay_all: bool = False
+    """Apply weight decay to biases and normalisation layers too."""
     clip_grad: Annotated[Positive | None, Flag("--clip-grad", TRAINING, "Maximum gradient norm.")] = None
     """Maximum norm of the student's gradient."""
     accumulate: Annotated[Count, Flag("--accumulate", TRAINING, "Batches per update.")] = 1

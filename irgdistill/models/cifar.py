@@ -1,8 +1,9 @@
 """Small CIFAR networks as in their papers, registered with timm: 3×3 stem, three stages at 32, 16 and 8 pixels.
 
 ResNets: He et al. 2016, section 4.2, with parameter-free shortcuts (every second pixel, channels padded with zeros);
-keys `conv1 bn1 layer{1,2,3}.{b}.{conv1,bn1,conv2,bn2} fc`. ShuffleNet: Zhang et al. 2018, width 0.5, 3 groups, its
-first stage at full resolution.
+keys `conv1 bn1 layer{1,2,3}.{b}.{conv1,bn1,conv2,bn2} fc`. ResNets "x4", by which the field compares (Tian et al.
+2020): a stem of 32 channels, stages of 64, 128, 256, and 1×1 convolutions as shortcuts, `downsample.{0,1}`. ShuffleNet:
+Zhang et al. 2018, width 0.5, 3 groups, its first stage at full resolution.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ class _CifarNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """conv-bn-relu-conv-bn, add, relu."""
+    """conv-bn-relu-conv-bn, add, relu. `projection`: shortcuts to another shape are 1×1 convolutions with batch norm."""
 
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
+    def __init__(self, width_in: int, width: int, stride: int, projection: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -76,10 +77,15 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.stride = stride
         self.padding = width - width_in
+        self.downsample = None
+        if projection and (stride != 1 or self.padding):
+            self.downsample = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride != 1 or self.padding:
+        if self.downsample is not None:
+            x = self.downsample(x)
+        elif self.stride != 1 or self.padding:
             before = self.padding // 2
             x = F.avg_pool2d(x, 1, self.stride)  # every stride-th pixel; a slice's gradient would not be channels-last
             x = F.pad(x, (0, 0, 0, 0, before, self.padding - before))
@@ -87,24 +93,30 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(_CifarNet):
-    """6n+2 layers: n = `blocks` blocks in each of three stages of the given widths."""
+    """6n+2 layers: n = `blocks` blocks in each of three stages of the given widths.
+
+    `stem`: width of the first convolution, by default that of the first stage; `projection` as in `BasicBlock`.
+    """
 
     def __init__(
         self,
         blocks: int = 3,
         widths: tuple[int, int, int] = (16, 32, 64),
+        stem: int | None = None,
+        projection: bool = False,
         num_classes: int = 10,
         in_chans: int = 3,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
         super().__init__(widths, num_classes, drop_rate)
-        self.conv1 = nn.Conv2d(in_chans, widths[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        width_in = widths[0]
+        width_in = stem or widths[0]
+        self.conv1 = nn.Conv2d(in_chans, width_in, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width_in)
         for i, width in enumerate(widths):
-            stage = [BasicBlock(width if b else width_in, width, 2 if i and not b else 1) for b in range(blocks)]
-            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+            first = BasicBlock(width_in, width, 2 if i else 1, projection)
+            rest = [BasicBlock(width, width, 1) for _ in range(blocks - 1)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
             width_in = width
         self.reset_classifier(num_classes)
         for module in self.modules():
@@ -194,6 +206,8 @@ default_cfgs = generate_default_cfgs(
             "cifar_resnet14_x0_5",
             "cifar_resnet56",
             "cifar_resnet110",
+            "cifar_resnet8x4",
+            "cifar_resnet32x4",
             "cifar_shufflenet_x0_5",
         )
     }
@@ -245,6 +259,23 @@ def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-110, 16/32/64, 1.7 M parameters."""
     return _build(CifarResNet, "cifar_resnet110", pretrained, **{"blocks": 18, **kwargs})
+
+
+def _x4(name: str, blocks: int, pretrained: bool, **kwargs: Any) -> nn.Module:
+    wide = {"blocks": blocks, "stem": 32, "widths": (64, 128, 256), "projection": True}
+    return _build(CifarResNet, name, pretrained, **{**wide, **kwargs})
+
+
+@register
+def cifar_resnet8x4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-8 of four times the width, 64/128/256 behind a stem of 32, 1.2 M parameters."""
+    return _x4("cifar_resnet8x4", 1, pretrained, **kwargs)
+
+
+@register
+def cifar_resnet32x4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-32 of four times the width, 64/128/256 behind a stem of 32, 7.4 M parameters."""
+    return _x4("cifar_resnet32x4", 5, pretrained, **kwargs)
 
 
 @register

@@ -15,22 +15,31 @@ from irgdistill.errors import UserError, nearest
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, adapters: nn.Module | None = None) -> Optimizer:
-    """An optimizer of the student and of what is trained beside it, without weight decay on biases and norms.
+    """An optimizer of the student and of what is trained beside it.
 
-    Raises UserError for an unknown name.
+    There is no weight decay on biases and norms, unless `decay_all` is set. Raises UserError for an unknown name.
     """
     known = [str(name) for name in list_optimizers()]
     if config.name not in known:
         raise UserError(f"unknown optimizer {config.name!r}{nearest(config.name, known)}")
     options = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
     try:
-        optimizer: Optimizer = create_optimizer_v2(model, opt=config.name, **options)
+        optimizer: Optimizer = create_optimizer_v2(
+            model, opt=config.name, filter_bias_and_bn=not config.decay_all, **options
+        )
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"optimizer {config.name!r} does not work here: {' '.join(str(error).split())[:160]}") from None
-    for group in [] if adapters is None else param_groups_weight_decay(adapters, config.weight_decay):
+    for group in [] if adapters is None else _groups(adapters, config):
         if group["params"]:
             optimizer.add_param_group(group)
     return optimizer
+
+
+def _groups(adapters: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    if config.decay_all:
+        return [{"params": list(adapters.parameters()), "weight_decay": config.weight_decay}]
+    groups: list[dict[str, Any]] = param_groups_weight_decay(adapters, config.weight_decay)
+    return groups
 
 
 def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Any:

@@ -24,6 +24,8 @@ SIZES = {
     "cifar_resnet20_x0_375": 38_512,
     "cifar_resnet56": 853_018,
     "cifar_resnet110": 1_727_962,
+    "cifar_resnet8x4": 1_210_410,
+    "cifar_resnet32x4": 7_410_730,
     "cifar_shufflenet_x0_5": 242_134,
 }
 
