@@ -37,19 +37,17 @@ from .methods import (
     term,
 )
 from .model_args import check_model_args
+from .recipe import AugmentConfig, OptimConfig, ScheduleConfig
 from .renamed import BEFORE, RENAMED_KEYS, RenamedKeyWarning
 from .schema import (
     STORES,
-    AugmentConfig,
     Config,
     DataConfig,
     MatchingConfig,
-    OptimConfig,
     PluginConfig,
     Pooling,
     Preprocessing,
     RuntimeConfig,
-    ScheduleConfig,
     StudentConfig,
 )
 from .settings import Setting, changeable_on_resume, keys, options, settings, values_of

@@ -67,7 +67,7 @@ class _CifarNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """conv-bn-relu-conv-bn, add, relu. `projection`: shortcuts to another shape are 1×1 convolutions with batch norm."""
+    """conv-bn-relu-conv-bn, add, relu. `projection`: shortcuts to another shape are 1×1 convolutions with a norm."""
 
     def __init__(self, width_in: int, width: int, stride: int, projection: bool = False) -> None:
         super().__init__()
