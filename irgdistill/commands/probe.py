@@ -39,7 +39,7 @@ class Probe:
 
         Raises UserError if the images have no labels, or have no order.
         """
-        data = data.replaced({"labels": True})
+        data = data.replaced({"labels": True, "labelled_fraction": None})
         splits = open_splits(data)
         if splits.streaming:
             raise UserError(f"--probe {self.kind}: {data.source} is a stream, whose images have no order")

@@ -20,6 +20,8 @@ def check_run(config: Config, begun: bool = False) -> None:
         check_without_labels(config)
     elif not any(weight > 0 for weight in config.losses.weights().values()):
         raise UserError("no loss term has a weight: the student would learn nothing")
+    if config.data.labelled_fraction is not None:
+        check_partly_labelled(config)
     check_source(config.data)
     if (config.uses_teacher and config.teacher.cache is None) or config.losses.comparing("booster"):
         hints = ", ".join(f"losses.{name}" for name in config.losses.hints())
@@ -34,6 +36,17 @@ def check_teacher(config: Config, who: str) -> None:
         alone = " (or --method none to train the student alone)" if who.startswith("method") else ""
         raise UserError(f"{who} needs a teacher: give --teacher NAME or --teacher-checkpoint FILE{alone}")
     check_files(config.teacher.checkpoint)
+
+
+def check_partly_labelled(config: Config) -> None:
+    """Raises UserError that names every setting that needs a label for each image."""
+    used = [f"losses.{name}" for name in config.losses.comparing("labels") if name != "ce"]
+    used += ["losses.ce.class_weights"] * (config.losses.ce.class_weights != "none")
+    used += ["--balanced"] * config.data.balanced
+    used += ["--mixup"] * (config.augment.mixup > 0) + ["--cutmix"] * (config.augment.cutmix > 0)
+    if used or not config.data.labels:
+        reason = f"{', '.join(used)} need{'s' * (len(used) == 1)} every label" if used else "no labels are used"
+        raise UserError(f"data.labelled_fraction = {config.data.labelled_fraction:g}: {reason}; leave one out")
 
 
 def check_without_labels(config: Config) -> None:

@@ -133,6 +133,9 @@ class DataConfig(Section):
     """Train on the labels. False: any images, no class folders; classes and targets come from the teacher."""
     exif_orientation: bool = True
     """Turn photos upright, as their EXIF data say. Runs and checkpoints written before this setting have it off."""
+    labelled_fraction: Share | None = None
+    """Class-balanced share of the training images whose labels are used; the others are seen by every term but
+    cross-entropy, in which each labelled image counts for itself and its share of the others. Default: all."""
     balanced: Annotated[bool, Flag("--balanced", DATA, "Draw every class equally often.")] = False
     """Draw every class equally often; an epoch keeps its number of images."""
     val_fraction: Annotated[Share | None, Flag("--val-fraction", DATA, "Hold out this share for validation.")] = None

@@ -8,7 +8,7 @@ from .sampling import balanced_weights
 from .search import ImageSearch
 from .sources import source
 from .splits import Source, Splits, hold_out
-from .unlabelled import ImageFiles, Unlabelled
+from .unlabelled import ImageFiles, PartlyLabelled, Unlabelled
 
 __all__ = [
     "ImageFiles",
@@ -16,6 +16,7 @@ __all__ = [
     "Images",
     "Loader",
     "OnePass",
+    "PartlyLabelled",
     "Source",
     "Splits",
     "Unlabelled",

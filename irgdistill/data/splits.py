@@ -48,6 +48,8 @@ class Splits:
     """The files that are no images, in words; empty for none."""
     empty: Sequence[str] = ()
     """Class folders without images, such as `zebra in train`."""
+    labelled_count: int | None = None
+    """Number of training images with a label; None: all of them, or none."""
     default_fraction: float | None = None
     """Share that is held out for validation although no setting asks for it; None if there is none."""
 
@@ -55,7 +57,9 @@ class Splits:
         classes = f" of {len(self.classes):,} classes" if self.classes else ""
         if self.streaming:
             return f"a stream of images{classes}"
-        return f"{len(self.train_indices):,} images{classes} to train on, {len(self.val_indices):,} for validation"
+        some = "" if self.labelled_count is None else f" ({self.labelled_count:,} of them with their label)"
+        train, val = len(self.train_indices), len(self.val_indices)
+        return f"{train:,} images{classes} to train on{some}, {val:,} for validation"
 
     @property
     def notes(self) -> list[str]:
@@ -70,6 +74,11 @@ class Splits:
                 "for validation; --val-fraction sets another share"
             )
         return [line for line in (self.left_out, empty, held_out, _class_order(self.classes)) if line]
+
+    @property
+    def labelled_share(self) -> float:
+        """Share of the training images that have a label, 1 unless `data.labelled_fraction` is set."""
+        return 1.0 if self.labelled_count is None else self.labelled_count / len(self.train_indices)
 
     def train_labels(self) -> list[int]:
         """Class of every training image, in the order of `train_indices`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,26 @@ class PlainImages(ImageFiles):
         if not paths:
             raise UserError(f"no images in {root}")
         super().__init__(paths, exif_orientation)
+
+
+class PartlyLabelled:
+    """Images of another source, of which those with a number in `labelled` keep their label."""
+
+    def __init__(self, source: Source, labelled: Collection[int]) -> None:
+        self.source, self.labelled = source, frozenset(labelled)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.source.load(index)
+        return image, label if index in self.labelled else UNLABELLED
+
+    def describe(self, index: int) -> str:
+        return str(self.source.describe(index))
+
+    def labels(self) -> list[int]:
+        return [y if i in self.labelled else UNLABELLED for i, y in enumerate(self.source.labels())]
 
 
 class Unlabelled:

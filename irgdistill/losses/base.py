@@ -59,6 +59,8 @@ class TermContext:
     """(K,) weights of the classes."""
     embedding_widths: tuple[int, int] | None = None
     """Widths of the student's and the teacher's embeddings."""
+    labelled_share: float = 1.0
+    """Share of the training images with a label; the others have a negative one."""
     others: Mapping[str, frozenset[Kind]] | None = None
     """The terms with a weight, and what each compares."""
 

@@ -111,18 +111,29 @@ def build_loss(
     class_weights: Tensor | None = None,
     embedding_widths: tuple[int, int] | None = None,
     classifier: bool = True,
+    labelled_share: float = 1.0,
 ) -> DistillLoss:
     """The terms with a weight; with `labels` also those that compare the labels alone, whatever their weight.
 
     Relations span the images of all processes of `world`. `booster` is the network that is trained beside the student;
-    `class_weights` (K,) weigh the labels; `embedding_widths` are the student's and the teacher's;
-    `classifier`: the student has one. A term that does not apply to these networks is skipped, see
-    `DistillLoss.notes`. Raises UserError if a term finds no stage that it could compare.
+    `class_weights` (K,) weigh the labels, which the share `labelled_share` of the training images has;
+    `embedding_widths` are the student's and the teacher's; `classifier`: the student has one. A term that does not
+    apply to these networks is skipped, see `DistillLoss.notes`. Raises UserError if a term finds no stage that it could
+    compare.
     """
     weights, notes, terms = config.weights(), list[str](), dict[str, Term]()
     kinds = {name: config.compares(name) for name in weights}
     weighted = {name: kinds[name] for name, weight in weights.items() if weight > 0}
-    context = TermContext(config, world or World(), plan, booster, class_weights, embedding_widths, weighted)
+    context = TermContext(
+        losses=config,
+        world=world or World(),
+        matched=plan,
+        booster_network=booster,
+        class_weights=class_weights,
+        embedding_widths=embedding_widths,
+        labelled_share=labelled_share,
+        others=weighted,
+    )
     for name in kinds:
         if not (labels if kinds[name] == {"labels"} else name in weighted):
             continue

@@ -191,6 +191,7 @@ def _build_loss(setup: Setup, device: torch.device, world: World, report: Report
         None if setup.class_weights is None else torch.tensor(setup.class_weights, device=device),
         setup.embedding_widths,
         setup.student.num_classes > 0,
+        setup.splits.labelled_share,
     )
     for note in loss.notes:
         report.warn(note)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from irgdistill.config import STORES, Config, InputSpec, Pooling
-from irgdistill.data import Images, Splits, crop_of, padding_of
+from irgdistill.data import Images, PartlyLabelled, Splits, crop_of, padding_of
 from irgdistill.errors import UserError
 from irgdistill.io import checksum, read_tensors
 from irgdistill.matching import MAP_LAYOUTS, Output, Plan, Tap, tap_name
@@ -147,7 +147,8 @@ def with_cached_orientation(config: Config, manifest: Manifest | None, folder: P
 
 def describe_data(images: Images, splits: Splits, views: int) -> dict[str, Any]:
     """The number of images, their classes and labels, and checksums of the pixels of some views."""
-    labels = splits.train.labels()
+    source = splits.train.source if isinstance(splits.train, PartlyLabelled) else splits.train  # all labels, if any
+    labels = source.labels()
     own = torch.tensor([labels[i] for i in images.indices])
     rows = len(images) * views
     compared = sorted({i * rows // COMPARED_VIEWS for i in range(COMPARED_VIEWS)})

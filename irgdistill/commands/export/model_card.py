@@ -131,8 +131,8 @@ def public_name(network: str | None) -> str | None:
 
 
 def _header(student: Provenance, license: str) -> ModelCardData:
-    metrics = student.metadata.metrics
-    result = None
+    metrics, result = student.metadata.metrics, None
+    task = "image-classification" if student.network.num_classes else "image-feature-extraction"
     if "top1" in metrics:
         result = EvalResult(
             task_type="image-classification",
@@ -146,8 +146,8 @@ def _header(student: Provenance, license: str) -> ModelCardData:
     return ModelCardData(
         library_name="timm",
         license=license,
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "irgdistill", "knowledge-distillation"],
+        pipeline_tag=task,
+        tags=[task, "timm", "irgdistill", "knowledge-distillation"],
         metrics=["accuracy"],
         model_name=student.network.architecture,
         eval_results=None if result is None else [result],
@@ -182,9 +182,13 @@ def _text(student: Provenance, license: str, repository: str) -> str:
 def _summary(student: Provenance) -> str:
     network = student.network
     size = "×".join(map(str, network.input.size))
+    what, data = "An image encoder, its output an embedding", code_span(student.data_name)
+    if network.num_classes:
+        what = f"An image classifier for the {network.num_classes} classes of {data}"
+    else:
+        what += f", for images such as {data}"
     return (
-        f"An image classifier for the {network.num_classes} classes of {code_span(student.data_name)}, "
-        f"trained with irgdistill (method {code_span(student.metadata.method)}): "
+        f"{what}, trained with irgdistill (method {code_span(student.metadata.method)}): "
         f"{parameters(network.model):,} parameters, {multiply_adds(network):,} multiply-adds at {size} pixels.\n"
     )
 
@@ -196,10 +200,12 @@ def _usage(network: Network, repository: str) -> str:
         "",
         f'model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()  # or "local-dir:FOLDER"',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
-        'logits = model(transform(Image.open("image.png").convert("RGB")).unsqueeze(0))',
-        'print(model.pretrained_cfg["label_names"][logits.argmax()])',
-        "",
     ]
+    image = 'model(transform(Image.open("image.png").convert("RGB")).unsqueeze(0))'
+    if network.num_classes:
+        lines += [f"logits = {image}", 'print(model.pretrained_cfg["label_names"][logits.argmax()])', ""]
+    else:
+        lines += [f"embedding = {image}", "print(embedding.shape)", ""]
     note = ""
     if type(network.model).__module__.startswith("irgdistill."):
         note = (
@@ -216,8 +222,17 @@ def _accuracy(student: Provenance) -> str:
         return ""
     name = f"this student, after epoch {metrics['epoch']}"
     if "top1" not in metrics:  # validated without labels
-        rows = [["network", "agreement with the teacher %", "validation images"]]
-        rows.append([name, f"{metrics['agreement']:.2f}", f"{metrics['images']:,}"])
+        titles = {
+            "agreement": "agreement with the teacher %",
+            "knn_top1": "k-NN top-1 %",
+            "neighbours": "nearest images shared with the teacher %",
+        }
+        known = [key for key in titles if key in metrics]
+        rows = [["network", *(titles[key] for key in known), "validation images"]]
+        rows.append([name, *(f"{metrics[key]:.2f}" for key in known), f"{metrics['images']:,}"])
+        if "teacher_knn_top1" in metrics and teacher is not None:
+            row = [f"teacher, {code_span(public_name(teacher.name))}", f"{metrics['teacher_knn_top1']:.2f}"]
+            rows.append([*row, *["–"] * (len(known) - 1), f"{metrics['images']:,}"])
         return markdown_table(rows) + "\n" + _choice_of_epoch(student)
     rows = [["network", "top-1 %", "top-5 %", "validation images"]]
     rows.append([name, f"{metrics['top1']:.2f}", f"{metrics['top5']:.2f}", f"{metrics['images']:,}"])

@@ -60,7 +60,9 @@ def describe_graph(network: Network, classes: list[str], raw_input: bool) -> dic
     return {
         "architecture": network.architecture,
         "input": f"images, float32 (N, {channels}, {height}, {width}), {scale}",
-        "output": f"logits, float32 (N, {network.num_classes}), in the order of classes",
+        "output": f"logits, float32 (N, {network.num_classes}), in the order of classes"
+        if network.num_classes
+        else f"embedding, float32 (N, {network.embedding_width()})",
         "classes": classes,
         "input_size": [channels, height, width],
         **network.input.preprocessing,

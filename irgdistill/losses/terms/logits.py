@@ -66,7 +66,8 @@ class CrossEntropy(Term):
     """Cross-entropy with the labels: class indices (B,) or mixed probabilities (B, K).
 
     With class weights (K,), each image's loss is multiplied by the weight of its class and the mean is taken over the
-    images: torch's own weighted mean would depend on how a batch is split among processes.
+    images: torch's own weighted mean would depend on how a batch is split among processes. For the same reason, if only
+    a share of the images has labels, the sum over these is divided by that share of the batch.
     """
 
     class Settings(Section):
@@ -79,9 +80,14 @@ class CrossEntropy(Term):
 
     def __init__(self, settings: Settings, context: TermContext) -> None:
         self.label_smoothing, self.class_weights = settings.label_smoothing, context.class_weights
+        self.labelled_share = context.labelled_share
 
     def __call__(self, batch: Batch) -> Tensor:
         logits, smoothing = graph.widen(batch.student.logits), self.label_smoothing
+        if self.labelled_share < 1:
+            known, targets = batch.targets >= 0, batch.targets.clamp(min=0)
+            losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+            return (losses * known).mean() / self.labelled_share
         if self.class_weights is None:
             return F.cross_entropy(logits, batch.targets, label_smoothing=smoothing)
         weights = self.class_weights.to(logits)
