@@ -30,6 +30,7 @@ from irgdistill.config import NETWORKS, RESULT, RUN, Flag
         "data.workers": Flag("--workers", RUN, "Loader processes."),
         "runtime.device": None,
         "runtime.amp": None,
+        "teacher.pooling": Flag("--pooling", NETWORKS, "Of tokens: cls, mean or cls+mean; default: the network's own."),
     }
 )
 def embed(

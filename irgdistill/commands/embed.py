@@ -24,6 +24,7 @@ def embed(request: EmbedRequest) -> None:
     """Embed every image that can be read. Raises UserError: nothing to read, a network without such an embedding."""
     config, report = request.config, Report()
     network, metadata = open_network(request.target, request.checkpoint, config.student.input_size)
+    network.pooling = config.teacher.pooling
     device = choose_device(config.runtime.device)
     keep_memory(device)
     limit = config.data.max_bad_images if "data.max_bad_images" in request.given else None

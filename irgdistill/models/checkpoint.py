@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from irgdistill.config import PluginConfig
+from irgdistill.config import PluginConfig, Pooling
 from irgdistill.errors import UserError
 from irgdistill.io import FORMAT, read_metadata, read_tensors
 from irgdistill.models.build import build_network, rebuild_network
@@ -35,6 +35,8 @@ class TeacherRecord(BaseModel):
     """File of its weights; None: pretrained."""
     input_size: tuple[int, int] | None = None
     """Height and width that the run asked for."""
+    pooling: Pooling = "auto"
+    """How its embedding is made."""
 
 
 class CheckpointMetadata(NetworkRecord):

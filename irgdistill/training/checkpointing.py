@@ -174,7 +174,7 @@ class Checkpointer:
             if teacher is None
             else {
                 "architecture": teacher.architecture,
-                **config.teacher.model_dump(mode="json", include={"checkpoint", "input_size"}),
+                **config.teacher.model_dump(mode="json", include={"checkpoint", "input_size", "pooling"}),
                 "name": teacher.name,
                 "weights": setup.teacher_checksum,
             },

@@ -18,7 +18,7 @@ from irgdistill.runtime import autocast
 def embed(network: Network, images: OnePass, amp: str, report: Report) -> tuple[Tensor, Tensor]:
     """Embeddings (n, D) float32 of the n images that can be read, and their positions (n,), in order, on the CPU.
 
-    Raises DataError as `OnePass`.
+    Raises DataError as `OnePass`, UserError if the network has no tokens that its kind of pooling reads.
     """
     device = images.loader.device
     tapped = Tapped(network.model.to(device), network.preprocess().to(device), embedding=network.pooling).eval()

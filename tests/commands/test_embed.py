@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import Run, write_images
 from timm.data import create_transform
 from torch import Tensor
@@ -20,9 +20,10 @@ from torch import Tensor
 from irgdistill.config import DataConfig
 from irgdistill.data import ImageFiles, OnePass
 from irgdistill.io import Report, read_tensors
-from irgdistill.models import Network
+from irgdistill.models import Network, build_network
 from irgdistill.training import embed
 
+CPU = torch.device("cpu")
 NASTY = os.fsdecode(b'a,"b\n\xfe.png')
 
 
@@ -100,6 +101,8 @@ def test_parquet_has_text_or_the_bytes_of_names(
         (("--data", "nowhere", "--output", "a.safetensors"), "no data folder 'nowhere'"),
         (("--output", "a.safetensors"), "no data: give --data"),
         (("--data", "val", "--output", "a.npy"), "expected a name that ends in .safetensors or .parquet"),
+        (("--data", "val", "--output", "a.safetensors", "--pooling", "max"), "expected 'auto', 'cls'"),
+        (("--data", "val", "--output", "a.safetensors", "--pooling", "cls"), "has no tokens to pool by cls"),
         (("--data", "empty", "--output", "a.safetensors"), "no images in empty"),
     ],
 )
@@ -120,8 +123,30 @@ def test_the_output_of_a_network_without_a_classifier_is_its_embedding(tmp_path:
     network = Network.of(timm.create_model("cifar_resnet20", num_classes=0))
     network.model.forward = lambda _: output
     files = ImageFiles(sorted(map(str, images.rglob("*.png"))))
-    source = OnePass(files, DataConfig(workers=0), network.input, torch.device("cpu"), print)
+    source = OnePass(files, DataConfig(workers=0), network.input, CPU, print)
     found, positions = embed(network, source, "none", Report(quiet=True))
     axes = {1: (), 2: (1,), 3: (2, 3)}[len(shape)]
     assert torch.allclose(found, torch.from_numpy(output.numpy().mean(axes)))
     assert positions.tolist() == [0, 1]
+
+
+def test_pooling_of_tokens(run: Run, tmp_path: Path) -> None:
+    """Of a class token and patch tokens after the last norm; by itself, what the classifier reads."""
+    images = write_images(tmp_path / "images", {"red": 3}, size=32)
+    network = build_network("test_vit")
+    save_file(network.model.state_dict(), tmp_path / "vit.safetensors")
+    found = {}
+    for pooling in ("auto", "cls", "mean", "cls+mean"):
+        words = ("embed", "test_vit", "--checkpoint", tmp_path / "vit.safetensors", "--data", images, "--workers", 0)
+        result = run(*words, "--pooling", pooling, "--output", tmp_path / f"{pooling}.safetensors")
+        assert result.code == 0, result.err
+        found[pooling] = load_file(tmp_path / f"{pooling}.safetensors")["embeddings"]
+    source = OnePass(
+        ImageFiles(sorted(map(str, images.rglob("*.png")))), DataConfig(workers=0), network.input, CPU, print
+    )
+    with torch.no_grad():
+        tokens = network.model.eval().forward_features(network.preprocess()(next(iter(source))[0]))  # type: ignore[operator]
+    assert torch.allclose(found["cls"], tokens[:, 0], atol=1e-5)
+    assert torch.allclose(found["mean"], tokens[:, 1:].mean(1), atol=1e-5)
+    assert torch.equal(found["cls+mean"], torch.cat([found["cls"], found["mean"]], 1))
+    assert torch.equal(found["auto"], found["cls"])
