@@ -77,11 +77,15 @@ def _load(path: Path) -> object:
 
 
 def classes_of(name: str, weights: Mapping[str, Tensor]) -> int | None:
-    """Number of classes, from the shape of the classifier in `weights`; None if it cannot be found."""
+    """Number of classes, from the shape of the classifier in `weights`; 0 if they have none, as those of encoders.
+
+    None if it is not known what the classifier is called.
+    """
     cfg = None if name.startswith(SOURCES) else timm.get_pretrained_cfg(name)
     head = cfg.classifier if cfg is not None else None
-    for key in [head] if isinstance(head, str) else list(head or ()):
+    heads = [head] if isinstance(head, str) else list(head or ())
+    for key in heads:
         for suffix in (".bias", ".weight"):
             if key + suffix in weights:
                 return int(weights[key + suffix].shape[0])
-    return None
+    return 0 if heads else None

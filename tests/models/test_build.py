@@ -16,6 +16,7 @@ from irgdistill.errors import UserError
 from irgdistill.models.build import build_network, multiply_adds, parameters
 from irgdistill.models.checkpoint import restore
 from irgdistill.models.cifar import BasicBlock
+from irgdistill.models.weights import Weights
 
 SIZES = {
     "cifar_resnet20": 269_722,
@@ -147,3 +148,12 @@ def test_the_level_of_the_hubs_logger_is_restored(name: str) -> None:
         assert logger.level == logging.INFO
     finally:
         logger.setLevel(before)
+
+
+def test_weights_without_a_classifier_are_an_encoder_s() -> None:
+    """The classifier alone may be missing: any other weight is named."""
+    tensors = timm.create_model("test_vit", num_classes=0).state_dict()
+    assert build_network("test_vit", weights=Weights(tensors, "here")).num_classes == 0
+    del tensors["norm.bias"]
+    with pytest.raises(UserError, match="do not fit test_vit: they lack norm.bias"):
+        build_network("test_vit", weights=Weights(tensors, "here"))
