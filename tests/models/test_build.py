@@ -155,5 +155,5 @@ def test_weights_without_a_classifier_are_an_encoder_s() -> None:
     tensors = timm.create_model("test_vit", num_classes=0).state_dict()
     assert build_network("test_vit", weights=Weights(tensors, "here")).num_classes == 0
     del tensors["norm.bias"]
-    with pytest.raises(UserError, match="do not fit test_vit: they lack norm.bias"):
+    with pytest.raises(UserError, match=r"do not fit test_vit: they lack norm\.bias"):
         build_network("test_vit", weights=Weights(tensors, "here"))
