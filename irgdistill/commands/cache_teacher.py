@@ -227,6 +227,8 @@ class ShardWriter:
         attention = {name: unit(value.flatten(1)).view_as(value) for name, value in output.energies.items()}
         rows |= {f"attention {name}": value.to(self.dtype) for name, value in attention.items()}
         rows |= {f"grid {name}": value.to(self.dtype) for name, value in output.grids.items()}
+        if "second_view" in self.manifest["views"]:  # first views and then second ones -> a row of both for each image
+            rows = {name: value.unflatten(0, (2, -1)).transpose(0, 1).contiguous() for name, value in rows.items()}
         return {name: value.cpu() for name, value in rows.items()}
 
 

@@ -23,11 +23,21 @@ def check_run(config: Config, begun: bool = False) -> None:
     if config.data.labelled_fraction is not None:
         check_partly_labelled(config)
     check_source(config.data)
+    check_views(config)
     if (config.uses_teacher and config.teacher.cache is None) or config.losses.comparing("booster"):
         hints = ", ".join(f"losses.{name}" for name in config.losses.hints())
         check_teacher(config, f"method {asked!r}" if asked != "none" else hints)
     if not begun:
         check_files(config.student.checkpoint, config.teacher.checkpoint, config.teacher.cache)
+
+
+def check_views(config: Config) -> None:
+    """Raises UserError if a term compares two views of each image and there is one, or images are mixed."""
+    for name in config.losses.comparing("views"):
+        if config.data.second_view is None:
+            raise UserError(f"{name} compares two views of each image: --set data.second_view=rand-m3-n1-inc1 adds one")
+        if config.augment.mixup or config.augment.cutmix:
+            raise UserError(f"{name} compares two views of each image: leave out --mixup and --cutmix")
 
 
 def check_teacher(config: Config, who: str) -> None:

@@ -12,10 +12,10 @@ from irgdistill.config.fields import Fade, Section, Weight
 from irgdistill.errors import UserError
 from irgdistill.plugins import LAST, Registry
 
-Kind = Literal["labels", "logits", "embedding", "booster", "features", "energies", "grids", "maps"]
-"""Something a term compares: the labels; the teacher's logits; its embedding; the logits of a booster, a network like
-the teacher that is trained beside the student; of matched stages the pooled features, the energies (squares summed over
-channels), the grids (means over cells, at most 8×8) or the whole maps."""
+Kind = Literal["labels", "views", "logits", "embedding", "booster", "features", "energies", "grids", "maps"]
+"""Something a term compares: the labels; two views of each image; the teacher's logits; its embedding; the logits of a
+booster, a network like the teacher that is trained beside the student; of matched stages the pooled features, the
+energies (squares summed over channels), the grids (means over cells, at most 8×8) or the whole maps."""
 
 STAGE_KINDS: tuple[Kind, ...] = ("features", "energies", "grids", "maps")
 """Kinds that need matched stages."""

@@ -154,6 +154,9 @@ class DataConfig(Section):
     """Limit in GiB up to which decoded images of at most 64 pixels are kept in memory; 0 is off."""
     views: Count | None = None
     """Number of augmented views of each image, one per epoch in turn; default: a new one every epoch."""
+    second_view: str | None = None
+    """timm policy of a second view of each image, such as `rand-m3-n1-inc1`, cropped and flipped like the first. Both
+    count as images of a batch, so that it holds half as many different ones."""
     view_seed: Annotated[int, Field(ge=0)] | None = None
     """Seed of the augmentation; default: the run's."""
     search_limit: Annotated[Count, CHANGEABLE] = 200_000

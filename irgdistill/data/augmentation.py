@@ -69,8 +69,8 @@ def padding_of(config: AugmentConfig, size: tuple[int, int]) -> int:
     return config.padding if config.padding is not None else max(size) // 8
 
 
-def train_transform(config: AugmentConfig, input_spec: InputSpec) -> Any:
-    """Augmentation of one image: PIL -> uint8 (3, H, W). Raises UserError for an unknown policy."""
+def train_transform(config: AugmentConfig, input_spec: InputSpec, setting: str = "augment.auto_augment") -> Any:
+    """Augmentation of one image: PIL -> uint8 (3, H, W). An unknown policy raises UserError with `setting`."""
     size = input_spec.size
     crop = crop_of(config, size)
     try:
@@ -90,7 +90,7 @@ def train_transform(config: AugmentConfig, input_spec: InputSpec) -> Any:
         if config.auto_augment is None:
             raise
         raise UserError(
-            f"augment.auto_augment = {config.auto_augment!r} is not a timm policy "
+            f"{setting} = {config.auto_augment!r} is not a timm policy "
             f"(rand-m9-mstd0.5, augmix-m5-w4, original-mstd0.5, …) {error}".rstrip()
         ) from None
     steps = compose.transforms
@@ -130,22 +130,22 @@ def to_uint8(transform: Any) -> Any:
     return lambda image: to_tensor(transform(image))
 
 
-def image_seeds(seed: int, key: int) -> Any:
-    """Two seeds for the generators of one image."""
-    return np.random.SeedSequence((seed, key)).generate_state(2)
+def image_seeds(seed: int, key: int, second: bool = False) -> Any:
+    """Two seeds for the generators of one image, or of its second view."""
+    return np.random.SeedSequence((seed, key, 1) if second else (seed, key)).generate_state(2)
 
 
-def transform_seeded(seed: int, key: int, transform: Any, image: Image.Image) -> Tensor:
-    """Apply `transform` under generators seeded by (seed, key)."""
-    with _seeded(seed, key):
+def transform_seeded(seed: int, key: int, transform: Any, image: Image.Image, second: bool = False) -> Tensor:
+    """Apply `transform` under generators seeded by (seed, key, second)."""
+    with _seeded(seed, key, second):
         return cast(Tensor, transform(image))
 
 
 class _seeded:
-    """Seed Python's, numpy's and torch's generators by (seed, key); in the main process, restore them afterwards."""
+    """Seed Python's, numpy's and torch's generators by (seed, key, second); the main process restores them then."""
 
-    def __init__(self, seed: int, key: int) -> None:
-        self.seeds = image_seeds(seed, key)
+    def __init__(self, seed: int, key: int, second: bool) -> None:
+        self.seeds = image_seeds(seed, key, second)
         self.saved: Any = None
 
     def __enter__(self) -> None:

@@ -83,6 +83,8 @@ class Images(Dataset[Any]):
         self.batch_transform: Callable[[Tensor, Sequence[int]], Tensor] | None = None
         self.teacher_rows: Callable[[Sequence[int]], Tensor] | None = None
         """Keys -> cached teacher outputs, which batches then contain as a third part."""
+        self.second: Callable[[Image.Image], Tensor] | None = None
+        """Transform of a second view of every image; batches then hold all first views and after them all second."""
 
     def use_cache(
         self,
@@ -99,17 +101,30 @@ class Images(Dataset[Any]):
 
     def __getitem__(self, key: int) -> tuple[Tensor, int] | None:
         for position in self._candidates(key):
-            found = self._read(position, lambda image: transform_seeded(self.seed, key, self.transform, image))
+            found = self._read(position, lambda image: self._views(key, image))
             if found is not None:
                 return found
         return None
 
     def __getitems__(self, keys: Sequence[int]) -> tuple[Any, ...] | None:
-        """Images (B, 3, H, W) and labels (B,) without the unreadable ones; None if there are no others."""
+        """Images (B, 3, H, W) and labels (B,) without the unreadable ones; None if there are no others.
+
+        With a second view, (2·B, 3, H, W) and (2·B,).
+        """
         kept, batch = self._samples(keys) if self.cache is None else self._cached_samples(self.cache, keys)
+        if batch is not None and self.second is not None:
+            batch = batch[0].transpose(0, 1).flatten(0, 1), batch[1].repeat(2)
         if batch is None or self.teacher_rows is None:
             return batch
         return (*batch, self.teacher_rows(kept))
+
+    def _views(self, key: int, image: Image.Image) -> Tensor:
+        """The augmented image (3, H, W), or with a second view both (2, 3, H, W)."""
+        first = transform_seeded(self.seed, key, self.transform, image)
+        if self.second is None:
+            return first
+        second = transform_seeded(self.seed, key, self.second, image, second=True)
+        return torch.stack([torch.as_tensor(first), torch.as_tensor(second)])
 
     def _samples(self, keys: Sequence[int]) -> tuple[list[int], tuple[Tensor, Tensor] | None]:
         """Keys of the readable images, and their batch; each image is transformed alone."""
@@ -124,7 +139,15 @@ class Images(Dataset[Any]):
             return kept, None
         chosen = torch.tensor([position for _, position in found if position is not None])
         pixels, labels = cache.pixels[chosen], cache.labels[chosen]
-        return kept, (pixels if self.batch_transform is None else self.batch_transform(pixels, kept), labels)
+        first = pixels if self.batch_transform is None else self.batch_transform(pixels, kept)
+        if self.second is None:
+            return kept, (first, labels)
+        images = (Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in pixels)
+        second = [
+            torch.as_tensor(transform_seeded(self.seed, key, self.second, image, second=True))
+            for key, image in zip(kept, images, strict=True)
+        ]
+        return kept, (torch.stack([first, torch.stack(second)], dim=1), labels)
 
     def _candidates(self, key: int) -> Iterator[int]:
         """Positions to try."""

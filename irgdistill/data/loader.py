@@ -110,6 +110,9 @@ def train_images(
 ) -> Images:
     """Augmented training images, by key; small ones are cached."""
     images = Images(splits.train, splits.train_indices, train_transform(augment, crop), seed, unreadable, True)
+    if config.second_view is not None:
+        changed = augment.replaced({"auto_augment": config.second_view})
+        images.second = train_transform(changed, crop, "data.second_view")
     transform = batch_transform(augment, crop.size, seed)
     if transform is not None and fits(len(images), crop.size, config.image_cache_gib, config.workers):
         images.use_cache(crop.size, to_uint8(resize_to(crop)), transform)
@@ -129,20 +132,27 @@ def train_loader(
 ) -> Loader:
     """Shuffled, augmented batches, this process's part of each. Raises UserError for a batch larger than the data.
 
-    `teacher_rows` maps keys to cached teacher outputs, which the batches then contain as a third part.
+    `teacher_rows` maps keys to cached teacher outputs, which the batches then contain as a third part. With a second
+    view, half as many images make up a batch: first all first views, then all second ones, in the same order.
     """
+    if splits.streaming and config.second_view is not None:
+        raise UserError(f"data.second_view: {config.source} is a stream, whose images have one view each")
     if splits.streaming:
         splits.train.transform = train_transform(augment, crop)  # type: ignore[attr-defined]
         return Loader(splits.train, config.batch_size, config.workers, device, unreadable, True)
-    count = len(splits.train_indices)
-    if config.batch_size > count:
+    count, own = len(splits.train_indices), config.batch_size // (1 if config.second_view is None else 2)
+    if config.second_view is not None and config.batch_size % (2 * (world or World()).size):
+        raise UserError(
+            f"data.second_view halves a batch: --batch-size {config.batch_size} must be even in each process"
+        )
+    if own > count:
         raise UserError(f"--batch-size {config.batch_size} is larger than the {count} training images")
     view_seed = seed if config.view_seed is None else config.view_seed
     images = train_images(splits, config, augment, crop, view_seed, unreadable)
     images.teacher_rows = teacher_rows
     labels = torch.tensor(splits.train_labels()) if config.balanced else None
-    sampler = EpochSampler(count, config.batch_size, seed, world or World(), labels, config.views)
-    return Loader(images, config.batch_size, config.workers, device, unreadable, True, sampler)
+    sampler = EpochSampler(count, own, seed, world or World(), labels, config.views)
+    return Loader(images, own, config.workers, device, unreadable, True, sampler)
 
 
 def eval_loader(

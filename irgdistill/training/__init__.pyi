@@ -9,6 +9,7 @@ from .progress import Progress
 from .setup import Setup, SharedInputs, on_backend, open_data, prepare, resolved
 from .similarity import agreement, each_pair, linear_cka, nearest_neighbours, pearson, spearman
 from .state import changes, open_state, position, seed_process
+from .stored_logits import pack_logits
 from .teacher_cache import (
     CACHE_FORMAT,
     DTYPES,
@@ -19,7 +20,6 @@ from .teacher_cache import (
     describe_teacher,
     describe_views,
     manifest_checksum,
-    pack_logits,
     read_manifest,
     shard_path,
     with_cached_orientation,

@@ -26,6 +26,7 @@ from irgdistill.errors import UserError
 from irgdistill.io import checksum, read_tensors
 from irgdistill.matching import MAP_LAYOUTS, Output, Plan, Tap, tap_name
 from irgdistill.models import Network, NetworkRecord, rebuild_network
+from irgdistill.training.stored_logits import unpack_logits
 
 CACHE_FORMAT = 1
 
@@ -127,6 +128,8 @@ def describe_views(run: Config, input_spec: InputSpec, views: int, seed: int) ->
         chosen |= {"scale": list(config.scale), "ratio": list(config.ratio)}
     if run.data.exif_orientation:  # older caches lack the key
         chosen["exif_orientation"] = True
+    if run.data.second_view is not None:
+        chosen["second_view"] = run.data.second_view
     if config.erase:
         chosen["mean"] = list(input_spec.mean)
     return {**chosen, "size": list(size), "interpolation": input_spec.interpolation, "views": views, "seed": seed}
@@ -183,6 +186,9 @@ class TeacherCache:
             asked, cached = getattr(config.data, name), self.views[key]
             if asked not in (None, cached):
                 raise UserError(f"data.{name} = {asked}, but the teacher cache {self.folder} was made with {cached}")
+        second, cached = config.data.second_view, self.views.get("second_view")
+        if second != cached:
+            raise UserError(f"data.second_view = {second}, but the teacher cache {self.folder} was made with {cached}")
         config = with_cached_orientation(config, self.manifest, self.folder)
         return config.replaced({"data.views": self.views["views"], "data.view_seed": self.views["seed"]})
 
@@ -300,13 +306,18 @@ class TeacherCache:
         return torch.cat([rows[name].reshape(len(keys), -1).view(torch.uint8) for name in self._shards[0]], 1)
 
     def output(self, teacher_rows: Tensor) -> Output:
-        """Decode bytes (B, n) of `teacher_rows` to the teacher's output in float32."""
+        """Decode bytes (B, n) of `teacher_rows` to the teacher's output in float32.
+
+        With a second view, the rows hold both of each image, and the output is (2·B, …): first all first views.
+        """
         rows, start = {}, 0
         at_taps: dict[str, dict[str, Tensor]] = {word: {} for word in ROWS.values()}
         for name, stored in self._shards[0].items():
             end = start + stored[0].nbytes
             own = teacher_rows[:, start:end].contiguous()
             rows[name], start = own.view(stored.dtype).reshape(len(own), *stored.shape[1:]), end
+            if "second_view" in self.views:
+                rows[name] = rows[name].transpose(0, 1).flatten(0, 1)
         for key, value in rows.items():
             word, _, name = key.partition(" ")
             if name:
@@ -324,25 +335,3 @@ _OTHER = {"teacher": "another teacher", "data": "other images", "views": "views 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-# --- logits -----------------------------------------------------------------------------------------------------------
-
-
-def pack_logits(logits: Tensor, largest: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """(B, K) -> all logits, or the `largest` with their classes and the log of the others' summed exponentials."""
-    logits = logits.float()
-    if largest is None:
-        return {"logits": logits.to(dtype)}
-    values, classes = logits.topk(largest, dim=1)
-    rest = logits.scatter(1, classes, -torch.inf).logsumexp(1)
-    return {"largest": values.to(dtype), "classes": classes.int(), "rest": rest}
-
-
-def unpack_logits(rows: Mapping[str, Tensor], classes: int) -> Tensor:
-    """(B, K) float32; logits that were not stored share the mass of the rest evenly."""
-    if "logits" in rows:
-        return rows["logits"].float()
-    values = rows["largest"].float()
-    share = rows["rest"] - math.log(classes - values.shape[1])
-    return share[:, None].repeat(1, classes).scatter(1, rows["classes"].long(), values)

@@ -223,6 +223,33 @@ def test_views_come_again(folder: Path) -> None:
     assert not torch.equal(shown[0], shown[2]) and not torch.equal(shown[2], shown[3])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_view_of_each_image_follows_the_first_ones(folder: Path, workers: int) -> None:
+    """First views are those of a run without second ones; both are the same from memory, and return with their key."""
+    epochs = {}
+    for gib in (0, 1):
+        config = DataConfig(source=str(folder), batch_size=24, workers=workers, views=2, image_cache_gib=gib)
+        config = config.replaced({"second_view": "rand-m9-n2-inc1"})
+        epochs[gib] = [batch for epoch in (0, 2) for batch in loader(config).epoch(epoch)]
+    plain = DataConfig(source=str(folder), batch_size=12, workers=workers, views=2)
+    first = [batch for epoch in (0, 2) for batch in loader(plain).epoch(epoch)]
+    assert len(first) == len(epochs[0]) == 12
+    shown: dict[bytes, set[bytes]] = {}
+    for (a, x), (b, y), (alone, labels) in zip(epochs[0], epochs[1], first, strict=True):
+        assert torch.equal(a, b) and torch.equal(x, y) and a.shape == (24, 3, 16, 16) and a.dtype == torch.uint8
+        assert torch.equal(a[:12], alone) and torch.equal(x, labels.repeat(2)) and not torch.equal(a[:12], a[12:])
+        for one, other in zip(a[:12], a[12:], strict=True):
+            shown.setdefault(one.numpy().tobytes(), set()).add(other.numpy().tobytes())
+    assert len(shown) == 72 and all(len(seconds) == 1 for seconds in shown.values())
+
+
+def test_a_second_view_that_cannot_be_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"data.second_view = 'strong' is not a timm policy"):
+        loader(DataConfig(source=str(folder), batch_size=24, second_view="strong"))
+    with pytest.raises(UserError, match="halves a batch: --batch-size 25 must be even"):
+        loader(DataConfig(source=str(folder), batch_size=25, second_view="rand-m9"))
+
+
 def test_a_part_of_the_training_images_is_balanced_and_always_the_same(tmp_path: Path) -> None:
     write_images(tmp_path / "train", {"a": 9, "b": 3, "c": 9})
     write_images(tmp_path / "val", {"a": 1, "b": 1, "c": 1})

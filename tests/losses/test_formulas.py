@@ -370,13 +370,20 @@ RELATIONS: dict[str, dict[str, Any]] = {name: {} for name in (*FEATURES, "dist",
 """Terms that relate images, with their settings."""
 
 
+RELATIONS["vrm"] = {"vrm.confidence": 0.1}
+VIEWS = torch.tensor([0, 1, 2, 6, 7, 8, 3, 4, 5, 9, 10, 11])
+"""First views and then second ones, of the images of which two processes hold three each."""
+
+
 def _terms(world: World) -> dict[str, tuple[float, Tensor]]:
     """Mean over the processes of each term, and the gradient of that mean at all images' maps."""
     plan, count = Plan(PLAN.pairs[:1]), 12 // world.size
     results = {}
     for case, settings in RELATIONS.items():
+        order = VIEWS if case == "vrm" and world.size == 1 else torch.arange(12)
         student, teacher = (
-            random(12, width, 8, 8, seed=seed)[world.rows(count)].requires_grad_() for width, seed in ((4, 0), (6, 1))
+            random(12, width, 8, 8, seed=seed)[order[world.rows(count)]].requires_grad_()
+            for width, seed in ((4, 0), (6, 1))
         )
         both = [
             Output(x.mean((2, 3)) @ random(x.shape[1], 10, seed=2), {name: x.mean((2, 3))}, {name: x}, grids={name: x})
@@ -396,7 +403,7 @@ def _terms(world: World) -> dict[str, tuple[float, Tensor]]:
         value = loss(batch)[term]
         (value / world.size).backward()  # DDP's mean
         assert student.grad is not None
-        results[case] = float(world.mean(value.detach())), world.gather(student.grad)
+        results[case] = float(world.mean(value.detach())), world.gather(student.grad)[order.argsort()]
     return results
 
 
@@ -465,6 +472,8 @@ def test_every_method_trains(
     run: Callable[..., Result], teachers: dict[str, tuple[object, ...]], tmp_path: Path, method: str, teacher: str
 ) -> None:
     options = (*QUICK, "--student", "cifar_resnet14_x0_5", "--method", method, "--output", tmp_path / "run")
+    options += ("--set", "data.second_view=rand-m3-n1-inc1") if method in ("vrm", "crld") else ()
+    options += ("--set", "losses.crld.confidence=0")
     result = run("distill", *teachers[teacher], *options, "--set", "runtime.log_every=1", "--lr", 0.01)
     assert result.code == 0, result.err
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -490,7 +499,7 @@ def test_every_method_starts_from_the_same_weights(
             "teacher.name": "cifar_resnet20",
             "teacher.checkpoint": teachers["cifar_resnet20"][1],
         }
-        flags |= {"student.name": "cifar_resnet14_x0_5", "seed": 5}
+        flags |= {"student.name": "cifar_resnet14_x0_5", "seed": 5, "data.second_view": "rand-m3-n1-inc1"}
         weights = prepare(load_config("quickstart", flags=flags)).student.model.state_dict()
         start = start or weights
         assert all(torch.equal(weights[name], start[name]) for name in start), method

@@ -77,7 +77,7 @@ def test_the_section_has_a_field_with_a_description_for_each_term() -> None:
 
 
 def test_terms_and_methods_keep_their_order() -> None:
-    rivals = "dkd fitnet at fsp rocket rkd sp pkt positions dist wttm reviewkd srd crd embedding"
+    rivals = "dkd fitnet at fsp rocket rkd sp pkt positions dist wttm reviewkd srd crd vrm crld embedding"
     terms = f"ce kd logits edges transform attention {rivals}"
     methods = f"auto none kd irg mtk irg+kd kd+at irg+kd+at relations encoder logits {rivals}"
     assert list(TERMS) == terms.split() and list(METHODS) == methods.split()

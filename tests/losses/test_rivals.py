@@ -236,3 +236,63 @@ def test_knowledge_review_by_hand() -> None:
     assert loss.rises["reviewkd"] == (0, 0.0833)
     found.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learner.adapters.parameters())
+
+
+# --- two views --------------------------------------------------------------------------------------------------------
+
+
+def direction(a: Tensor, b: Tensor) -> np.ndarray:
+    difference = (a - b).detach().numpy()
+    return difference / np.linalg.norm(difference)
+
+
+def huber(a: np.ndarray, b: np.ndarray) -> float:
+    difference = np.abs(a - b)
+    return float(np.where(difference <= 1, difference**2, 2 * difference - 1).sum())
+
+
+def test_virtual_relations_by_hand() -> None:
+    """Three images with two views each, four classes."""
+    student, teacher = random(6, 4).requires_grad_(), 2 * random(6, 4, seed=1)
+    sure = probabilities(teacher, 1.0).max(1) >= 0.6
+    assert 0 < sure[:3].sum() * sure[3:].sum() < 9
+    images = sum(
+        huber(direction(student[i], student[3 + j]), direction(teacher[i], teacher[3 + j])) * (sure[i] and sure[3 + j])
+        for i in range(3)
+        for j in range(3)
+    )
+    classes = sum(
+        huber(
+            direction(student[:3, k], student[3:, m]),
+            direction(teacher[:3, k], teacher[3:, m]),
+        )
+        for k in range(4)
+        for m in range(4)
+    )
+    settings = ("losses.vrm.classes=0.5", "losses.vrm.confidence=0.6")
+    losses = load_config(settings=["losses.vrm.weight=1", *settings], flags={"method": "none"}).losses
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    found = build_loss(losses, None)(Batch(Output(student, {}), labels, Output(teacher, {})))["vrm"]
+    assert found.item() == pytest.approx(images / 9 + 0.5 * classes / 16, rel=1e-9)
+    found.backward()
+    assert student.grad is not None and student.grad.isfinite().all()
+
+
+def test_cross_view_targets_by_hand() -> None:
+    student, teacher, labels = random(6, 4), 2 * random(6, 4, seed=1), torch.tensor([0, 1, 2, 0, 1, 2])
+    most = probabilities(teacher, 1.0).max(1)
+    p, q = probabilities(teacher, 3.0), probabilities(student, 3.0)
+
+    def divergence(i: int, j: int) -> float:
+        return 9 * sum(p[j, k] * math.log(p[j, k] / q[i, k]) for k in range(4))
+
+    total = 0.0
+    for i in range(3):
+        total += (divergence(i, i) + divergence(i + 3, i + 3)) / 6 * (most[i] >= 0.6)
+        total += 0.5 * (divergence(i, i + 3) + divergence(i + 3, i)) / 6 * (most[i + 3] >= 0.55)
+    assert 0 < (most[:3] >= 0.6).sum() < 3 or 0 < (most[3:] >= 0.55).sum() < 3
+    settings = ["losses.crld.weight=1", "losses.crld.cross=0.5", "losses.crld.temperature=3"]
+    settings += ["losses.crld.confidence=0.6", "losses.crld.confidence_across=0.55"]
+    losses = load_config(settings=settings, flags={"method": "none"}).losses
+    found = build_loss(losses, None)(Batch(Output(student, {}), labels, Output(teacher, {})))["crld"]
+    assert found.item() == pytest.approx(total, rel=1e-10)

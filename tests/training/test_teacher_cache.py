@@ -19,7 +19,8 @@ from irgdistill.io.run_folder import RunFolder
 from irgdistill.losses.terms.logits import soft_targets
 from irgdistill.training import teacher_cache as cache
 from irgdistill.training.setup import prepare
-from irgdistill.training.teacher_cache import TeacherCache, pack_logits, unpack_logits
+from irgdistill.training.stored_logits import pack_logits, unpack_logits
+from irgdistill.training.teacher_cache import TeacherCache
 from irgdistill.training.trainer import build_trainer
 
 RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--batch-size", 32, "--warmup-epochs", 0)
@@ -104,6 +105,31 @@ def test_losses_are_those_of_the_live_teacher(
     torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
     if store == "fp32-8":
         assert not torch.allclose(a, b, rtol=1e-4), "eight logits are not ten"
+
+
+def test_second_views_are_answered_like_first_ones(run: Run, teacher: Path, tmp_path: Path) -> None:
+    """Losses on both views, as those of the live teacher; a run on one view, or on others, is refused."""
+    views = ("--set", "data.second_view=rand-m9-n1-inc1", "--set", "data.views=2", "--set", "data.view_seed=0")
+    folder = tmp_path / "cache"
+    making = ("cache-teacher", *RECIPE, *views, "--teacher-checkpoint", teacher, "--store", "fp32", "--output", folder)
+    assert run(*making).code == 0
+    common = ("distill", *RECIPE, "--epochs", 1, *SHORT[2:], "--method", "crld", "--lr", 1e-6)
+    common += ("--set", "losses.attention.weight=9", "--set", "losses.crld.confidence=0")
+    cached = ("--teacher-cache", folder)
+    live = ("--teacher-checkpoint", teacher, "--skip-teacher-check", "--output", tmp_path / "live")
+    assert run(*common, *views, *live).code == 0
+    result = run(*common, *views[:2], *cached, "--output", tmp_path / "cached")
+    assert result.code == 0, result.err
+    a, b = losses(tmp_path / "live"), losses(tmp_path / "cached")
+    assert len(a) == 14 and (a[:, 1:] > 0).all()
+    torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-5)
+    for options, message in (
+        ((), "crld compares two views of each image: --set data.second_view="),
+        (("--method", "kd"), "data.second_view = None, but the teacher cache"),
+        ((*views[:2], "--mixup", 0.1), "crld compares two views of each image: leave out --mixup"),
+    ):
+        refused = run(*common, *cached, *options, "--output", tmp_path / "no")
+        assert refused.code == 2 and message in refused.err, refused.err
 
 
 def test_training_needs_no_teacher_and_sees_its_views(
