@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -94,6 +95,7 @@ def train_transform(config: AugmentConfig, input_spec: InputSpec, setting: str =
             f"(rand-m9-mstd0.5, augmix-m5-w4, original-mstd0.5, …) {error}".rstrip()
         ) from None
     steps = compose.transforms
+    _keep_one_bit(steps)
     if crop in ("pad", "none"):
         resize = resize_to(input_spec)
         steps[:1] = [resize] if crop == "none" else [resize, transforms.RandomCrop(size, padding_of(config, size))]
@@ -101,6 +103,19 @@ def train_transform(config: AugmentConfig, input_spec: InputSpec, setting: str =
         fill = tuple(round(255 * value) for value in input_spec.mean)
         steps.append(transforms.RandomErasing(config.erase, value=fill))
     return transforms.Compose(steps)
+
+
+def _keep_one_bit(steps: Sequence[Any]) -> None:
+    """Let timm's posterize keep at least one bit: at some magnitudes it asks Pillow for none, which it refuses."""
+    for step in steps:
+        for entry in (*getattr(step, "ops", ()), *getattr(step, "policy", ())):
+            for op in entry if isinstance(entry, list) else [entry]:
+                if op.name.startswith("Posterize"):
+                    op.level_fn = partial(_one_bit_or_more, op.level_fn)
+
+
+def _one_bit_or_more(bits_of: Any, magnitude: float, hparams: Any) -> tuple[int, ...]:
+    return tuple(max(1, bits) for bits in bits_of(magnitude, hparams))
 
 
 def resize_to(input_spec: InputSpec) -> Any:

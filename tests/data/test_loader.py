@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import input_spec, write_images
 from torchvision import datasets
 
 from irgdistill.config.input_spec import InputSpec
 from irgdistill.config.schema import AugmentConfig, DataConfig
+from irgdistill.data.augmentation import train_transform, transform_seeded
 from irgdistill.data.dataset import Images, UnreadableImages
 from irgdistill.data.image_cache import fits
 from irgdistill.data.loader import Loader, eval_loader, train_loader
@@ -241,6 +243,15 @@ def test_a_second_view_of_each_image_follows_the_first_ones(folder: Path, worker
         for one, other in zip(a[:12], a[12:], strict=True):
             shown.setdefault(one.numpy().tobytes(), set()).add(other.numpy().tobytes())
     assert len(shown) == 72 and all(len(seconds) == 1 for seconds in shown.values())
+
+
+@pytest.mark.parametrize("policy", ["rand-m1-n9", "rand-m10-n9-inc1", "v0"])
+def test_every_policy_runs_at_every_magnitude(policy: str) -> None:
+    """timm asks for posters of 0 bits. Assumes its attributes `ops`, `policy`, `name` and `level_fn`."""
+    transform = train_transform(AugmentConfig(crop="none", auto_augment=policy), input_spec(16))
+    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    for key in range(60):
+        assert transform_seeded(0, key, transform, image).shape == (3, 16, 16)
 
 
 def test_a_second_view_that_cannot_be_is_refused(folder: Path) -> None:
