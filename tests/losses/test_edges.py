@@ -127,6 +127,25 @@ def test_what_edges_compare_follows_their_settings() -> None:
         assert losses.comparing("grids") == (["edges"] if kinds == {"grids"} else [])
 
 
+def test_transformations_over_views_by_hand() -> None:
+    """Three images with two views each, at the end of both stages."""
+    student, teacher = outputs(6)
+    flags = {"method": "none", "losses.transform.weight": 1.0, "losses.transform.over": "views"}
+    losses = load_config(flags=flags).losses
+    assert losses.compares("transform") == {"features", "views"}
+    loss = build_loss(losses, PLAN)
+    assert [tap.module for tap in loss.where("student")["taps"]] == ["s2.1", "s3.1"]
+    found = loss(Batch(student, torch.arange(6), teacher))["transform"]
+    total = 0.0
+    for k in (2, 3):
+        both = []
+        for x in (student.features[f"s{k}.1"].tolist(), teacher.features[f"t{k}.1"].tolist()):
+            moves = [math.dist(x[i], x[3 + i]) ** 2 for i in range(3)]
+            both.append([move / max(moves) for move in moves])
+        total += sum((a - b) ** 2 for a, b in zip(*both, strict=True)) / 3 / 2
+    assert found.item() == pytest.approx(total, rel=1e-9)
+
+
 def test_two_images_or_equal_ones_have_no_rows_to_compare() -> None:
     """Two images: one distance each. Equal images: every distance is zero."""
     for images in (1, 2, 4):

@@ -6,6 +6,7 @@ processes, which DDP takes of their gradients, is the mean over the whole relati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from irgdistill import matching
@@ -131,20 +132,35 @@ class Transformations(Term):
     class Settings(TermSettings):
         weight: Annotated[Weight | None, Flag("--transform-weight", METHOD, "Weight of the transformations.")] = None
         """Factor of this term's mean; default: the method's."""
+        over: Literal["layers", "views"] = "layers"
+        """`layers`: from the first to the last block of a stage, as in the paper; `views`: at the end of each stage,
+        from the first view of an image to its second (`data.second_view`)."""
+
+        def compares(self, declared: frozenset[Kind]) -> frozenset[Kind]:
+            return declared if self.over == "layers" else frozenset(("features", "views"))
 
     def __init__(self, settings: Settings, context: TermContext) -> None:
-        stages = [ends for pair in context.plan.pairs if (ends := pair.transformation()) is not None]
+        self.world, self.over = context.world, settings.over
+        exits = [((pair.teacher.exit,) * 2, (pair.student.exit,) * 2) for pair in context.plan.pairs]
+        between = [ends for pair in context.plan.pairs if (ends := pair.transformation()) is not None]
+        stages = between if self.over == "layers" else exits
         if not stages:
             raise Skip("no transformation term: no matched stage has two taps of equal width in both networks")
         self.teacher_taps = [tap for teacher, _ in stages for tap in teacher]
         self.student_taps = [tap for _, student in stages for tap in student]
         self.teacher_ends, self.student_ends = zip(*([_names(ends) for ends in pair] for pair in stages), strict=True)
-        self.world = context.world
 
     def __call__(self, batch: Batch) -> Tensor:
-        student = [(batch.student.features[first], batch.student.features[last]) for first, last in self.student_ends]
-        teacher = [(batch.teacher.features[first], batch.teacher.features[last]) for first, last in self.teacher_ends]
+        student = self._moves(batch.student.features, self.student_ends)
+        teacher = self._moves(batch.teacher.features, self.teacher_ends)
         return graph.transformation_loss(student, teacher, self.world.maximum, LEAST_MOVEMENT)
+
+    def _moves(self, features: dict[str, Tensor], ends: Sequence[tuple[str, str]]) -> list[tuple[Tensor, Tensor]]:
+        """Where each stage's images come from and go to, (b, D) each."""
+        if self.over == "layers":
+            return [(features[first], features[last]) for first, last in ends]
+        halves = [features[name].chunk(2) for name, _ in ends]
+        return [(first, second) for first, second in halves]
 
 
 def _names(ends: Ends) -> tuple[str, str]:
