@@ -2,6 +2,8 @@ from .adapters import Learner
 from .base import Batch, Skip, Term, TermContext, TermSettings, method, term
 from .objective import DistillLoss, StepLosses, build_loss, gradient_shares
 from .terms.logits import soft_targets
+from .terms.maps import attended
+from .terms.positions import position_loss
 from .terms.relations import LEAST_MOVEMENT
 
 __all__ = [
@@ -14,9 +16,11 @@ __all__ = [
     "Term",
     "TermContext",
     "TermSettings",
+    "attended",
     "build_loss",
     "gradient_shares",
     "method",
+    "position_loss",
     "soft_targets",
     "term",
 ]

@@ -120,9 +120,9 @@ class Network:
         """A module that prepares raw images for this network."""
         return Preprocess(self.input.size, self.input.mean, self.input.std)
 
-    def tapped(self, device: torch.device, taps: Iterable[Tap] = ()) -> Tapped:
+    def tapped(self, device: torch.device, taps: Iterable[Tap] = (), grids: Iterable[Tap] = ()) -> Tapped:
         """This network on a device in eval mode, behind its preprocessing and with taps."""
-        return Tapped(self.model.to(device), self.preprocess().to(device), taps).eval()
+        return Tapped(self.model.to(device), self.preprocess().to(device), taps, grids=grids).eval()
 
     def levels(self) -> list[Level]:
         """The stages that can be tapped, found at the network's default size, where no map has shrunk to a point.

@@ -23,6 +23,7 @@ from irgdistill.config.schema import LossesConfig
 from irgdistill.errors import UserError
 from irgdistill.losses.base import Batch
 from irgdistill.losses.objective import build_loss
+from irgdistill.losses.terms.maps import attended
 from irgdistill.matching.plan import match
 from irgdistill.matching.taps import Tapped
 from irgdistill.models.build import build_network
@@ -58,13 +59,16 @@ def test_the_loss_and_the_inspection_find_the_same_numbers() -> None:
     teacher = build_network("cifar_resnet20", num_classes=3)
     student = build_network("cifar_resnet14_x0_5", num_classes=3, input_size=(16, 16))
     plan = match(teacher.levels(), student.levels())
+    grids = [tap for tap, _ in attended(plan)], [tap for _, tap in attended(plan)]
     networks = [
-        Tapped(teacher.model, teacher.preprocess(), plan.teacher_taps()).eval(),
-        Tapped(student.model, student.preprocess(), plan.student_taps()).eval(),
+        Tapped(teacher.model, teacher.preprocess(), plan.teacher_taps(), grids=grids[0]).eval(),
+        Tapped(student.model, student.preprocess(), plan.student_taps(), grids=grids[1]).eval(),
     ]
     images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(12) % 3
-    config = LossesConfig.model_validate({"edges": {"weight": 1}, "transform": {"weight": 1}})
+    config = LossesConfig.model_validate(
+        {"edges": {"weight": 1}, "transform": {"weight": 1}, "positions": {"weight": 1}}
+    )
     with torch.no_grad():
         taught, learnt = (network(images) for network in networks)
         raw = build_loss(config, plan)(Batch(learnt, labels, taught))
@@ -77,6 +81,9 @@ def test_the_loss_and_the_inspection_find_the_same_numbers() -> None:
     assert numbers[-2]["edges"]["mse"] == pytest.approx(float(raw["edges"]), rel=1e-5) and float(raw["edges"]) > 0
     moved = [number["transformation"]["mse"] for number in numbers[:-1]]
     assert sum(moved) / len(moved) == pytest.approx(float(raw["transform"]), rel=1e-6)
+    positions = [number["positions"] for number in numbers[:-1]]
+    assert numbers[-1]["positions"] is None and 0 < sum(positions) / 3 < 1
+    assert 1 - sum(positions) / 3 == pytest.approx(float(raw["positions"]), rel=1e-5)
     assert torch.equal(features.by_network[0][LOGITS], taught.logits) and features.thumbnails[0].shape == (3, 32, 32)
 
 

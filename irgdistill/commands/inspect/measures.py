@@ -18,7 +18,7 @@ from torch import Tensor
 from irgdistill.data import Loader
 from irgdistill.errors import UserError
 from irgdistill.graph import edge_matrix, relation_loss, transformation_vector
-from irgdistill.losses import LEAST_MOVEMENT
+from irgdistill.losses import LEAST_MOVEMENT, position_loss
 from irgdistill.matching import Plan, Tapped, tap_name
 from irgdistill.training import agreement, each_pair, linear_cka, nearest_neighbours, pearson, spearman
 
@@ -77,6 +77,8 @@ class Features:
     """For each network: tap name (or LOGITS) -> (N, D) float32 on the CPU."""
     labels: Tensor
     """(N,)"""
+    positions: list[dict[str, float]]
+    """For each network: tap name -> correlation of its graphs of an image's positions with the first network's."""
     thumbnails: list[Tensor]
     """N times (3, h, w) uint8: the crop that the networks took."""
 
@@ -113,14 +115,18 @@ def draw_evenly(labels: Sequence[int], count: int, seed: int) -> list[int]:
 def collect_features(networks: Sequence[Tapped], loader: Loader) -> Features:
     """Run all `networks` (in eval mode) over `loader` and keep pooled features, labels and thumbnails.
 
-    Raises UserError: no readable image, or features that are not finite.
+    Where all have grids, in the same order of stages, the graphs of positions are compared at once: `positions` as in
+    the loss, mean over images and positions. Raises UserError: no readable image, or features that are not finite.
     """
     features: list[dict[str, list[Tensor]]] = [{} for _ in networks]
+    positions: list[dict[str, float]] = [{} for _ in networks]
     labels: list[Tensor] = []
     thumbnails: list[Tensor] = []
     for images, targets in loader.epoch():
-        for network, kept in zip(networks, features, strict=True):
-            output = network(images)
+        outputs = [network(images) for network in networks]
+        for output, kept, sums in zip(outputs, features, positions, strict=True):
+            for there, (name, here) in zip(outputs[0].grids.values(), output.grids.items(), strict=True):
+                sums[name] = sums.get(name, 0.0) + len(images) * (1 - float(position_loss(here, there)))
             for name, value in {**output.features, LOGITS: output.logits}.items():
                 kept.setdefault(name, []).append(value.float().cpu())
         labels.append(targets.cpu())
@@ -133,7 +139,8 @@ def collect_features(networks: Sequence[Tapped], loader: Loader) -> Features:
             if not value.isfinite().all():
                 where = "logits" if name == LOGITS else name
                 raise UserError(f"{type(network.model).__name__} returns values that are not finite at {where}")
-    return Features(joined, torch.cat(labels), thumbnails)
+    means = [{name: total / len(thumbnails) for name, total in sums.items()} for sums in positions]
+    return Features(joined, torch.cat(labels), means, thumbnails)
 
 
 def _thumbnails(images: Tensor) -> list[Tensor]:
@@ -162,7 +169,10 @@ def compare_graphs(
             tap, ends = (stage.student, stage.student_ends) if number else (stage.teacher, stage.teacher_ends)
             graphs[label] = graph_of(tensors, tap, ends)
         teacher = graphs[labels[0]]
-        numbers = {label: similarity(teacher, graphs[label], neighbours) for label in labels[1:]}
+        numbers = {
+            label: {**similarity(teacher, graphs[label], neighbours), "positions": positions.get(stage.student)}
+            for label, positions in zip(labels[1:], features.positions[1:], strict=True)
+        }
         comparisons.append(StageComparison(stage, graphs, numbers))
     return comparisons
 

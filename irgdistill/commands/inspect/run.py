@@ -19,6 +19,7 @@ from irgdistill.config import Config
 from irgdistill.data import UnreadableImages, eval_loader
 from irgdistill.errors import UserError
 from irgdistill.io import Report, table
+from irgdistill.losses import attended
 from irgdistill.matching import print_plan
 from irgdistill.runtime import choose_device
 
@@ -71,8 +72,9 @@ def _collect(
         Report().warn(f"only {len(splits.val_indices)} images in the {request.split} split of {data.source}")
     teacher, *students = (network.network for network in inspection.networks)
     loader = eval_loader(splits, data, students[0].input.covering(teacher.input), device, unreadable)
-    taps = plan.student_taps()
-    networks = [teacher.tapped(device, plan.teacher_taps()), *(student.tapped(device, taps) for student in students)]
+    taps, maps = plan.student_taps(), attended(plan)
+    networks = [teacher.tapped(device, plan.teacher_taps(), [tap for tap, _ in maps])]
+    networks += [student.tapped(device, taps, [tap for _, tap in maps]) for student in students]
     features = collect_features(networks, loader)
     kept = [i for i in splits.val_indices if splits.val.describe(i) not in unreadable.names]
     assert len(kept) == len(features.labels)
@@ -90,16 +92,17 @@ def _print_json(facts: Mapping[str, Any], output: Path) -> None:
 def _print_numbers(facts: Mapping[str, Any]) -> None:
     several = len(facts["students"]) > 1
     columns = ["stage", *(["student"] if several else []), "edges", "r", "ρ", f"near@{facts['neighbours']}", "CKA"]
-    columns += ["transformation", "r"]
+    columns += ["transformation", "r", "positions"]
     rows = []
     for stage in facts["stages"]:
         for name, numbers in stage["numbers"].items():
             edges, moved = numbers["edges"], numbers["transformation"] or {}
             values = [edges[key] for key in ("mse", "pearson", "spearman", "neighbours", "cka")]
-            values += [moved.get("mse"), moved.get("pearson")]
+            values += [moved.get("mse"), moved.get("pearson"), numbers["positions"]]
             rows.append([stage["name"], *([name] if several else []), *map(format_number, values)])
     table(f"{len(facts['images'])} images of {facts['data']['source']}, seed {facts['seed']}", columns, rows)
-    legend = "edges, transformation: mean squared difference, as in the loss; r: Pearson, ρ: Spearman correlation"
+    legend = "edges, transformation: mean squared difference, as in the loss; r: Pearson, ρ: Spearman correlation; "
+    legend += "positions: r of the cosines between an image's positions"
     Report(stdout=True).line(f"  {legend}")
 
 

@@ -26,10 +26,11 @@ else:
 def position_loss(student: Tensor, teacher: Tensor, temperature: float | None = None) -> Tensor:
     """Distance of the rows of cosines between the positions of each image, mean over the M positions and the images.
 
-    Grids (B, C, h, w) and (B, D, h, w) with M = h·w. 1 - correlation of two rows without their diagonal, or with a
-    temperature the KL of their softmaxes.
+    Grids (B, C, h, w) and (B, D, h', w') are brought to one size, with M positions. 1 - correlation of two rows without
+    their diagonal, or with a temperature the KL of their softmaxes.
     """
-    here, there = (graph.cosines(x.flatten(2).transpose(1, 2).contiguous()) for x in (student, teacher))
+    grids = same_size(student, teacher)
+    here, there = (graph.cosines(x.flatten(2).transpose(1, 2).contiguous()) for x in grids)
     return graph.correlation_loss(here, there) if temperature is None else graph.softmax_loss(here, there, temperature)
 
 
@@ -63,4 +64,4 @@ class Positions(Term):
         pairs = [
             (batch.student.grids[matching.tap_name(s)], batch.teacher.grids[matching.tap_name(t)]) for t, s in stages
         ]
-        return torch.stack([position_loss(*same_size(*pair), self.temperature) for pair in pairs]).mean()
+        return torch.stack([position_loss(*pair, self.temperature) for pair in pairs]).mean()
