@@ -133,7 +133,8 @@ class Distiller(nn.Module):
 
         The loss is a scalar, Σ weight · term; the terms are the raw means by name, detached. `teacher_images`
         (B, 3, H', W'): the same crops at the teacher's size and normalisation, if these differ. `progress`: share of
-        the training that is done, 0 to 1, by which hints fade out.
+        the training that is done, 0 to 1, by which hints fade out. With terms on two views of each image, a batch holds
+        all first views and then all second ones, in the same order.
         """
         embedding: Pooling | None = None if self._widths is None else "auto"
         student = _look(self.student, images, self.loss.where("student"), embedding, self.adapters)

@@ -97,6 +97,7 @@ def test_the_loss_is_the_trainers(method: str, tmp_path: Path) -> None:
     flags = {"method": method, "student.name": "cifar_resnet14_x0_5", "runtime.device": "cpu", "data.batch_size": 32}
     flags |= {"teacher.name": "cifar_resnet20", "teacher.checkpoint": weights, "losses.edges.blocks": 2}
     flags |= {"runtime.fold_batch_norm": False}  # the bare model is not
+    flags |= {"data.second_view": "rand-m3-n1-inc1"} if method in ("vrm", "crld") else {}
     setup = prepare(load_config("quickstart", flags=flags))
     trainer = build_trainer(setup, RunFolder(tmp_path / "run"), Report(quiet=True))
     assert setup.teacher is not None
