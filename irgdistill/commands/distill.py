@@ -14,7 +14,7 @@ import torch
 
 from irgdistill.commands.inspect.graph_images import RunLogger
 from irgdistill.commands.requests import DistillRequest, ResumeRequest
-from irgdistill.config import Config, dump, validate
+from irgdistill.config import AUTO, Config, dump, validate
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import Report, RunFolder
 from irgdistill.matching import print_plan
@@ -213,7 +213,7 @@ def _explain_stop(folder: RunFolder, resuming: bool) -> Iterator[None]:
 
 def _next_folder(config: Config, last: bool = False) -> Path:
     """The first free name under runs/; `last`: the one before it."""
-    parts = [str(config.student.name)] + [config.method] * (config.method != "none")
+    parts = [str(config.student.name)] + [config.method] * (config.method not in (AUTO, "none"))
     name = "-".join(parts).replace("+", "-").replace("/", "-").replace(":", "-")
     number = 1
     while (path := Path("runs") / f"{name}-{number}").exists():
