@@ -52,7 +52,7 @@ def queue_similarity(
     return (log_p.exp() * share.T * (log_p - log_q)).sum(1).mean()
 
 
-@term("embedding", compares="embedding", weight=1.0, source="Navaneet et al. 2021", place=30)
+@term("embedding", compares="embedding", weight=10.0, source="Navaneet et al. 2021", place=30)
 class Embedding(Term):
     """The student's embedding through a linear projector against the teacher's (Navaneet et al. 2021).
 
