@@ -44,6 +44,7 @@ PAIRS = {
     "resnet18": ("vit_small_patch16_224", "resnet18", 224),
 }
 METHODS = ("none", "kd", "irg", "mtk", "irg+kd", "kd+at", "irg+kd+at", "rkd", "sp", "pkt", "at", "fitnet", "fsp", "dkd")
+METHODS += ("positions", "dist", "wttm", "srd", "crd", "reviewkd")
 Step = Callable[[], object]
 
 

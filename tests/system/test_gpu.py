@@ -22,6 +22,7 @@ from irgdistill.training.trainer import Trainer, build_trainer
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"))
 METHODS = ("irg+kd+at", "mtk", "logits", "dkd", "fitnet", "at", "fsp", "rkd", "sp", "pkt", "rocket")
+METHODS += ("positions", "dist", "wttm", "reviewkd", "srd", "crd")
 CUDA = "cuda"
 
 
