@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from irgdistill.commands.requests import CacheRequest
 from irgdistill.config import Config, Pooling
-from irgdistill.data import Images, UnreadableImages, no_collate, train_images
+from irgdistill.data import Images, UnreadableImages, no_collate, start_method, train_images
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.graph import unit
 from irgdistill.io import Report, read_tensors, save_tensors, write_text
@@ -206,7 +206,7 @@ class ShardWriter:
             num_workers=data.workers,
             collate_fn=no_collate,
             worker_init_fn=ignore_signals,
-            multiprocessing_context="fork" if data.workers and self.images.cache is not None else None,
+            multiprocessing_context=start_method(self.images.cache is not None) if data.workers else None,
             pin_memory=self.device.type == "cuda",
         )
         for pixels, *_ in loader:

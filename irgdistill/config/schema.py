@@ -194,6 +194,9 @@ class RuntimeConfig(Section):
     """Keep both networks' maps in channels-last format: faster for most convolutional networks."""
     fold_batch_norm: bool = True
     """Fold the teacher's batch norms into its convolutions if its logits stay the same to 1e-4."""
+    deterministic: bool = False
+    """On GPUs, compute by deterministic algorithms: a resumed run is bit for bit the undisturbed one, as it always is
+    on the CPU, and somewhat slower."""
     compile: Annotated[bool, Flag("--compile", RUN, "Use torch.compile.")] = False
     """Run both networks, and in a single process the loss, through `torch.compile`."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -19,6 +20,12 @@ LARGEST = 64
 
 FORKS = "fork" in multiprocessing.get_all_start_methods()
 """Workers that are started in another way share no memory with this process."""
+
+
+def start_method(cached: bool) -> str | None:
+    """How loader workers start: by a fork where they share an `ImageCache`, and on Linux, as torch does by itself up to
+    Python 3.13. A child touches no GPU, so that it may be forked after CUDA has started."""
+    return "fork" if FORKS and (cached or sys.platform == "linux") else None
 
 
 UNKNOWN, LOADED, UNREADABLE = range(3)

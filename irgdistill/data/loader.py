@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from irgdistill.config import AugmentConfig, DataConfig, InputSpec
 from irgdistill.data.augmentation import batch_transform, eval_transform, resize_to, to_uint8, train_transform
 from irgdistill.data.dataset import Images, UnreadableImages, collate
-from irgdistill.data.image_cache import fits
+from irgdistill.data.image_cache import fits, start_method
 from irgdistill.data.sampling import EpochSampler
 from irgdistill.data.splits import Splits
 from irgdistill.data.waiting import WaitMeter
@@ -51,14 +51,13 @@ class Loader:
         self.sampler = sampler
         self.waiting = WaitMeter(workers)
         self._epoch = 0
-        forks = workers > 0 and getattr(images, "cache", None) is not None
         self.loader = DataLoader(
             images,
             batch_size=batch_size if sampler is None else len(sampler.part),
             sampler=sampler,
             num_workers=workers,
             collate_fn=collate if self.stream else no_collate,
-            multiprocessing_context="fork" if forks else None,  # the workers fill the image cache together
+            multiprocessing_context=start_method(getattr(images, "cache", None) is not None) if workers else None,
             worker_init_fn=ignore_signals,
             drop_last=training,
             pin_memory=device.type == "cuda",

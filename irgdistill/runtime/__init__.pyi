@@ -1,6 +1,6 @@
 from .batch_norm import sync_batch_norm
 from .compiler import compiler_settings
-from .device import choose_device, keep_memory, read_later
+from .device import choose_device, gpu_settings, keep_memory, read_later
 from .distributed import World, process_group, running_statistics
 from .environment import is_worker, report_failure, restart_count, world_size
 from .parent import end_with_parent, lifeline
@@ -18,6 +18,7 @@ __all__ = [
     "compiler_settings",
     "cores",
     "end_with_parent",
+    "gpu_settings",
     "ignore_signals",
     "instructions",
     "is_worker",

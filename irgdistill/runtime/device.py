@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,6 +28,29 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {' '.join(str(error).split())[:120]} (auto, cpu, cuda, cuda:1, …)") from None
     return device
+
+
+@contextmanager
+def gpu_settings(device: torch.device, deterministic: bool) -> Iterator[None]:
+    """Let cuDNN search the fastest convolutions, or compute `deterministic` ones; restore the caller's settings.
+
+    Matrix products stay in full float32: relations are computed and differentiated in it, and networks have `--amp`.
+    An operator without a deterministic form warns. Does nothing on other devices, where runs are deterministic.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    level = torch.get_deterministic_debug_mode()
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not deterministic, deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
+        torch.set_deterministic_debug_mode(level)
 
 
 def keep_memory(device: torch.device) -> None:

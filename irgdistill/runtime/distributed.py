@@ -9,10 +9,12 @@ all processes, the mean over the whole relation graph, and its gradient equals t
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,6 +27,9 @@ from irgdistill.runtime.environment import restart_count, world_size
 
 T = TypeVar("T")
 
+POLL = 0.005
+"""Seconds between two looks at whether rank 0 has come."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -34,6 +39,9 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Rank on this machine: the number of its GPU."""
+    store: Any = field(default=None, repr=False, compare=False)
+    """Where the processes leave word for one another; None for a single one."""
+    _meetings: Iterator[int] = field(default_factory=count, init=False, repr=False, compare=False)
 
     @property
     def main(self) -> bool:
@@ -60,15 +68,30 @@ class World:
         """Largest over the processes, elementwise, without gradient."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def wait(self) -> None:
+        """Wait for rank 0, which may do work of its own for longer than a collective would wait.
+
+        Call it after such work, in all processes. The launcher ends the others if rank 0 ends.
+        """
+        if self.size == 1:
+            return
+        key = f"wait-{next(self._meetings)}"
+        if self.main:
+            self.store.set(key, "here")
+        while not self.store.check([key]):
+            time.sleep(POLL)
+
     def broadcast(self, value: T) -> T:
-        """The value of rank 0."""
+        """The value of rank 0, however late it comes."""
+        self.wait()
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def collect(self, value: T) -> list[T]:
-        """The values of all processes, in the order of ranks."""
+        """The values of all processes, in the order of ranks, however late rank 0 comes."""
+        self.wait()
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -126,16 +149,17 @@ def process_group(device: str, backend: str | None) -> Iterator[World]:
     if world_size() == 1:
         yield World()
         return
-    world = World(int(os.environ["RANK"]), world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank, gpu = int(os.environ.get("LOCAL_RANK", 0)), None
     if device != "cpu" and torch.cuda.is_available() and backend != "gloo":
-        torch.cuda.set_device(world.local_rank)
+        gpu = torch.device("cuda", local_rank)
+        torch.cuda.set_device(gpu)  # before anything is shared: no process may guess its device
         backend = f"cpu:gloo,cuda:{backend or 'nccl'}"
     # After an elastic restart the store still has the dead workers' addresses: use a new key prefix.
     store, rank, size = next(rendezvous("env://"))
     store = dist.PrefixStore(f"start-{restart_count()}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend or "gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend or "gloo", store=store, rank=rank, world_size=size, device_id=gpu)
     try:
-        yield world
+        yield World(rank, size, local_rank, dist.PrefixStore("world", store))  # type: ignore[attr-defined]
     finally:
         dist.destroy_process_group()
 

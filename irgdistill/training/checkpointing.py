@@ -56,10 +56,14 @@ class Checkpointer:
 
     def due(self) -> bool:
         """Whether `--save-every-steps` or `--save-every-minutes` asks for a save after this update."""
-        runtime = self.components.config.runtime
-        steps, minutes = runtime.save_every_steps, runtime.save_every_minutes
+        minutes = self.components.config.runtime.save_every_minutes
         late = minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
-        return late or (steps > 0 and self.progress.update % steps == 0)
+        return late or self.due_by_steps()
+
+    def due_by_steps(self) -> bool:
+        """Whether `--save-every-steps` asks for a save after this update: the same in all processes."""
+        steps = self.components.config.runtime.save_every_steps
+        return steps > 0 and self.progress.update % steps == 0
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -152,7 +156,7 @@ class Checkpointer:
         """State of this process alone: random generators, sums since the last record, batch-norm statistics."""
         run = self.components
         return {
-            "random": random_states(),
+            "random": random_states(run.device),
             "bad_images": run.unreadable.names,
             "sums": {name: value.cpu() for name, value in self.progress.sums.items()},
             "statistics": [
@@ -244,7 +248,7 @@ class Checkpointer:
         """Restore this rank's state. If the world size changed, use the mean over ranks and reseed."""
         run = self.components
         own = processes[run.world.rank % len(processes)]
-        restore_random_states(own["random"])
+        restore_random_states(own["random"], run.device)
         if len(processes) != run.world.size:
             own = mean_of([{name: process[name] for name in ("sums", "statistics")} for process in processes])
             torch.manual_seed(run.config.seed + self.progress.update * run.world.size + run.world.rank)

@@ -19,7 +19,15 @@ from irgdistill.io import Report
 from irgdistill.losses import DistillLoss, Learner, build_loss
 from irgdistill.matching import Output, Tapped, has_unused_parameters
 from irgdistill.models import Network, fold_batch_norm
-from irgdistill.runtime import World, autocast, choose_device, resolve_precision, slow_precision, sync_batch_norm
+from irgdistill.runtime import (
+    World,
+    autocast,
+    choose_device,
+    gpu_settings,
+    resolve_precision,
+    slow_precision,
+    sync_batch_norm,
+)
 from irgdistill.training.held_out import HELD_OUT_IMAGES, HeldOutGraph
 from irgdistill.training.optimization import build_mixup, build_optimizer, build_scheduler
 from irgdistill.training.setup import Setup
@@ -146,6 +154,11 @@ class RunComponents:
 def build_components(setup: Setup, world: World, report: Report) -> RunComponents:
     """Build a run on the device of this process. Raises UserError for settings that cannot work."""
     device = choose_device(setup.config.runtime.device, world.local_rank)
+    with gpu_settings(device, setup.config.runtime.deterministic):
+        return _build_components(setup, device, world, report)
+
+
+def _build_components(setup: Setup, device: torch.device, world: World, report: Report) -> RunComponents:
     setup = replace(setup, config=_with_precision(setup.config, device, world, report))
     config = setup.config
     loss = _build_loss(setup, device, world, report)
@@ -175,6 +188,8 @@ def _with_precision(config: Config, device: torch.device, world: World, report: 
     amp = world.broadcast(resolve_precision(asked, device) if world.main else asked)
     if amp != asked and amp != "none":
         report.line(f"precision {amp}, the fastest of {device.type} here (--amp auto)")
+    if device.type == "cuda":
+        report.line("deterministic algorithms" if config.runtime.deterministic else "cuDNN searches its fastest ones")
     if world.main and (slow := slow_precision(amp, device)):
         report.warn(slow)
     return config.replaced({"runtime.amp": amp})

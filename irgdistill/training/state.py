@@ -145,24 +145,32 @@ def mean_of(entries: list[Any]) -> Any:
     return [mean_of(list(items)) for items in zip(*entries, strict=True)]
 
 
-def random_states() -> dict[str, Any]:
-    """States of the random generators of Python, numpy, torch and every CUDA device."""
+def random_states(device: torch.device) -> dict[str, Any]:
+    """States of the random generators of Python, numpy, torch and this process's GPU.
+
+    A look at the other GPUs would open a context on each, half a GiB for every process.
+    """
     version, words, gauss = random.getstate()
     name, words_numpy, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(words_numpy, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
 
 
-def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Restore the states that `random_states` returned."""
+def restore_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Restore the states that `random_states` returned; a GPU whose state is not there keeps its new generator.
+
+    Version 0.1 saved the states of all GPUs, by number.
+    """
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, words_numpy, *rest = states["numpy"]
     np.random.set_state((name, words_numpy.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    saved = states["cuda"]
+    own = saved[(device.index or 0) if len(saved) > 1 else 0 :][:1]
+    if own and device.type == "cuda":
+        torch.cuda.set_rng_state(own[0], device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from irgdistill.errors import Interrupted, TrainingError, os_reason
 from irgdistill.io import Report, RunFolder
 from irgdistill.losses import Batch, gradient_shares
-from irgdistill.runtime import Signals, Stopped, World, compiler_settings, read_later
+from irgdistill.runtime import Signals, Stopped, World, compiler_settings, gpu_settings, read_later
 from irgdistill.training.checkpointing import Checkpointer
 from irgdistill.training.components import RunComponents, build_components
 from irgdistill.training.evaluation import (
@@ -31,6 +31,9 @@ from irgdistill.training.observer import Observer
 from irgdistill.training.progress import Progress
 from irgdistill.training.setup import Setup
 from irgdistill.training.state import seed_process
+
+MEET = 0.5
+"""Seconds after which several processes share whether one was told to stop or has to save."""
 
 
 class Trainer:
@@ -48,6 +51,7 @@ class Trainer:
         self.report, self.observers = report, observers
         self.config, self.world = components.config, components.world
         self.signals = Signals(patient=True)
+        self._met, self._updates, self._every = time.monotonic(), 0, 1
 
     def train_step(self, images: Tensor, labels: Tensor, cached: Tensor | None = None) -> dict[str, Tensor]:
         """Raw images (B, 3, H, W) and labels (B,) -> total loss and raw terms, scalars without gradient.
@@ -123,7 +127,8 @@ class Trainer:
 
         Raises UserError if the folder is in use, OSError if it cannot be written.
         """
-        with compiler_settings(self.config.runtime.compile):
+        runtime = self.config.runtime
+        with compiler_settings(runtime.compile), gpu_settings(self.components.device, runtime.deterministic):
             self.progress.teacher_record = check_teacher(self.components, self.report)
         self.checkpointer.create(overwrite)
         seed_process(self.config.seed, self.world)
@@ -138,6 +143,7 @@ class Trainer:
         with (
             self.signals,
             compiler_settings(self.config.runtime.compile),
+            gpu_settings(run.device, self.config.runtime.deterministic),
             self.report.progress(epochs * run.batches, self._batches_done()),
             ExitStack() as stack,
         ):
@@ -145,6 +151,7 @@ class Trainer:
                 stack.enter_context(observer)
             if progress.batch == 0:
                 self._notify()
+            self.world.wait()  # loggers and observers of the first process may have taken long
             while progress.epoch < epochs:
                 if progress.batch < run.batches:
                     self.train_epoch()
@@ -165,7 +172,7 @@ class Trainer:
             if progress.batch % log_every == 0 or progress.batch == run.batches:
                 self._log(images_since, time.perf_counter() - since)
                 since, images_since = time.perf_counter(), 0
-            if progress.batch % run.accumulate == 0:
+            if progress.batch % run.accumulate == 0 and self._meets():
                 self._pause()
             if progress.batch == run.batches:
                 return
@@ -259,10 +266,19 @@ class Trainer:
         for observer in self.observers:
             observer.epoch_ended(teacher, run.evaluated, self.progress.epoch)
 
+    def _meets(self) -> bool:
+        """Whether the processes share news after this update: at each that `--save-every-steps` names, else as often
+        as in MEET seconds, so that none waits for the others between two updates."""
+        self._updates += 1
+        return self.world.size == 1 or self._updates >= self._every or self.checkpointer.due_by_steps()
+
     def _pause(self) -> None:
         """Between two updates: stop if any process received a signal, save if it is time."""
-        here = [self.signals.received or 0, int(self.checkpointer.due())]
-        received, due = self.world.maximum(torch.tensor(here)).tolist()
+        since, self._met = self._met, time.monotonic()
+        here = [self.signals.received or 0, int(self.checkpointer.due()), math.ceil(1000 * (self._met - since))]
+        received, due, milliseconds = self.world.maximum(torch.tensor(here)).tolist()
+        self._every = min(max(int(self._updates * 1000 * MEET / max(milliseconds, 1)), 1), 2 * self._every)
+        self._updates = 0
         if received:
             self.stop(received)
         if due:

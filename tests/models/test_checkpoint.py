@@ -25,6 +25,7 @@ from irgdistill.training import checkpointing, state
 from irgdistill.training.state import load_state, save_state
 
 CLASSES = ["a", "b", "c"]
+CPU = torch.device("cpu")
 
 
 def save(path: Path, name: str = "cifar_resnet14_x0_5", **options: object) -> nn.Module:
@@ -199,9 +200,9 @@ def test_random_states_come_back(tmp_path: Path) -> None:
 
     import numpy as np
 
-    save_state(tmp_path / "s.safetensors", {"random": state.random_states()})
+    save_state(tmp_path / "s.safetensors", {"random": state.random_states(CPU)})
     expected = random.random(), np.random.rand(), torch.rand(1)
-    state.restore_random_states(load_state(tmp_path / "s.safetensors")["random"])
+    state.restore_random_states(load_state(tmp_path / "s.safetensors")["random"], CPU)
     assert (random.random(), np.random.rand()) == expected[:2] and torch.equal(torch.rand(1), expected[2])
 
 
