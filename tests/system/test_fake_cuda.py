@@ -93,6 +93,9 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[.
             with Copies() as copies:
                 values = trainer.train_step(images, labels)
                 trainer.progress.add(values)
+            check(trainer.progress.sums)
+            held = [x for term in trainer.components.loss.terms.values() for x in vars(term).values()]
+            assert {x.device for x in held if isinstance(x, Tensor)} <= {GPU}
             assert copies.found == [] and [flag.device for flag in reads] == [GPU]  # the one read of the host
             with trainer.components.autocast:
                 return Step(values, trainer.components.student(images), trainer)
