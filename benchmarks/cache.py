@@ -28,7 +28,7 @@ from irgdistill.training.setup import prepare
 from irgdistill.training.trainer import build_trainer
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("data", "teacher", "teacher-checkpoint", "student"):
         parser.add_argument(f"--{name}", required=True)
@@ -37,16 +37,17 @@ def main() -> None:
     parser.add_argument("--method", default="irg+kd+at")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--amp", default="bf16")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="all three compiled, plain training too")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     teacher = {"teacher.name": arguments.teacher, "teacher.checkpoint": arguments.teacher_checkpoint}
     common = {
         "student.name": arguments.student, "data.source": arguments.data, "data.train_images": arguments.images,
         "data.batch_size": arguments.batch_size, "data.workers": arguments.workers, "data.views": 1,
         "data.view_seed": 0, "runtime.amp": arguments.amp, "runtime.channels_last": True, "schedule.epochs": 1000,
-        "optim.lr": 0.01, "runtime.compile": arguments.compile,
+        "optim.lr": 0.01, "runtime.compile": arguments.compile, "runtime.device": arguments.device,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"

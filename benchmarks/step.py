@@ -49,7 +49,14 @@ Step = Callable[[], object]
 
 
 def trainer_of(
-    pair: str, method: str, batch: int, device: str, amp: str, weights: Path, compiled: bool = False
+    pair: str,
+    method: str,
+    batch: int,
+    device: str,
+    amp: str,
+    weights: Path,
+    compiled: bool = False,
+    mode: str = "default",
 ) -> Trainer:
     """The tool's own trainer of this method."""
     teacher, student, size = PAIRS[pair]
@@ -58,6 +65,7 @@ def trainer_of(
         "student.input_size": size, "data.source": "digits", "data.val_fraction": 0.1, "data.batch_size": batch,
         "data.workers": 0, "optim.lr": 1e-3, "runtime.device": device, "runtime.amp": amp,
         "runtime.channels_last": True, "runtime.gradient_shares_every": 0, "runtime.compile": compiled,
+        "runtime.compile_mode": mode,
     }  # fmt: skip
     config = load_config(flags={name: value for name, value in flags.items() if value is not None})
     return build_trainer(prepare(config), RunFolder(Path(tempfile.mkdtemp())), Report(quiet=True))
@@ -91,7 +99,14 @@ def timed(step: Step, device: torch.device) -> float:
 
 
 def measure(
-    pair: str, batch: int, methods: list[str], device: str, amp: str, rounds: int, compiled: bool = False
+    pair: str,
+    batch: int,
+    methods: list[str],
+    device: str,
+    amp: str,
+    rounds: int,
+    compiled: bool = False,
+    compile_mode: str = "default",
 ) -> list[dict[str, Any]]:
     teacher, _, size = PAIRS[pair]
     with tempfile.TemporaryDirectory() as folder:
@@ -99,9 +114,10 @@ def measure(
         torch.manual_seed(0)
         network = build_network(teacher, num_classes=10)
         save_file(network.model.state_dict(), weights)
-        trainers = {method: trainer_of(pair, method, batch, device, amp, weights, compiled) for method in methods}
-        alone = trainer_of(pair, "none", batch, device, amp, weights, compiled)
-        floored = trainer_of(pair, "kd", batch, device, amp, weights, compiled)
+        options = (batch, device, amp, weights, compiled, compile_mode)
+        trainers = {method: trainer_of(pair, method, *options) for method in methods}
+        alone = trainer_of(pair, "none", *options)
+        floored = trainer_of(pair, "kd", *options)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(alone.components.device)
     labels = torch.randint(0, 10, (batch,)).to(alone.components.device)
     network.model.to(alone.components.device, memory_format=torch.channels_last)
