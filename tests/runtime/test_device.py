@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch.distributed as dist  # noqa: TID251
 from support.processes import in_ranks
 
 from irgdistill.runtime import World, distributed, gpu_settings, process_group
-from irgdistill.training import state
+from irgdistill.training import state, trainer
 
 GPU, CPU = torch.device("cuda", 2), torch.device("cpu")
 
@@ -104,3 +105,19 @@ def _work_of_the_first(world: World, ways: list[Callable[..., Any]]) -> list[Any
 def test_work_of_the_first_process_may_take_longer_than_a_collective_waits(tmp_path: Path) -> None:
     ways = [World.broadcast, World.collect]
     assert in_ranks(2, tmp_path, _work_of_the_first, ways) == [[0, [0, 1]]] * 2
+
+
+def test_processes_meet_about_twice_a_second_and_where_a_step_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At updates of 50 ms: every one, every second, … every tenth; always at one that `--save-every-steps` names."""
+    now, met = [100.0], []
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+    saves = SimpleNamespace(due=lambda: False, due_by_steps=lambda: update == 77)
+    world = SimpleNamespace(size=2, maximum=lambda values: met.append(update) or values)
+    run: Any = trainer.Trainer(SimpleNamespace(config=None, world=world), None, saves, None)  # type: ignore[arg-type]
+    for update in range(1, 100):
+        now[0] += 0.05
+        if run._meets():
+            run._pause()
+    assert met == [1, 3, 7, 15, 25, 35, 45, 55, 65, 75, 77, 87, 97]
+    world.size, met[:] = 1, []
+    assert run._meets()  # alone: after every update

@@ -43,6 +43,8 @@ def setup_of(method: str, **more: Any) -> Setup:
         "runtime.fold_batch_norm": False, "runtime.gradient_shares_every": 0, "teacher.name": "cifar_resnet20",
     }  # fmt: skip
     config = load_config(flags={**flags, **{key.replace("__", "."): value for key, value in more.items()}})
+    if config.losses.comparing("views"):
+        config = config.replaced({"data.second_view": "rand-m3-n1-inc1"})
     return prepare(config, fetch=False)
 
 
