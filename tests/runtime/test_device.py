@@ -114,7 +114,7 @@ def test_processes_meet_about_twice_a_second_and_where_a_step_is_saved(monkeypat
     saves = SimpleNamespace(due=lambda: False, due_by_steps=lambda: update == 77)
     world = SimpleNamespace(size=2, maximum=lambda values: met.append(update) or values)
     run: Any = trainer.Trainer(SimpleNamespace(config=None, world=world), None, saves, None)  # type: ignore[arg-type]
-    for update in range(1, 100):
+    for update in range(1, 100):  # noqa: B007  the lambdas read it
         now[0] += 0.05
         if run._meets():
             run._pause()

@@ -132,6 +132,8 @@ class Fixture:
         self.components = SimpleNamespace(
             config=config,
             world=World(),
+            device=torch.device("cpu"),
+            held_out=None,
             setup=SimpleNamespace(
                 splits=SimpleNamespace(labelled=True), student=SimpleNamespace(name="student"), teacher=None
             ),
