@@ -171,7 +171,9 @@ def evaluation(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     accuracies = [50.0, 70.0, 60.0]
 
     def evaluate(*_: Any) -> Metrics:
-        return Metrics(accuracies.pop(0), 90.0, 1.0, 2.0, images=8, images_per_second=1.0)
+        return Metrics(
+            top1=accuracies.pop(0), top5=90.0, loss=1.0, calibration_error=2.0, images=8, images_per_second=1.0
+        )
 
     monkeypatch.setattr(module, "evaluate", evaluate)
     return accuracies
