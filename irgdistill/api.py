@@ -115,7 +115,7 @@ class Distiller(nn.Module):
             own, other = _network(student, "student"), _network(teacher, "teacher")
             classes = [str(i) for i in range(own.num_classes)]
             self.config = self.config.with_method(ENCODER_METHOD if difference(other, classes) else DEFAULT_METHOD)
-            check_classes(self.config, other, classes)
+            check_classes(self.config, [other], classes)
             if self.config.losses.comparing("embedding"):
                 self._widths = own.embedding_width(), other.embedding_width()
             if self.config.losses.comparing(*STAGE_KINDS):

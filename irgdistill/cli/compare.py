@@ -49,11 +49,12 @@ def compare(
     from irgdistill.config import options
 
     distill = options_of_distill(context, "compare", REFUSED)
-    moved = {
-        setting.flag.name: str(distill[name])
+    moved = [
+        (setting.flag.name, str(value))
         for name, setting in options().items()
-        if setting.flag and setting.changeable and not setting.flag.repeated and distill[name] is not None
-    }
+        if setting.flag and setting.changeable and setting.key != "runtime.loggers" and distill[name] is not None
+        for value in (distill[name] if setting.flag.repeated else [distill[name]])
+    ]
     request = CompareRequest(
         methods=[name for name in methods.replace(" ", "").split(",") if name],
         seeds=seeds,
@@ -62,7 +63,7 @@ def compare(
         preset=distill["preset"],
         settings=distill.settings,
         flags=distill.given,
-        moved=[word for pair in moved.items() for word in pair],
+        moved=[word for pair in moved for word in pair],
         as_json=as_json,
         finished=finished,
     )

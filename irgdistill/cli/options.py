@@ -140,8 +140,10 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     flag = setting.flag
     assert flag is not None
     complete = None if flag.completion is None else COMPLETION[flag.completion]
-    info = option(flag.panel, flag.name, help=_help(flag, setting.default), complete=complete)
     type_: Any = _type(setting.field.annotation, flag.repeated)
+    info = option(flag.panel, flag.name, help=_help(flag, setting.default), complete=complete)
+    if flag.repeated and setting.key.startswith("teacher."):  # narrower than `<list[Path]>`
+        info.metavar = "<path>" if type_ == list[Path] else "<str>"
     annotation: Any = Annotated[type_ | None, info]
     return inspect.Parameter(flag.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -163,7 +165,10 @@ def _type(annotation: Any, repeated: bool) -> Any:
     if get_origin(annotation) in (Union, UnionType):
         return _type(next(part for part in get_args(annotation) if part is not type(None)), repeated)
     if repeated:
-        return list[_type(get_args(annotation)[0], False)]  # type: ignore[misc]
+        items = get_args(annotation)
+        if items[1:] != (Ellipsis,):  # one value for each teacher, which the schema converts
+            return list[Path] if annotation is Path else list[str]
+        return list[_type(items[0], False)]  # type: ignore[misc]
     return annotation if annotation in (bool, int, float, Path) else str
 
 

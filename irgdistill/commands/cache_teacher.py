@@ -50,19 +50,21 @@ def cache_teacher(request: CacheRequest) -> None:
     config, report = resolved(request.config), Report()
     config = with_cached_orientation(config, read_manifest(request.output), request.output)
     asked = config
-    config, splits, teacher, method_note = open_data(asked, lambda: build_teacher(asked))
-    assert teacher is not None
+    config, splits, teachers, method_note = open_data(
+        asked, lambda: [build_teacher(spec) for spec in asked.all_teachers]
+    )
+    teacher = teachers[0]
     if teacher.note:
         report.line(teacher.note)
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream: its images have no numbers by which to find them again")
     for note in filter(None, (*splits.notes, method_note)):
         report.line(note)
-    check_classes(config, teacher, splits.classes)
+    check_classes(config, teachers, splits.classes)
     largest = _largest(request.logits, teacher.num_classes)
     count = request.views or config.data.views or 1
     student = None if config.student.name is None else _student(config)
-    crop = (student or teacher).input.covering(teacher.input)
+    crop = (student or teacher).input.covering(*(each.input for each in teachers))
     seed = config.seed if config.data.view_seed is None else config.data.view_seed
     views = describe_views(config, crop, count, seed)
     unreadable = UnreadableImages(config.data.max_bad_images, report.warn)

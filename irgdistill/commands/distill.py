@@ -14,7 +14,7 @@ import torch
 
 from irgdistill.commands.inspect.graph_images import RunLogger
 from irgdistill.commands.requests import DistillRequest, ResumeRequest
-from irgdistill.config import AUTO, Config, dump, validate
+from irgdistill.config import AUTO, Config, assign, dump, validate
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import Report, RunFolder
 from irgdistill.matching import print_plan
@@ -49,14 +49,28 @@ def dry_run(config: Config, as_json: bool = False) -> None:
     setup = prepare(config)
     build_components(setup, World(), Report(quiet=True))
     if as_json:
-        plan = None if setup.plan is None else setup.plan.to_dict()
-        values = {"config": setup.config.model_dump(mode="json"), "plan": plan, "start": setup.start_note}
+        plans = [None if plan is None else plan.to_dict() for plan in setup.plans]
+        values: dict[str, Any] = {
+            "config": setup.config.model_dump(mode="json"),
+            "plan": plans[0],
+            "start": setup.start_note,
+        }
+        if len(plans) > 1:
+            values["plans"] = plans
         print(json.dumps(values))  # noqa: T201  the command's result
         return
-    print_plan(setup.plan)
+    _print_plans(setup)
     for line in setup.notes:
         Report().line(line)
     print(dump(setup.config), end="")  # noqa: T201  the command's result
+
+
+def _print_plans(setup: Setup) -> None:
+    """Print the matching with each teacher."""
+    for number, plan in enumerate(setup.plans):
+        if len(setup.teachers) > 1 and plan is not None:
+            Report().line(f"teacher {number + 1}: {setup.teachers[number].network.name}")
+        print_plan(plan)
 
 
 def start(
@@ -83,7 +97,7 @@ def start(
                 return _resume(folder, setup, world, open_state(folder)[0], own_process=own_process)
             trainer = build_trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
             if world.main:
-                print_plan(setup.plan)
+                _print_plans(setup)
             for line in (*setup.notes, f"run folder {folder.path}"):
                 trainer.report.line(line)
             _report_world(trainer)
@@ -98,8 +112,7 @@ def resume(request: ResumeRequest, own_process: bool = False) -> dict[str, Any] 
         state, config = open_state(folder, request.previous)
         tree = config.model_dump()
         for key, value in request.changes.items():
-            section, name = key.split(".")
-            tree[section][name] = value
+            assign(tree, key, value)
         config = on_backend(validate(tree), request.backend)
         setup = _checked_setup(config, request.gpus, request.backend, resuming=True)
         if setup is None:

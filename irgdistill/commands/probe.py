@@ -61,7 +61,7 @@ class Probe:
         """The teacher that a checkpoint records; None, with a line that says why, if it is not to be had."""
         known = {key: record[key] for key in ("name", "checkpoint", "input_size", "pooling")}
         try:
-            return build_teacher(validate({"teacher": known}))
+            return build_teacher(validate({"teacher": known}).teacher)
         except UserError as error:
             self.report.line(f"the teacher's own score is left out: {error}")
             return None

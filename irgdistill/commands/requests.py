@@ -24,6 +24,7 @@ from irgdistill.config import (
     check_word,
     check_workers,
     load_config,
+    of_any_teacher,
 )
 from irgdistill.errors import UserError
 from irgdistill.io import WEIGHTS, RunFolder, check_loggers
@@ -62,12 +63,10 @@ class DistillRequest:
             RunFolder(self.output).check_overwrite(self.overwrite)
 
     @property
-    def inputs(self) -> dict[str, Path | None]:
+    def inputs(self) -> list[tuple[str, Path | None]]:
         """Options that name files, and the files."""
-        return {
-            "--teacher-checkpoint": self.config.teacher.checkpoint,
-            "--student-checkpoint": self.config.student.checkpoint,
-        }
+        teachers = [("--teacher-checkpoint", spec.checkpoint) for spec in self.config.all_teachers]
+        return [*teachers, ("--student-checkpoint", self.config.student.checkpoint)]
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ class TrainRequest(DistillRequest):
         super().__post_init__()
 
     @property
-    def inputs(self) -> dict[str, Path | None]:
-        return {"--checkpoint": self.config.student.checkpoint}
+    def inputs(self) -> list[tuple[str, Path | None]]:
+        return [("--checkpoint", self.config.student.checkpoint)]
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class ResumeRequest:
 
     def __post_init__(self) -> None:
         allowed = changeable_on_resume()
-        if fixed := sorted(set(self.changes) - allowed):
+        if fixed := sorted(key for key in self.changes if of_any_teacher(key) not in allowed):
             raise UserError(f"--resume cannot change {', '.join(fixed)}; it may change {', '.join(sorted(allowed))}")
         check_loggers(self.changes.get("runtime.loggers") or ())
         check_workers(self.gpus, self.backend)
@@ -174,7 +173,8 @@ class CacheRequest:
         if not self.config.data.labels:
             check_without_labels(self.config)
         check_source(self.config.data)
-        check_teacher(self.config, "a cache")
+        for spec in self.config.all_teachers:
+            check_teacher(self.config.replaced({"teacher": spec}), "a cache")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from .fields import Count, Fade, NonNegative, OneOf, Positive, Probability, Sect
 from .flag import DATA, MATCHING, METHOD, NETWORKS, PANELS, RESULT, RUN, TRAINING, Flag
 from .input_spec import InputSpec
 from .loading import (
+    assign,
     data_of,
     dump,
     load_config,
@@ -49,8 +50,9 @@ from .schema import (
     Preprocessing,
     RuntimeConfig,
     StudentConfig,
+    TeacherConfig,
 )
-from .settings import Setting, changeable_on_resume, keys, options, settings, values_of
+from .settings import SKIPPED, Setting, changeable_on_resume, keys, of_any_teacher, options, settings, values_of
 from .sources import SOURCES, SourceEntry, absolute_source, check_source, find_source, source, source_words
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "RENAMED_KEYS",
     "RESULT",
     "RUN",
+    "SKIPPED",
     "SOURCES",
     "STAGE_KINDS",
     "STORES",
@@ -100,10 +103,12 @@ __all__ = [
     "Share",
     "SourceEntry",
     "StudentConfig",
+    "TeacherConfig",
     "TermSettings",
     "TermSpec",
     "Weight",
     "absolute_source",
+    "assign",
     "changeable_on_resume",
     "check_files",
     "check_model_args",
@@ -120,6 +125,7 @@ __all__ = [
     "load_config",
     "load_plugin",
     "method",
+    "of_any_teacher",
     "options",
     "preset_files",
     "presets",

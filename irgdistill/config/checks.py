@@ -27,8 +27,13 @@ def check_run(config: Config, begun: bool = False) -> None:
     if (config.uses_teacher and config.teacher.cache is None) or config.losses.comparing("booster"):
         hints = ", ".join(f"losses.{name}" for name in config.losses.hints())
         check_teacher(config, f"method {asked!r}" if asked != "none" else hints)
+    if config.uses_teacher:
+        for number, spec in enumerate(config.teachers):
+            if spec.name is None and spec.checkpoint is None and spec.cache is None:
+                raise UserError(f"teachers.{number} is no network: give its name, checkpoint or cache")
     if not begun:
-        check_files(config.student.checkpoint, config.teacher.checkpoint, config.teacher.cache)
+        files = (path for spec in config.all_teachers for path in (spec.checkpoint, spec.cache))
+        check_files(config.student.checkpoint, *files)
 
 
 def check_views(config: Config) -> None:

@@ -35,7 +35,8 @@ def explain(errors: Iterable[Any]) -> str:
     known = set(keys())
     for error in errors:
         parts = [str(part) for part in error["loc"]]
-        path = next((key for n in range(len(parts)) if (key := ".".join(parts[: n + 1])) in known), ".".join(parts))
+        found = known if len(parts) < 3 else known - {"teachers"}  # an entry of it has keys of its own
+        path = next((key for n in range(len(parts)) if (key := ".".join(parts[: n + 1])) in found), ".".join(parts))
         kind = error["type"]
         if kind == "missing" and parts[-1].isdecimal():
             kind = "too_long"

@@ -25,7 +25,7 @@ class Flag:
     off: bool = False
     """The option turns the setting off, as `--no-labels` does."""
     repeated: bool = False
-    """Each use of the option adds a value."""
+    """Each use of the option adds a value; of a setting of the teacher, that of one more teacher."""
 
     @property
     def parameter(self) -> str:

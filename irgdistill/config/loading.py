@@ -21,6 +21,9 @@ from irgdistill.config.sources import find_source
 from irgdistill.errors import UserError, nearest, one_line
 from irgdistill.plugins import import_plugin
 
+FURTHER = "teachers"
+"""The section that is a list."""
+
 
 def load_config(
     preset: str | None = None, settings: Sequence[str] | None = None, flags: Mapping[str, Any] | None = None
@@ -38,9 +41,9 @@ def load_config(
             value = load_yaml(text)
         except yaml.YAMLError:
             value = text
-        _assign(tree, path.strip(), value)
+        assign(tree, path.strip(), value)
     for path, value in (flags or {}).items():
-        _assign(tree, path, [*_listed(tree.get(path)), *_listed(value)] if path == "plugins" else value)
+        assign(tree, path, [*_listed(tree.get(path)), *_listed(value)] if path == "plugins" else value)
     return validate(tree)
 
 
@@ -146,8 +149,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _assign(tree: dict[str, Any], path: str, value: Any) -> None:
+def assign(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set the key `path` in a tree of plain values; `teachers.0.name` is in the first entry of a list.
+
+    Raises UserError for a key below one that is no section, and for a further teacher after one that is missing.
+    """
     *sections, key = current_key(path).split(".")
+    if sections[:1] == [FURTHER] and len(sections) == 2 and sections[1].isdecimal():
+        entries = list(tree.get(FURTHER) or ())
+        number = int(sections[1])
+        if number > len(entries):
+            raise UserError(f"{path}: the next further teacher is teachers.{len(entries)}")
+        entry = entries[number] if number < len(entries) else {}
+        if not isinstance(entry, dict):
+            raise UserError(f"unknown key {path!r}{nearest(path, keys())}")
+        tree[FURTHER] = [*entries[:number], {**entry, key: value}, *entries[number + 1 :]]
+        return
     for section in sections:
         child = tree.setdefault(section, {})
         if not isinstance(child, dict):

@@ -16,6 +16,7 @@ from irgdistill.config.fields import (
     Names,
     NonNegative,
     OneOf,
+    Positive,
     Section,
     Share,
     Size,
@@ -41,32 +42,54 @@ Pooling = Literal["auto", "cls", "mean", "cls+mean"]
 
 class TeacherConfig(Section):
     name: Annotated[
-        str | None, Flag("--teacher", NETWORKS, "timm name, hf-hub:… or local-dir:….", completion="network")
+        str | None,
+        Flag(
+            "--teacher",
+            NETWORKS,
+            "timm name, hf-hub:… or local-dir:…; may be repeated, as all options of teachers.",
+            completion="network",
+            repeated=True,
+        ),
     ] = None
     """timm name, `hf-hub:…` or `local-dir:…`. An irgdistill checkpoint knows its architecture and needs no name."""
     checkpoint: Annotated[
         Path | None,
-        Flag("--teacher-checkpoint", NETWORKS, "Weights: a run, .safetensors or .pth; default: pretrained."),
+        Flag(
+            "--teacher-checkpoint",
+            NETWORKS,
+            "Weights: a run, .safetensors or .pth; default: pretrained.",
+            repeated=True,
+        ),
         CHANGEABLE,
     ] = None
     """Weights: safetensors, or a .pth read with `weights_only=True`. Default: timm's pretrained weights."""
     input_size: Annotated[
-        Size | None, Flag("--teacher-input-size", NETWORKS, "224 or 256x192; default: the teacher's own.")
+        Size | None,
+        Flag("--teacher-input-size", NETWORKS, "224 or 256x192; default: the teacher's own.", repeated=True),
     ] = None
     """Height and width in pixels; default: what the teacher was trained on."""
     cache: Annotated[
         Path | None,
-        Flag("--teacher-cache", NETWORKS, "Cache written by cache-teacher, used instead of a live teacher."),
+        Flag(
+            "--teacher-cache",
+            NETWORKS,
+            "Cache written by cache-teacher, used instead of a live teacher.",
+            repeated=True,
+        ),
         CHANGEABLE,
     ] = None
     """Cache written by `cache-teacher`, used instead of a live teacher."""
     pooling: Pooling = "auto"
     """How the teacher's embedding is made: by its own head, or of a transformer's class token, the mean of its patch
     tokens, or both."""
+    weight: Annotated[
+        Positive, Flag("--teacher-weight", NETWORKS, "Its share beside other teachers.", repeated=True)
+    ] = 1.0
+    """Its share, relative to the other teachers', in the means over several teachers."""
     check: Annotated[
         bool, Flag("--skip-teacher-check", NETWORKS, "Train even if the teacher is near chance.", off=True)
     ] = True
-    """Evaluate the teacher before training and stop if it is near chance."""
+    """Evaluate the teacher before training and stop if it is near chance. False: none of several is checked."""
 
 
 class Preprocessing(Section):
@@ -253,6 +276,8 @@ class Config(Section):
     ] = ()
     """Python files that register terms, methods, data sources or loggers: paths, or a path with its sha256."""
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    teachers: tuple[TeacherConfig, ...] = ()
+    """Further teachers, each with the settings of the section `teacher`: `teachers.0.name` is the second teacher's."""
     student: StudentConfig = Field(default_factory=StudentConfig)
     matching: MatchingConfig = Field(default_factory=MatchingConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -274,6 +299,11 @@ class Config(Section):
         if self.method != AUTO:
             return self
         return self.replaced({"method": name, "losses": self.losses.filled(METHODS[name], self.data.labels)})
+
+    @property
+    def all_teachers(self) -> tuple[TeacherConfig, ...]:
+        """The first teacher and the further ones."""
+        return (self.teacher, *self.teachers)
 
     @property
     def uses_teacher(self) -> bool:

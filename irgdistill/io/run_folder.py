@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -56,10 +56,10 @@ class RunFolder:
         """The command that resumes this run."""
         return f"irgdistill distill --resume {shlex.quote(str(self.path))}"
 
-    def check_inputs(self, files: Mapping[str, Path | None]) -> None:
-        """Raises UserError if this run would overwrite an input file; `files` maps options to paths."""
+    def check_inputs(self, files: Iterable[tuple[str, Path | None]]) -> None:
+        """Raises UserError if this run would overwrite an input file; `files`: options and their paths."""
         own = {path.resolve() for path in self._own()}
-        for name, path in files.items():
+        for name, path in files:
             if path is not None and (find_checkpoint(str(path)) or path).resolve() in own:
                 raise UserError(f"{name} {path} lies in --output {self.path}, which would replace it")
 

@@ -1,6 +1,7 @@
 from .adapters import Learner
-from .base import Batch, Skip, Term, TermContext, TermSettings, method, term
+from .base import Batch, Counterpart, Skip, Term, TermContext, TermSettings, method, term
 from .objective import DistillLoss, StepLosses, build_loss, gradient_shares
+from .several import mean_logits
 from .terms.logits import soft_targets
 from .terms.maps import attended
 from .terms.positions import position_loss
@@ -9,6 +10,7 @@ from .terms.relations import LEAST_MOVEMENT
 __all__ = [
     "LEAST_MOVEMENT",
     "Batch",
+    "Counterpart",
     "DistillLoss",
     "Learner",
     "Skip",
@@ -19,6 +21,7 @@ __all__ = [
     "attended",
     "build_loss",
     "gradient_shares",
+    "mean_logits",
     "method",
     "position_loss",
     "soft_targets",

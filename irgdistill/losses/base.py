@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from irgdistill.matching import Output, Plan, Tap, Tapped
     from irgdistill.runtime import World
 
-__all__ = ["Batch", "Skip", "Term", "TermContext", "TermSettings", "method", "term"]
+__all__ = ["Batch", "Counterpart", "Skip", "Term", "TermContext", "TermSettings", "method", "term"]
 
 
 class Skip(Exception):
@@ -31,6 +31,8 @@ class Batch:
     labels: Tensor | None
     """(B,) class indices, or (B, K) probabilities of mixed images; None in a run without labels."""
     teacher_output: Output | None = None
+    others: Sequence[Output] = ()
+    """Outputs of the further teachers, in a run with several."""
 
     @property
     def targets(self) -> Tensor:
@@ -43,6 +45,16 @@ class Batch:
         """The teacher's output, for a term that compares any part of it."""
         assert self.teacher_output is not None, "a term asked for a teacher that this run does not have"
         return self.teacher_output
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """A teacher beside the first, as far as terms are built from it."""
+
+    matched: Plan | None = None
+    embedding_widths: tuple[int, int] | None = None
+    weight: float = 1.0
+    """Its share in a mean over the teachers, relative to the others'."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,10 @@ class Term(ABC):
 
     def __init__(self, settings: Any, context: TermContext) -> None:
         self.settings = settings
+
+    def of_teacher(self, number: int) -> Term | None:
+        """The term that is compared with this teacher, counted from 0: this one, unless there is one for each."""
+        return self
 
     @abstractmethod
     def __call__(self, batch: Batch) -> Tensor:

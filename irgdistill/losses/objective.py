@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from irgdistill.config import TERMS, Fade, LossesConfig
-from irgdistill.losses.base import Batch, Skip, Term, TermContext
+from irgdistill.config import STAGE_KINDS, TERMS, Fade, Kind, LossesConfig
+from irgdistill.errors import UserError
+from irgdistill.losses.base import Batch, Counterpart, Skip, Term, TermContext
+from irgdistill.losses.several import TAPPED, MeanOverTeachers
 from irgdistill.matching import Plan, Tap, Tapped
 from irgdistill.runtime import World
+
+PER_TEACHER = frozenset(("embedding", *STAGE_KINDS))
+"""Kinds that each of several teachers has of its own."""
 
 
 class StepLosses(NamedTuple):
@@ -85,11 +91,18 @@ class DistillLoss:
         zero = next(iter(raw.values())).new_zeros(())
         return sum((weights[name] * value for name, value in raw.items()), start=zero)
 
-    def where(self, role: Literal["teacher", "student"]) -> dict[str, list[Tap]]:
-        """The `taps`, `maps`, `energies` and `grids` of `Tapped` that the terms need of one network."""
+    def where(self, role: Literal["teacher", "student"], number: int = 0) -> dict[str, list[Tap]]:
+        """The `taps`, `maps`, `energies` and `grids` of `Tapped` that the terms need of one network.
+
+        `number`: which of several teachers.
+        """
+        terms: Iterable[Term | None] = self.terms.values()
+        if role == "teacher":
+            terms = [term.of_teacher(number) for term in self.terms.values()]
+        known = [term for term in terms if term is not None]
         return {
-            kind: list(dict.fromkeys(tap for term in self.terms.values() for tap in getattr(term, f"{role}_{kind}")))
-            for kind in ("taps", "maps", "energies", "grids")
+            kind: list(dict.fromkeys(tap for term in known for tap in getattr(term, f"{role}_{kind}")))
+            for kind in TAPPED
         }
 
     @property
@@ -112,14 +125,17 @@ def build_loss(
     embedding_widths: tuple[int, int] | None = None,
     classifier: bool = True,
     labelled_share: float = 1.0,
+    weight: float = 1.0,
+    others: Sequence[Counterpart] = (),
 ) -> DistillLoss:
     """The terms with a weight; with `labels` also those that compare the labels alone, whatever their weight.
 
     Relations span the images of all processes of `world`. `booster` is the network that is trained beside the student;
     `class_weights` (K,) weigh the labels, which the share `labelled_share` of the training images has;
-    `embedding_widths` are the student's and the teacher's; `classifier`: the student has one. A term that does not
-    apply to these networks is skipped, see `DistillLoss.notes`. Raises UserError if a term finds no stage that it could
-    compare.
+    `embedding_widths` are the student's and the teacher's; `classifier`: the student has one. With `others`, teachers
+    beside the first, whose share is `weight`, terms on stages and embeddings are means over the teachers. A term that
+    does not apply to these networks is skipped, see `DistillLoss.notes`. Raises UserError if a term finds no stage that
+    it could compare.
     """
     weights, notes, terms = config.weights(), list[str](), dict[str, Term]()
     kinds = {name: config.compares(name) for name in weights}
@@ -134,14 +150,15 @@ def build_loss(
         labelled_share=labelled_share,
         others=weighted,
     )
+    contexts = [context]
+    contexts += [replace(context, matched=it.matched, embedding_widths=it.embedding_widths) for it in others]
     for name in kinds:
         if not (labels if kinds[name] == {"labels"} else name in weighted):
             continue
-        try:
-            terms[name] = TERMS[name].cls(getattr(config, name), context)
-        except Skip as reason:
-            notes.append(str(reason))
+        built = _build_term(name, kinds[name], contexts, (weight, *(it.weight for it in others)), notes)
+        if built is None:
             continue
+        terms[name] = built
         for companion, beside in terms[name].companions.items():
             terms[companion], weights[companion] = beside, 1.0
     last = {"logits", "booster"} if classifier else {"embedding"}
@@ -149,6 +166,22 @@ def build_loss(
     if classifier and not trained:
         notes.append("no term on logits: the classifier keeps its initial weights, only relations are learned")
     return DistillLoss(terms, weights, config.fades(), notes, trained, config.rises())
+
+
+def _build_term(
+    name: str, kinds: frozenset[Kind], contexts: Sequence[TermContext], weights: Sequence[float], notes: list[str]
+) -> Term | None:
+    """The term, of all teachers if they have what it compares; None, and a reason in `notes`, if none allows it."""
+    terms, several = dict[int, Term](), len(contexts) > 1 and bool(kinds & PER_TEACHER)
+    for number, context in enumerate(contexts if several else contexts[:1]):
+        which = f"teacher {number + 1}: " if several else ""
+        try:
+            terms[number] = TERMS[name].cls(getattr(context.losses, name), context)
+        except Skip as reason:
+            notes.append(f"{which}{reason}")
+        except UserError as error:
+            raise UserError(f"{which}{error}") from None
+    return MeanOverTeachers(name, terms, weights) if several and terms else terms.get(0)
 
 
 def gradient_shares(

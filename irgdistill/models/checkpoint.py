@@ -37,6 +37,8 @@ class TeacherRecord(BaseModel):
     """Height and width that the run asked for."""
     pooling: Pooling = "auto"
     """How its embedding is made."""
+    weight: float = 1.0
+    """Its share beside other teachers."""
 
 
 class CheckpointMetadata(NetworkRecord):
@@ -55,6 +57,8 @@ class CheckpointMetadata(NetworkRecord):
     """Term -> its settings."""
     seed: int = 0
     teacher: TeacherRecord | None = None
+    teachers: tuple[TeacherRecord, ...] = ()
+    """The further teachers of a run with several."""
     matching: Mapping[str, Any] = Field(default_factory=dict)
     """Settings of the section `matching`."""
     plan: Mapping[str, Any] | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from irgdistill.config import Config, Preprocessing, StudentConfig
+from irgdistill.config import Config, Preprocessing, StudentConfig, TeacherConfig
 from irgdistill.errors import UserError
 from irgdistill.io import Report, RunFolder, find_checkpoint
 from irgdistill.models.build import build_network
@@ -18,12 +18,11 @@ from irgdistill.models.network import Network
 from irgdistill.models.weights import Weights, load_weights
 
 
-def build_teacher(config: Config, fetch: bool = True) -> Network:
-    """Build the teacher from its name, its checkpoint or both. Without `fetch`, pretrained weights stay random.
+def build_teacher(spec: TeacherConfig, fetch: bool = True) -> Network:
+    """Build a teacher from its name, its checkpoint or both. Without `fetch`, pretrained weights stay random.
 
     Raises UserError as `build_network` and `restore` do.
     """
-    spec = config.teacher
     if spec.checkpoint is not None:
         path = find_checkpoint(str(spec.checkpoint)) or spec.checkpoint
         teacher = restore(path, spec.name, spec.input_size, "teacher")[0]
@@ -42,7 +41,7 @@ def build_booster(config: Config, num_classes: int) -> Network:
     spec = config.teacher
     if spec.checkpoint is None and spec.name is not None:
         return build_network(spec.name, num_classes=num_classes, input_size=spec.input_size)
-    known = build_teacher(config)
+    known = build_teacher(spec)
     return build_network(
         known.name,
         num_classes=num_classes,

@@ -1,3 +1,4 @@
+from .cached_views import with_cached_orientation
 from .checkpointing import Checkpointer
 from .checks import check_classes, check_input_sizes, check_processes, difference
 from .components import RunComponents, build_components
@@ -6,7 +7,8 @@ from .evaluation import Metrics, evaluate, metric_name, score
 from .observer import Observer
 from .probes import knn_top1, linear_top1
 from .progress import Progress
-from .setup import Setup, SharedInputs, on_backend, open_data, prepare, resolved
+from .resolving import on_backend, resolved
+from .setup import Setup, SharedInputs, TeacherSetup, open_data, prepare
 from .similarity import agreement, each_pair, linear_cka, nearest_neighbours, pearson, spearman
 from .state import changes, open_state, position, seed_process
 from .stored_logits import pack_logits
@@ -22,14 +24,15 @@ from .teacher_cache import (
     manifest_checksum,
     read_manifest,
     shard_path,
-    with_cached_orientation,
 )
+from .teachers import CachedRows
 from .trainer import Trainer, build_trainer
 
 __all__ = [
     "CACHE_FORMAT",
     "DTYPES",
     "SHARD",
+    "CachedRows",
     "Checkpointer",
     "Manifest",
     "Metrics",
@@ -39,6 +42,7 @@ __all__ = [
     "Setup",
     "SharedInputs",
     "TeacherCache",
+    "TeacherSetup",
     "Trainer",
     "agreement",
     "build_components",

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor
 
-from irgdistill.config import dump
+from irgdistill.config import TeacherConfig, dump
 from irgdistill.errors import UserError, os_reason
 from irgdistill.io import Report, RunFolder, own_copies, read_tensors, save_tensors, write_text
 from irgdistill.models import describe, timm_config
@@ -22,6 +22,7 @@ from irgdistill.runtime import running_statistics
 from irgdistill.training.components import RunComponents
 from irgdistill.training.evaluation import metric_name, score
 from irgdistill.training.progress import Progress
+from irgdistill.training.setup import TeacherSetup
 from irgdistill.training.state import (
     mean_of,
     other_state,
@@ -144,7 +145,7 @@ class Checkpointer:
         return {
             "config": run.config.model_dump(mode="json"),
             "data": run.data_facts,
-            "taught_by": run.setup.teacher_checksum,
+            "taught_by": run.setup.checksums,
             **self.progress.state_dict(),
             **run.state_dict(),
             "processes": processes,
@@ -166,7 +167,8 @@ class Checkpointer:
 
     def _metadata(self, which: Literal["best", "last"]) -> dict[str, Any]:
         setup, config = self.components.setup, self.components.config
-        teacher, plugins = setup.teacher, [plugin.model_dump(mode="json") for plugin in config.plugins]
+        plugins = [plugin.model_dump(mode="json") for plugin in config.plugins]
+        teachers = [_teacher_record(*pair) for pair in zip(setup.teachers, config.all_teachers, strict=False)]
         return {
             **describe(setup.student, setup.classes),
             **({"plugins": plugins} if plugins else {}),
@@ -174,14 +176,8 @@ class Checkpointer:
             "method": config.method,
             "losses": config.losses.model_dump(mode="json"),
             "seed": config.seed,
-            "teacher": None
-            if teacher is None
-            else {
-                "architecture": teacher.architecture,
-                **config.teacher.model_dump(mode="json", include={"checkpoint", "input_size", "pooling"}),
-                "name": teacher.name,
-                "weights": setup.teacher_checksum,
-            },
+            "teacher": teachers[0] if teachers else None,
+            **({"teachers": teachers[1:]} if len(teachers) > 1 else {}),
             "matching": config.matching.model_dump(mode="json"),
             "plan": None if setup.plan is None else setup.plan.to_dict(),
             "data": config.data.model_dump(mode="json"),
@@ -237,7 +233,7 @@ class Checkpointer:
         for name, now in self.components.data_facts.items():
             if now != (then := state["data"][name]):
                 raise UserError(f"the data are not those the run was trained on: {name} {now}, were {then}")
-        checksum = self.components.setup.teacher_checksum
+        checksum = self.components.setup.checksums
         if checksum != state["taught_by"]:
             raise UserError(
                 f"the teacher is not the one that the run learns from: its weights' checksum is {checksum}, "
@@ -271,6 +267,16 @@ class Checkpointer:
                 self.save_weights("best")
             self.save_weights("last")
         self._write_weights()
+
+
+def _teacher_record(teacher: TeacherSetup, spec: TeacherConfig) -> dict[str, Any]:
+    """A teacher in the metadata of a checkpoint, the fields of `TeacherRecord`."""
+    return {
+        "architecture": teacher.network.architecture,
+        **spec.model_dump(mode="json", include={"checkpoint", "input_size", "pooling", "weight"}),
+        "name": teacher.network.name,
+        "weights": teacher.checksum,
+    }
 
 
 def _union(lists: list[list[str]]) -> list[str]:

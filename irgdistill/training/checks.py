@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from irgdistill.config import ENCODER_METHOD, Config
 from irgdistill.data import Splits
 from irgdistill.errors import UserError
@@ -26,25 +28,32 @@ def check_logging(config: Config, splits: Splits) -> None:
         raise UserError(f"{asked}: {config.data.source} is a stream, which has no images to draw from")
 
 
-NO_CLASSIFIER = "the teacher has no classifier"
-
-
-def difference(teacher: Network, classes: list[str]) -> str:
-    """Why the teacher's output is no logits over these classes, in words; empty if it is."""
+def difference(teacher: Network, classes: list[str], name: str = "the teacher") -> str:
+    """Why the teacher's output is no logits over these classes, in words; empty if it is. `name`: what to call it."""
     if not teacher.num_classes:
-        return NO_CLASSIFIER
+        return f"{name} has no classifier"
     if teacher.num_classes != len(classes):
-        return f"the teacher has {teacher.num_classes:,} classes and the data {len(classes):,}"
+        return f"{name} has {teacher.num_classes:,} classes and the data {len(classes):,}"
     if teacher.classes is not None and teacher.classes != classes:
         first = next(i for i, (a, b) in enumerate(zip(teacher.classes, classes, strict=True)) if a != b)
-        return f"class {first} is {teacher.classes[first]!r} for the teacher and {classes[first]!r} in the data"
+        return f"class {first} is {teacher.classes[first]!r} for {name} and {classes[first]!r} in the data"
     return ""
 
 
-def check_classes(config: Config, teacher: Network, classes: list[str]) -> None:
-    """Terms on logits need the same classes in the same order; relation terms need none. Raises UserError."""
-    used, problem = config.losses.comparing("logits"), difference(teacher, classes)
-    if used and problem:
+def called(teachers: Sequence[Network], number: int) -> str:
+    """What to call one of the teachers in a message."""
+    return "the teacher" if len(teachers) == 1 else f"teacher {number + 1}, {teachers[number].name},"
+
+
+def check_classes(config: Config, teachers: Sequence[Network], classes: list[str]) -> None:
+    """Terms on logits need a teacher with the same classes in the same order; relation terms need none.
+
+    Raises UserError.
+    """
+    used = config.losses.comparing("logits")
+    problems = [difference(teacher, classes, called(teachers, i)) for i, teacher in enumerate(teachers)]
+    problem = " and ".join(problems)
+    if used and all(problems):
         unset = " ".join(f"--set losses.{name}.weight=0" for name in used)
         several = len(used) > 1
         first = "" if not config.data.labels else "train a teacher of these classes with `irgdistill train`, or "

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from irgdistill.config import Config, Pooling
 from irgdistill.data import Loader, UnreadableImages, eval_loader, train_loader
 from irgdistill.errors import UserError
 from irgdistill.io import Report
-from irgdistill.losses import DistillLoss, Learner, build_loss
-from irgdistill.matching import Output, Tapped, has_unused_parameters
+from irgdistill.losses import Counterpart, DistillLoss, Learner, build_loss
+from irgdistill.matching import Tapped, has_unused_parameters
 from irgdistill.models import Network, fold_batch_norm
 from irgdistill.runtime import (
     World,
@@ -31,44 +31,9 @@ from irgdistill.runtime import (
 from irgdistill.training.held_out import HELD_OUT_IMAGES, HeldOutGraph
 from irgdistill.training.optimization import build_mixup, build_optimizer, build_scheduler
 from irgdistill.training.setup import Setup
-from irgdistill.training.teacher_cache import TeacherCache
+from irgdistill.training.teachers import CachedRows, CachedTeacher, LiveTeacher, Teacher, Teachers
 
 Compilable = TypeVar("Compilable", bound=Callable[..., Any])
-
-
-class Teacher(Protocol):
-    """Answers for the teacher: `LiveTeacher` or `CachedTeacher`."""
-
-    network: Tapped | None
-    """The frozen network; None for a cache, which holds its answers alone."""
-
-    def __call__(self, images: Tensor, rows: Tensor | None) -> Output:
-        """images (B, 3, H, W) of a step, with the cache's rows (B, n) for them -> logits and features."""
-
-
-class LiveTeacher:
-    """A frozen network that runs on the images of each step."""
-
-    def __init__(self, network: Tapped) -> None:
-        self.network: Tapped | None = network
-        self._forward = network
-
-    def __call__(self, images: Tensor, rows: Tensor | None = None) -> Output:
-        with torch.no_grad():
-            output: Output = self._forward(images)
-        return output
-
-
-class CachedTeacher:
-    """The rows of a teacher cache, which the loader brings with the images."""
-
-    def __init__(self, cache: TeacherCache) -> None:
-        self.network: Tapped | None = None
-        self.cache = cache
-
-    def __call__(self, images: Tensor, rows: Tensor | None = None) -> Output:
-        assert rows is not None, "the loader brings the rows of a teacher cache"
-        return self.cache.output(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +56,7 @@ class RunComponents:
     held_out: HeldOutGraph | None
     """Evaluates a student without a classifier."""
     ema: ModelEmaV3 | None
-    teacher: Teacher | None
+    teacher: Teachers | None
     """None for a method without a teacher."""
     train: Loader
     validation: Loader
@@ -117,8 +82,9 @@ class RunComponents:
 
     @property
     def projector(self) -> nn.Module | None:
-        """The layer from the student's to the teacher's embeddings, if a term trains one."""
-        return self.adapters.get_submodule("embedding.linear") if "embedding" in self.adapters else None
+        """The layer from the student's to the first teacher's embeddings, if a term trains one."""
+        linear = "embedding.0.linear" if self.config.teachers else "embedding.linear"
+        return self.adapters.get_submodule(linear) if "embedding" in self.adapters else None
 
     @property
     def updates(self) -> int:
@@ -207,6 +173,8 @@ def _build_loss(setup: Setup, device: torch.device, world: World, report: Report
         setup.embedding_widths,
         setup.student.num_classes > 0,
         setup.splits.labelled_share,
+        setup.config.teacher.weight,
+        [Counterpart(it.plan, it.embedding_widths, it.weight) for it in setup.teachers[1:]],
     )
     for note in loss.notes:
         report.warn(note)
@@ -239,23 +207,28 @@ def _build_networks(setup: Setup, loss: DistillLoss, device: torch.device, world
         "trained": world.wrap(learner, unused),
         "evaluated": compiled if ema is None else Tapped(ema.module, view, (), last, embedding=embedding),
         "ema": ema,
-        "teacher": _build_teacher(setup, loss, device),
+        "teacher": _build_teachers(setup, loss, device),
     }
 
 
-def _build_teacher(setup: Setup, loss: DistillLoss, device: torch.device) -> Teacher | None:
-    runtime, taps = setup.config.runtime, loss.where("teacher")
-    if setup.teacher is None:
+def _build_teachers(setup: Setup, loss: DistillLoss, device: torch.device) -> Teachers | None:
+    members = [_build_teacher(setup, loss, device, number) for number in range(len(setup.teachers))]
+    if not members:
         return None
-    if setup.cache is not None:
-        setup.cache.open(taps)
-        return CachedTeacher(setup.cache)
-    model = _on_device(setup.teacher.model, device, runtime.channels_last)
-    view = setup.teacher.preprocess().to(device)
+    return Teachers(members, [it.weight for it in setup.teachers], [it.answers for it in setup.teachers])
+
+
+def _build_teacher(setup: Setup, loss: DistillLoss, device: torch.device, number: int) -> Teacher:
+    runtime, taps, teacher = setup.config.runtime, loss.where("teacher", number), setup.teachers[number]
+    if teacher.cache is not None:
+        teacher.cache.open(taps)
+        return CachedTeacher(teacher.cache)
+    model = _on_device(teacher.network.model, device, runtime.channels_last)
+    view = teacher.network.preprocess().to(device)
     if runtime.fold_batch_norm:
         tapped_modules = {tap.module for kind in taps.values() for tap in kind}
-        fold_batch_norm(model.eval(), setup.teacher.input.size, tapped_modules)
-    embedding = setup.teacher.pooling if _embeds(setup, loss) else None
+        fold_batch_norm(model.eval(), teacher.network.input.size, tapped_modules)
+    embedding = teacher.network.pooling if _embeds(setup, loss) else None
     network = Tapped(model, view, channels_last=runtime.channels_last, **taps, embedding=embedding)
     return LiveTeacher(_compiled(network.requires_grad_(False).eval(), setup.config))
 
@@ -267,7 +240,7 @@ def _embeds(setup: Setup, loss: DistillLoss) -> bool:
 
 def _held_out(
     setup: Setup,
-    teacher: Teacher | None,
+    teacher: Teachers | None,
     device: torch.device,
     unreadable: UnreadableImages,
     precision: AbstractContextManager[Any],
@@ -283,7 +256,7 @@ def _held_out(
 def _build_data(setup: Setup, loss: DistillLoss, device: torch.device, world: World, report: Report) -> dict[str, Any]:
     config = setup.config
     unreadable = UnreadableImages(config.data.max_bad_images, report.warn)
-    cache = setup.cache if config.uses_teacher else None
+    caches = [teacher.cache for teacher in setup.teachers if teacher.cache is not None]
     train = train_loader(
         setup.splits,
         config.data,
@@ -293,7 +266,7 @@ def _build_data(setup: Setup, loss: DistillLoss, device: torch.device, world: Wo
         config.seed,
         unreadable,
         world,
-        None if cache is None else cache.teacher_rows,
+        CachedRows(caches) if caches else None,
     )
     crop = setup.student.input if setup.splits.labelled and setup.student.num_classes else setup.crop
     validation = eval_loader(setup.splits, config.data, crop, device, unreadable, world=world)

@@ -19,9 +19,9 @@ from irgdistill.io import Report
 from irgdistill.losses import soft_targets
 from irgdistill.matching import Tapped
 from irgdistill.runtime import World
-from irgdistill.training.checks import difference
 
 if TYPE_CHECKING:
+    from irgdistill.models import Network
     from irgdistill.training.components import RunComponents
 
 BINS = 15
@@ -182,28 +182,31 @@ def details(metrics: Metrics) -> str:
     return "  ".join(f"{title} {value:{form}}" for title, (value, form) in found.items() if value is not None)
 
 
-def check_teacher(run: RunComponents, report: Report) -> dict[str, Any] | None:
-    """Evaluate a live teacher with its own preprocessing -> its record. Raises UserError if it is near chance."""
-    setup = run.setup
-    if setup.teacher is None or run.teacher is None or run.teacher.network is None or not run.config.teacher.check:
+def check_teachers(run: RunComponents, report: Report) -> dict[str, Any] | None:
+    """Evaluate the live teachers -> the record of the first, if it is one. Raises UserError if one is near chance.
+
+    Those whose classes are not the data's are not evaluated.
+    """
+    setup, records = run.setup, dict[int, dict[str, Any]]()
+    if run.teacher is None or not run.config.teacher.check:
         return None
-    if difference(setup.teacher, setup.splits.classes):  # it does not answer with these classes
-        return None
-    if not setup.splits.labelled:
-        report.warn("the validation images have no labels: the teacher's accuracy is not checked")
-        return None
-    loader = eval_loader(
-        setup.splits,
-        run.config.data,
-        setup.teacher.input,
-        run.device,
-        run.unreadable,
-        limit=CHECK_IMAGES,
-        world=run.world,
-    )
-    metrics = evaluate(run.teacher.network, loader, run.autocast, world=run.world)
+    for number, (known, member) in enumerate(zip(setup.teachers, run.teacher.members, strict=True)):
+        if member.network is None or not known.answers or not run.config.all_teachers[number].check:
+            continue
+        if not setup.splits.labelled:
+            report.warn("the validation images have no labels: the teacher's accuracy is not checked")
+            return None
+        records[number] = _check_teacher(run, known.network, member.network, report)
+    return records.get(0)
+
+
+def _check_teacher(run: RunComponents, teacher: Network, network: Tapped, report: Report) -> dict[str, Any]:
+    """Evaluate a teacher with its own preprocessing -> its record. Raises UserError if it is near chance."""
+    setup, data = run.setup, run.config.data
+    loader = eval_loader(setup.splits, data, teacher.input, run.device, run.unreadable, CHECK_IMAGES, run.world)
+    metrics = evaluate(network, loader, run.autocast, world=run.world)
     top1, chance = metrics.top1 or 0.0, 100 / len(setup.classes)
-    report.line(f"teacher {setup.teacher.name}: top-1 {top1:.2f} on {metrics.images} validation images")
+    report.line(f"teacher {teacher.name}: top-1 {top1:.2f} on {metrics.images} validation images")
     if top1 < chance + 0.1 * (100 - chance):
         raise UserError(
             f"the teacher reaches top-1 {top1:.1f} on this data, chance is {chance:.1f}: its classes may be in "

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from timm.layers import use_reentrant_ckpt
 from timm.utils import random_seed
@@ -17,15 +16,35 @@ from irgdistill.config import (
     STAGE_KINDS,
     Config,
     InputSpec,
-    absolute_source,
     check_run,
 )
 from irgdistill.data import Splits, UnreadableImages, balanced_weights, open_splits, train_images
 from irgdistill.errors import UserError
 from irgdistill.matching import Plan, match
-from irgdistill.models import LOCAL, Network, build_booster, build_student, build_teacher, resolve_student
-from irgdistill.training.checks import NO_CLASSIFIER, check_classes, check_input_sizes, check_logging, difference
+from irgdistill.models import Network, build_booster, build_student, build_teacher
+from irgdistill.training.cached_views import with_cached_views
+from irgdistill.training.checks import called, check_classes, check_input_sizes, check_logging, difference
+from irgdistill.training.resolving import resolved
 from irgdistill.training.teacher_cache import TeacherCache, describe_data, describe_teacher, describe_views
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSetup:
+    """A teacher of a run, and how it matches the student."""
+
+    network: Network
+    weight: float
+    """Its share beside the other teachers."""
+    answers: bool
+    """Its classes are the data's, so that its logits can be compared."""
+    checksum: str
+    """Checksum of its weights, cached or live."""
+    plan: Plan | None = None
+    """The matched stages, if a term compares any."""
+    cache: TeacherCache | None = None
+    """Answers in place of the network, which then has no weights."""
+    embedding_widths: tuple[int, int] | None = None
+    """Widths of the student's and the teacher's embeddings, if a term compares them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,24 +54,45 @@ class Setup:
     config: Config
     splits: Splits
     student: Network
-    teacher: Network | None
-    plan: Plan | None
+    teachers: Sequence[TeacherSetup]
+    """None for a method without a teacher. The properties below are those of the first."""
     crop: InputSpec
-    """The crop that both networks see: the larger height and the larger width of their inputs."""
+    """The crop that all networks see: the largest height and the largest width of their inputs."""
     booster: Network | None = None
     """The untrained network that `rocket` trains with the student."""
-    cache: TeacherCache | None = None
-    """Answers in place of the teacher, which then has no weights."""
     class_weights: list[float] | None = None
     """Weights of the cross-entropy, by class index."""
-    teacher_checksum: str | None = None
-    """Checksum of the teacher's weights, cached or live."""
-    embedding_widths: tuple[int, int] | None = None
-    """Widths of the student's and the teacher's embeddings, if a term compares them."""
     method_note: str = ""
     """The method that `auto` chose, and why; empty if it was given."""
     start_note: str = ""
     """The origin of the student's weights, in words, and of the teacher's if its file holds several."""
+
+    @property
+    def teacher(self) -> Network | None:
+        return self.teachers[0].network if self.teachers else None
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.teachers[0].plan if self.teachers else None
+
+    @property
+    def embedding_widths(self) -> tuple[int, int] | None:
+        return self.teachers[0].embedding_widths if self.teachers else None
+
+    @property
+    def checksums(self) -> str | list[str] | None:
+        """Of the weights of the teacher, or of each of several; None without one."""
+        found = [teacher.checksum for teacher in self.teachers]
+        return found if len(found) > 1 else next(iter(found), None)
+
+    @property
+    def plans(self) -> list[Plan | None]:
+        """The matched stages of each teacher; one without any if there is no teacher."""
+        return [teacher.plan for teacher in self.teachers] or [None]
+
+    @property
+    def caches(self) -> list[TeacherCache]:
+        return [teacher.cache for teacher in self.teachers if teacher.cache is not None]
 
     @property
     def classes(self) -> list[str]:
@@ -67,29 +107,30 @@ class Setup:
 
 
 class SharedInputs:
-    """Data and live teacher of runs that differ in method and seed alone: opened once, for every run."""
+    """Data and live teachers of runs that differ in method and seed alone: opened once, for every run."""
 
     def __init__(self) -> None:
         self._splits: Splits | None = None
-        self._teacher: Network | None = None
-        self._checksum: str | None = None
+        self._teachers: dict[int, Network] = {}
+        self._checksums: dict[int, str] = {}
 
     def splits(self, config: Config) -> Splits:
         if self._splits is None:
             self._splits = open_splits(config.data)
         return self._splits
 
-    def teacher(self, config: Config, fetch: bool) -> Network:
+    def teacher(self, config: Config, number: int, fetch: bool) -> Network:
         """A copy, because a run folds the teacher's batch-norm and hooks its blocks."""
-        if self._teacher is None:
-            self._teacher = build_teacher(config, fetch)
-        return replace(self._teacher, model=deepcopy(self._teacher.model))
+        if number not in self._teachers:
+            self._teachers[number] = build_teacher(config.all_teachers[number], fetch)
+        own = self._teachers[number]
+        return replace(own, model=deepcopy(own.model))
 
-    def checksum(self, teacher: Network) -> str:
+    def checksum(self, teacher: Network, number: int) -> str:
         """The checksum of the weights of `teacher`, a copy of this one."""
-        if self._checksum is None:
-            self._checksum = str(describe_teacher(teacher)["weights"])
-        return self._checksum
+        if number not in self._checksums:
+            self._checksums[number] = str(describe_teacher(teacher)["weights"])
+        return self._checksums[number]
 
 
 def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: SharedInputs | None = None) -> Setup:
@@ -100,121 +141,147 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
     """
     config = resolved(config, resuming)
     check_run(config, resuming)
-    cache = None if config.teacher.cache is None else TeacherCache(config.teacher.cache)
-    if cache is not None:
-        config = cache.with_cached_views(config)
+    caches = [None if spec.cache is None else TeacherCache(spec.cache) for spec in config.all_teachers]
+    config = with_cached_views(config, caches)
     asked = config
-    config, splits, teacher, method_note = open_data(asked, lambda: _teacher(asked, cache, fetch, inputs), inputs)
+    config, splits, teachers, method_note = open_data(asked, lambda: _teachers(asked, caches, fetch, inputs), inputs)
     if splits.default_fraction is not None:  # remembered, so that the run finds the same images again
         config = config.replaced({"data.val_fraction": splits.default_fraction})
     class_weights = weigh_classes(config, splits)
     check_logging(config, splits)
-    if teacher is not None:
-        check_classes(config, teacher, splits.classes)
+    if teachers:
+        check_classes(config, teachers, splits.classes)
     classes = splits.classes if config.data.labels or config.losses.comparing("logits") else []
     random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
     student, start_note = build_student(config.student, classes, not resuming, fetch)
     if config.student.grad_checkpointing:
         _checkpoint_blocks(student)
-    plan = None
-    if teacher is not None and config.losses.comparing(*STAGE_KINDS):
-        plan = match(teacher.levels(), student.levels(), config.matching)
-        check_input_sizes(teacher, student, plan)
+    matched = [
+        _matched(config, number, teacher, student, splits.classes, caches[number], inputs)
+        for number, teacher in enumerate(teachers)
+    ]
     booster = build_booster(config, len(splits.classes)) if config.losses.comparing("booster") else None
-    crop = student.input.covering(*(network.input for network in (teacher, booster) if network is not None))
-    if cache is not None:
-        crop = cache.crop(student.input)
-        _check_cache(cache, config, splits, student, plan)
+    crop = student.input.covering(*(network.input for network in (*teachers, booster) if network is not None))
+    if used := [cache for cache in caches if cache is not None]:
+        crop = used[0].crop(student.input)
+        _check_caches(used, config, splits, student)
+    for spec, teacher in zip(config.all_teachers, matched, strict=False):
+        if teacher.cache is not None:
+            teacher.cache.check_terms(config.losses, teacher.plan, spec, teacher.answers)
     return Setup(
         config=config,
         splits=splits,
         student=student,
-        teacher=teacher,
-        plan=plan,
+        teachers=matched,
         crop=crop,
         booster=booster,
-        cache=cache,
         class_weights=class_weights,
-        embedding_widths=_embedding_widths(config, student, teacher),
         method_note=method_note,
-        teacher_checksum=None if teacher is None else _checksum(teacher, cache, inputs),
-        start_note="; ".join(filter(None, (start_note, "" if teacher is None else teacher.note))),
+        start_note="; ".join(filter(None, (start_note, *(teacher.note for teacher in teachers)))),
     )
 
 
 def open_data(
-    config: Config, teacher: Callable[[], Network | None], inputs: SharedInputs | None = None
-) -> tuple[Config, Splits, Network | None, str]:
-    """Open the images and build the teacher, which supplies the classes if there are no labels.
+    config: Config, teachers: Callable[[], list[Network]], inputs: SharedInputs | None = None
+) -> tuple[Config, Splits, list[Network], str]:
+    """Open the images and build the teachers, the first of which supplies the classes if there are no labels.
 
     The configuration has the method that `auto` stands for; the text says which and why, and is empty for a method that
     was given. Raises UserError.
     """
     if config.data.labels:
-        splits, network = (open_splits(config.data) if inputs is None else inputs.splits(config)), teacher()
-        problem = "" if network is None else difference(network, splits.classes)
-        config, note = _choose_method(config, problem)
-        return config, splits, network, note
-    network = teacher()
-    assert network is not None
-    config, note = _choose_method(config, "" if network.num_classes else NO_CLASSIFIER)
-    classes = (network.classes or network.num_classes) if config.losses.comparing("logits") else 0
-    return config, open_splits(config.data, classes=classes), network, note
+        splits, networks = (open_splits(config.data) if inputs is None else inputs.splits(config)), teachers()
+        config, note = _choose_method(config, networks, splits.classes)
+        return config, splits, networks, note
+    networks = teachers()
+    first = networks[0]
+    known = first.classes or [str(number) for number in range(first.num_classes)]
+    config, note = _choose_method(config, networks, known)
+    classes = (first.classes or first.num_classes) if config.losses.comparing("logits") else 0
+    return config, open_splits(config.data, classes=classes), networks, note
 
 
-def _choose_method(config: Config, problem: str) -> tuple[Config, str]:
-    """The configuration with the method that `auto` stands for; `problem`: why the teacher's logits do not fit."""
+def _choose_method(config: Config, teachers: Sequence[Network], classes: list[str]) -> tuple[Config, str]:
+    """The configuration with the method that `auto` stands for: the default if all teachers have these classes."""
     if config.method != AUTO:
         return config, ""
+    problems = (difference(teacher, classes, called(teachers, number)) for number, teacher in enumerate(teachers))
+    problem = next(filter(None, problems), "")
     chosen = ENCODER_METHOD if problem else DEFAULT_METHOD
-    why = f"{problem}, so no logits are compared" if problem else "the teacher has the data's classes"
+    have = "the teacher has" if len(teachers) == 1 else "the teachers have"
+    why = f"{problem}, so no logits are compared" if problem else f"{have} the data's classes"
     return config.with_method(chosen), f"method {chosen}: {why}"
 
 
-def _embedding_widths(config: Config, student: Network, teacher: Network | None) -> tuple[int, int] | None:
-    if teacher is None or not config.losses.comparing("embedding"):
-        return None
-    return student.embedding_width(), teacher.embedding_width()
-
-
-def _teacher(config: Config, cache: TeacherCache | None, fetch: bool, inputs: SharedInputs | None) -> Network | None:
-    """The teacher of the method, if any; with a cache, without its weights.
+def _teachers(
+    config: Config, caches: Sequence[TeacherCache | None], fetch: bool, inputs: SharedInputs | None
+) -> list[Network]:
+    """The teachers of the method, if it has any; with a cache, without its weights.
 
     A teacher given beside a cache must be the cached one: the weights are compared if given, else the architecture.
     """
-    if not config.uses_teacher:
-        return None
-    if cache is None:
-        return build_teacher(config, fetch) if inputs is None else inputs.teacher(config, fetch)
-    if config.teacher.checkpoint is not None:
-        cache.check_same("teacher", describe_teacher(build_teacher(config)))
-    elif config.teacher.name not in (None, cache.manifest["name"]):
-        cache.check_same("teacher", {"architecture": config.teacher.name.split(".")[0]})
-    return cache.teacher()
+    networks: list[Network] = []
+    for number, (spec, cache) in enumerate(zip(config.all_teachers, caches, strict=True)):
+        if not config.uses_teacher:
+            break
+        if cache is None:
+            live = build_teacher(spec, fetch) if inputs is None else inputs.teacher(config, number, fetch)
+            networks.append(live)
+            continue
+        if spec.checkpoint is not None:
+            cache.check_same("teacher", describe_teacher(build_teacher(spec)))
+        elif spec.name not in (None, cache.manifest["name"]):
+            cache.check_same("teacher", {"architecture": spec.name.split(".")[0]})
+        networks.append(cache.teacher())
+    return networks
 
 
-def _checksum(teacher: Network, cache: TeacherCache | None, inputs: SharedInputs | None) -> str:
-    """The checksum of the teacher's weights, cached or live."""
+def _matched(
+    config: Config,
+    number: int,
+    teacher: Network,
+    student: Network,
+    classes: list[str],
+    cache: TeacherCache | None,
+    inputs: SharedInputs | None,
+) -> TeacherSetup:
+    """A teacher matched with the student. Raises UserError if they cannot be."""
+    plan = None
+    if config.losses.comparing(*STAGE_KINDS):
+        plan = match(teacher.levels(), student.levels(), config.matching)
+        check_input_sizes(teacher, student, plan)
     if cache is not None:
-        return str(cache.manifest["teacher"]["weights"])
-    return str(describe_teacher(teacher)["weights"]) if inputs is None else inputs.checksum(teacher)
+        checksum = str(cache.manifest["teacher"]["weights"])
+    else:
+        checksum = str(describe_teacher(teacher)["weights"]) if inputs is None else inputs.checksum(teacher, number)
+    embeds = config.losses.comparing("embedding")
+    return TeacherSetup(
+        network=teacher,
+        weight=config.all_teachers[number].weight,
+        answers=not difference(teacher, classes),
+        checksum=checksum,
+        plan=plan,
+        cache=cache,
+        embedding_widths=(student.embedding_width(), teacher.embedding_width()) if embeds else None,
+    )
 
 
-def _check_cache(cache: TeacherCache, config: Config, splits: Splits, student: Network, plan: Plan | None) -> None:
-    """Raises UserError if the run asks for what is not in the cache."""
+def _check_caches(caches: Sequence[TeacherCache], config: Config, splits: Splits, student: Network) -> None:
+    """Raises UserError if the caches hold other images or views than the run's."""
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream, which cannot have a teacher cache")
-    if not splits.labelled:
+    if not splits.labelled and config.teacher.cache is not None:
         raise UserError(
             "--teacher-cache: validation images without labels need the live teacher, to measure agreement; "
             "put them into class folders, or leave out --teacher-cache"
         )
-    crop, count, seed = cache.crop(student.input), cache.views["views"], cache.views["seed"]
-    cache.check_same("views", describe_views(config, crop, count, seed))
+    first = caches[0]
+    crop, count, seed = first.crop(student.input), first.views["views"], first.views["seed"]
+    first.check_same("views", describe_views(config, crop, count, seed))
     images = train_images(splits, config.data, config.augment, crop, seed, UnreadableImages(config.data.max_bad_images))
-    cache.check_same("data", describe_data(images, splits, count))
-    if config.uses_teacher:
-        cache.check_terms(config, plan)
+    data = describe_data(images, splits, count)
+    for cache in caches:
+        cache.check_same("data", data)
 
 
 def weigh_classes(config: Config, splits: Splits) -> list[float] | None:
@@ -242,35 +309,3 @@ def _checkpoint_blocks(student: Network) -> None:
         student.model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError):
         raise UserError(f"{student.name} does not support student.grad_checkpointing") from None
-
-
-def resolved(config: Config, resuming: bool = False) -> Config:
-    """The configuration with absolute paths, and the student's settings from its checkpoint. Raises UserError."""
-    student = config.student if resuming else resolve_student(config.student)
-    data, teacher = config.data, config.teacher
-    source = data.source and absolute_source(data.source)
-    return config.replaced(
-        {
-            "student": student.replaced({"name": _absolute(student.name)}),
-            "data": data.replaced({"source": source, "root": data.root.resolve()}),
-            "teacher": teacher.replaced(
-                {
-                    "name": _absolute(teacher.name),
-                    "checkpoint": teacher.checkpoint and teacher.checkpoint.resolve(),
-                    "cache": teacher.cache and teacher.cache.resolve(),
-                }
-            ),
-        }
-    )
-
-
-def on_backend(config: Config, backend: str | None) -> Config:
-    """The configuration on the device that `--backend` needs: gloo runs on the CPU."""
-    return config.replaced({"runtime.device": "cpu"}) if backend == "gloo" else config
-
-
-def _absolute(name: str | None) -> str | None:
-    """The name of a network; one in a folder with the folder's full path."""
-    if name is None or not name.startswith(LOCAL):
-        return name
-    return LOCAL + str(Path(name.removeprefix(LOCAL)).resolve())

@@ -99,6 +99,9 @@ def changes(config: Config, remembered: Config) -> list[str]:
 
 
 def _at(config: Any, path: str) -> Any:
+    if path == "teachers":  # what a resumed run may change of them is left out
+        movable = {key.removeprefix("teacher.") for key in changeable_on_resume() if key.startswith("teacher.")}
+        return [spec.model_dump(mode="json", exclude=movable) for spec in config.teachers]
     for name in path.split("."):
         config = getattr(config, name)
     return config

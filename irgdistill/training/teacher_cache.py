@@ -20,7 +20,7 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from torch import Tensor
 
-from irgdistill.config import STORES, Config, InputSpec, Pooling
+from irgdistill.config import STORES, Config, InputSpec, LossesConfig, Pooling, TeacherConfig
 from irgdistill.data import Images, PartlyLabelled, Splits, crop_of, padding_of
 from irgdistill.errors import UserError
 from irgdistill.io import checksum, read_tensors
@@ -135,19 +135,6 @@ def describe_views(run: Config, input_spec: InputSpec, views: int, seed: int) ->
     return {**chosen, "size": list(size), "interpolation": input_spec.interpolation, "views": views, "seed": seed}
 
 
-def with_cached_orientation(config: Config, manifest: Manifest | None, folder: Path) -> Config:
-    """The same run with photos turned as in the cache in `folder`, if any. Raises UserError if the run asks otherwise.
-
-    Caches of older versions hold photos as they were stored.
-    """
-    if manifest is None:
-        return config
-    asked, cached = config.data.exif_orientation, manifest["views"].get("exif_orientation", False)
-    if asked != cached and "exif_orientation" in config.data.model_fields_set:
-        raise UserError(f"data.exif_orientation = {asked}, but the teacher cache {folder} was made with {cached}")
-    return config.replaced({"data.exif_orientation": cached})
-
-
 def describe_data(images: Images, splits: Splits, views: int) -> dict[str, Any]:
     """The number of images, their classes and labels, and checksums of the pixels of some views."""
     source = splits.train.source if isinstance(splits.train, PartlyLabelled) else splits.train  # all labels, if any
@@ -180,18 +167,6 @@ class TeacherCache:
         self.row_count = manifest["data"]["images"] * self.views["views"]
         self._shards: list[dict[str, Tensor]] = []
 
-    def with_cached_views(self, config: Config) -> Config:
-        """The same run on the cached views. Raises UserError if the run asks for others."""
-        for name, key in (("views", "views"), ("view_seed", "seed")):
-            asked, cached = getattr(config.data, name), self.views[key]
-            if asked not in (None, cached):
-                raise UserError(f"data.{name} = {asked}, but the teacher cache {self.folder} was made with {cached}")
-        second, cached = config.data.second_view, self.views.get("second_view")
-        if second != cached:
-            raise UserError(f"data.second_view = {second}, but the teacher cache {self.folder} was made with {cached}")
-        config = with_cached_orientation(config, self.manifest, self.folder)
-        return config.replaced({"data.views": self.views["views"], "data.view_seed": self.views["seed"]})
-
     def crop(self, student: InputSpec) -> InputSpec:
         """The cached crop, for a student with the input `student`."""
         return replace(
@@ -208,17 +183,19 @@ class TeacherCache:
         network.pooling = self.manifest.get("embedding", "auto")
         return network
 
-    def check_terms(self, config: Config, plan: Plan | None) -> None:
-        """Raises UserError if a term needs what is not cached."""
-        losses = config.losses
-        self._check_embedding(config)
+    def check_terms(self, losses: LossesConfig, plan: Plan | None, asked: TeacherConfig, answers: bool = True) -> None:
+        """Raises UserError if a term needs what is not cached.
+
+        `asked`: the settings of this teacher; `answers`: its logits are compared.
+        """
+        self._check_embedding(losses, asked)
         maps = losses.comparing("maps")
         if maps:
             raise UserError(
                 f"{' and '.join(maps)} compare{'s' * (len(maps) == 1)} whole maps, of which a teacher cache keeps only "
                 "means over positions and over channels: leave out --teacher-cache"
             )
-        whole = losses.needing_all_logits()
+        whole = losses.needing_all_logits() if answers else []
         if whole and self.manifest["storage"]["logits"] != "all":
             unset = " ".join(f"--set losses.{name}.weight=0" for name in whole)
             raise UserError(
@@ -243,8 +220,8 @@ class TeacherCache:
                 f"{self.folder} does not hold; give cache-teacher the same --method and weights, and the same --student"
             )
 
-    def _check_embedding(self, config: Config) -> None:
-        used, cached, asked = config.losses.comparing("embedding"), self.manifest.get("embedding"), config.teacher
+    def _check_embedding(self, losses: LossesConfig, asked: TeacherConfig) -> None:
+        used, cached = losses.comparing("embedding"), self.manifest.get("embedding")
         if used and cached is None:
             raise UserError(
                 f"{' and '.join(used)} compare{'s' * (len(used) == 1)} embeddings, which {self.folder} does not hold; "
@@ -263,7 +240,7 @@ class TeacherCache:
         then = self.manifest[part]
         for key, value in now.items():
             if value != then[key]:
-                what = f": {key} {_short(value)}, was {_short(then[key])}"
+                what = f": {key} {shortened(value)}, was {shortened(then[key])}"
                 raise UserError(f"the teacher cache {self.folder} was made of {_OTHER[part]}{what}")
 
     def open(self, where: Mapping[str, Iterable[Tap]] | None = None) -> None:
@@ -300,6 +277,11 @@ class TeacherCache:
                 result[name][here] = tensor[index[here] % SHARD]
         return result
 
+    @property
+    def row_bytes(self) -> int:
+        """Length of a row of `teacher_rows`."""
+        return sum(stored[0].nbytes for stored in self._shards[0].values())
+
     def teacher_rows(self, keys: Sequence[int]) -> Tensor:
         """The same as one tensor, bytes (B, n): one transfer between processes and to the device."""
         rows = self.rows(keys)
@@ -332,6 +314,7 @@ class TeacherCache:
 _OTHER = {"teacher": "another teacher", "data": "other images", "views": "views of another recipe"}
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value of a manifest for a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"

@@ -21,7 +21,7 @@ from irgdistill.training.components import RunComponents, build_components
 from irgdistill.training.evaluation import (
     SELECTING,
     Metrics,
-    check_teacher,
+    check_teachers,
     details,
     evaluate,
     metric_name,
@@ -65,9 +65,10 @@ class Trainer:
             torch.compiler.cudagraph_mark_step_begin()  # the outputs of the previous step may be overwritten from here
         images, targets = self._mixed(images, labels)
         with self.world.gradients(run.trained, exchanged=update_due), run.autocast:
-            teacher = None if run.teacher is None else run.teacher(images, cached)
+            teachers = [] if run.teacher is None else run.teacher(images, cached)
             student = run.trained(images)
-        total, raw, weights = run.loss.losses(Batch(student, targets, teacher), progress.update / run.updates)
+        batch = Batch(student, targets, teachers[0] if teachers else None, teachers[1:])
+        total, raw, weights = run.loss.losses(batch, progress.update / run.updates)
         non_finite = read_later(self.world.maximum((~total.detach().isfinite()).int()))
         self._record_gradient_shares(raw, weights, non_finite)
         run.scaler.scale(total / run.accumulate).backward()
@@ -129,7 +130,7 @@ class Trainer:
         """
         runtime = self.config.runtime
         with compiler_settings(runtime.compile), gpu_settings(self.components.device, runtime.deterministic):
-            self.progress.teacher_record = check_teacher(self.components, self.report)
+            self.progress.teacher_record = check_teachers(self.components, self.report)
         self.checkpointer.create(overwrite)
         seed_process(self.config.seed, self.world)
         self.checkpointer.save_first()

@@ -93,7 +93,7 @@ def test_unknown_names_get_the_nearest() -> None:
 
 def test_a_local_network_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from irgdistill.config.loading import load_config
-    from irgdistill.training.setup import resolved
+    from irgdistill.training.resolving import resolved
 
     monkeypatch.chdir(tmp_path)
     config = resolved(load_config(flags={"student.name": "local-dir:mine", "teacher.name": "local-dir:/theirs"}))

@@ -82,7 +82,7 @@ def test_teacher_and_student_are_taken_by_role(tmp_path: Path, folder: Path, apa
     both = {"teacher": under("backbone.", teacher), "student": under("module.backbone.", student)}
     torch.save(both if apart else {"state_dict": under("student.", student) | under("teacher.net.", teacher)}, path)
     config = load_config(flags={"teacher.name": NAME, "teacher.checkpoint": str(path)})
-    assert torch.equal(logits(build_teacher(config).model), logits(WANTED))
+    assert torch.equal(logits(build_teacher(config.teacher).model), logits(WANTED))
     flags = {"data.source": str(folder), "student.name": NAME, "student.checkpoint": str(path)}
     setup = prepare(load_config(flags={**flags, "method": "none"}))
     assert torch.equal(logits(setup.student.model), logits(OTHER))

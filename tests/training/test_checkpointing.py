@@ -68,9 +68,7 @@ class Fixture:
             scheduler=SimpleNamespace(step_update=lambda update: self.written.append(f"schedule {update}")),
             unreadable=SimpleNamespace(names=["a.png"]),
             data_facts={"training images": 8, "classes": ["cat", "dog"]},
-            setup=SimpleNamespace(
-                student=student, teacher=None, plan=None, classes=["cat", "dog"], teacher_checksum=None
-            ),
+            setup=SimpleNamespace(student=student, teachers=[], plan=None, classes=["cat", "dog"], checksums=None),
         )
         self.folder, self.progress, self.report = RunFolder(path), Progress(), Report()
         self.folder.state.parent.mkdir(parents=True, exist_ok=True)

@@ -274,8 +274,8 @@ def test_only_what_the_terms_compare_is_read(
     flags |= {"data.batch_size": 32, "data.train_images": 224, "data.workers": 0, "runtime.device": "cpu"}
     setup = prepare(load_config(preset="quickstart", flags=flags))
     run = build_trainer(setup, RunFolder(tmp_path), Report(quiet=True)).components
-    assert run.setup.cache is not None
-    assert {name.partition(" ")[0] for name in run.setup.cache.rows([0])} == {"logits", *kinds}
+    assert run.setup.caches
+    assert {name.partition(" ")[0] for name in run.setup.caches[0].rows([0])} == {"logits", *kinds}
 
 
 def test_the_largest_logits_keep_the_mass_of_the_rest() -> None:

@@ -229,9 +229,9 @@ def test_the_teacher_gets_the_mixed_images_and_the_rows_of_its_cache() -> None:
     fixture = Fixture()
     asked: list[Any] = []
 
-    def teacher(images: Tensor, rows: Tensor | None) -> str:
+    def teacher(images: Tensor, rows: Tensor | None) -> list[str]:
         asked.append((images, rows))
-        return "its answer"
+        return ["its answer"]
 
     fixture.components.teacher = teacher
     fixture.components.mixup = lambda images, labels: (images + 1, labels + 3)

@@ -18,7 +18,7 @@ from pathlib import Path
 from irgdistill.commands.compare.table import Run, summary_of, write_table
 from irgdistill.commands.distill import resume, start
 from irgdistill.commands.requests import CompareRequest, DistillRequest, ResumeRequest
-from irgdistill.config import changeable_on_resume, dump, read_yaml, validate_saved
+from irgdistill.config import changeable_on_resume, dump, of_any_teacher, read_yaml, validate_saved
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import Report, RunFolder, write_text
 from irgdistill.losses import build_loss
@@ -96,16 +96,23 @@ def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -
     for config in {run.config.method: run.config for run in left}.values():
         setup = prepare(config, inputs=inputs)
         for path, weights in teachers.items():
-            if setup.teacher_checksum not in (None, weights):
+            if setup.checksums not in (None, weights):
                 raise UserError(f"{path} learnt from a teacher with other weights; give another --output")
         booster = None if setup.booster is None else Tapped(setup.booster.model, setup.booster.preprocess())
-        build_loss(config.losses, setup.plan, None, booster)
+        widths = [teacher.embedding_widths for teacher in setup.teachers] or [None]
+        for plan, width in zip(setup.plans, widths, strict=True):
+            build_loss(config.losses, plan, None, booster, embedding_widths=width)
 
 
-def _teachers(output: Path) -> dict[Path, str]:
-    """Folder of each run that had a teacher -> checksum of the teacher's weights."""
+def _teachers(output: Path) -> dict[Path, str | list[str]]:
+    """Folder of each run that had a teacher -> checksum of the teacher's weights, or of each teacher's."""
     found = {path.parent: CheckpointMetadata.read(path) for path in sorted(output.glob("*/*/last.safetensors"))}
-    return {path: known.teacher.weights for path, known in found.items() if known is not None and known.teacher}
+    checksums: dict[Path, str | list[str]] = {}
+    for path, known in found.items():
+        if known is not None and known.teacher:
+            first = known.teacher.weights
+            checksums[path] = [first, *(other.weights for other in known.teachers)] if known.teachers else first
+    return checksums
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -116,7 +123,7 @@ def _train(run: Run, request: CompareRequest, inputs: SharedInputs) -> None:
     try:
         if run.folder.state.exists():
             flags, changeable = request.flags or {}, changeable_on_resume()
-            changed = {key: value for key, value in flags.items() if key in changeable}
+            changed = {key: value for key, value in flags.items() if of_any_teacher(key) in changeable}
             resume(ResumeRequest(run.folder.path, changed), own_process=True)
         else:
             start(DistillRequest(run.config, run.folder.path, overwrite=True), own_process=True, inputs=inputs)

@@ -67,9 +67,11 @@ def write_table(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = Fa
     """Run all students on the validation images, then print and save their comparison."""
     config = runs[0].config
     spec = config.teacher
+    if config.teachers:
+        Report().line(f"agreement is measured with the first of {len(config.all_teachers)} teachers")
     teacher = None
     if spec.checkpoint is not None or (spec.name is not None and spec.cache is None):
-        teacher = build_teacher(config)
+        teacher = build_teacher(spec)
     elif spec.cache is not None:
         Report().line(
             "agreement with the teacher is not measured: a cache has no weights to run; give --teacher-checkpoint"

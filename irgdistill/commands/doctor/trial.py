@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from irgdistill.io import Report, RunFolder
 from irgdistill.runtime import keep_memory
-from irgdistill.training import Setup, Trainer, build_trainer
+from irgdistill.training import CachedRows, Setup, Trainer, build_trainer
 
 FEW = 2
 """Images of the first step."""
@@ -70,12 +70,12 @@ def try_run(setup: Setup, batch: int, available: int) -> Trial:
     tried = _try_steps(trainer, batch, available // 2)
     (few, less, _), (images, peak, seconds) = tried[-2:] if len(tried) > 1 else [(0, 0, 0.0), *tried]
     per_image = (peak - less) / (images - few)
-    teacher = None if components.teacher is None else components.teacher.network
+    teachers = [] if components.teacher is None else components.teacher.networks
     booster = None if setup.booster is None else setup.booster.model
     student = _size(_tensors([components.student]))
     optimizer = _size(tree_leaves(components.optimizer.state_dict()["state"]))
     return Trial(
-        weights=_size(_tensors([components.trained, teacher, components.ema, booster])),
+        weights=_size(_tensors([components.trained, *teachers, components.ema, booster])),
         optimizer=optimizer,
         fixed=int(peak - images * per_image),
         per_image=per_image,
@@ -107,7 +107,8 @@ def _step(trainer: Trainer, count: int) -> None:
     run, progress = trainer.components, trainer.progress
     images = torch.randint(0, 256, (count, 3, *run.setup.crop.size), dtype=torch.uint8, device=run.device)
     labels = torch.randint(0, len(run.setup.classes), (count,), device=run.device)
-    cached = None if run.setup.cache is None else run.setup.cache.teacher_rows([0] * count).to(run.device)
+    caches = run.setup.caches
+    cached = CachedRows(caches)([0] * count).to(run.device) if caches else None
     progress.batch = progress.update = 0
     while progress.update == 0:
         trainer.train_step(images, labels, cached)

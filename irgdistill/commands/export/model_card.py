@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from irgdistill.config import Config, dump, read_yaml, validate_saved
+from irgdistill.config import SKIPPED, Config, TeacherConfig, dump, read_yaml, validate_saved
 from irgdistill.errors import UserError
 from irgdistill.io import RunFolder, code_span, markdown, markdown_table, records, visible
 from irgdistill.models import CheckpointMetadata, Network, multiply_adds, parameters
@@ -35,12 +35,15 @@ CITATION = """```bibtex
 """
 
 
-EXTERNAL_FILES = {
-    "--teacher-checkpoint": ("teacher", "checkpoint"),
-    "--teacher-cache": ("teacher", "cache"),
-    "--student-checkpoint": ("student", "checkpoint"),
-}
-"""Files that a run needs and an export does not contain: option -> section and key."""
+TEACHER_FILES = {"--teacher-checkpoint": "checkpoint", "--teacher-cache": "cache"}
+"""Files of a teacher that a run needs and an export does not contain: option -> key."""
+
+
+def _without_folders(teacher: TeacherConfig) -> TeacherConfig:
+    """The settings of a teacher with files by their names alone."""
+    paths = {key: getattr(teacher, key) for key in TEACHER_FILES.values()}
+    files = {key: Path(path.name) for key, path in paths.items() if path is not None}
+    return teacher.replaced({"name": public_name(teacher.name), **files})
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,13 @@ class Provenance:
         changed: dict[str, Any] = {
             "data.source": self.data_name,
             "data.root": Path("data"),
-            "teacher.name": public_name(config.teacher.name),
+            "teacher": _without_folders(config.teacher),
+            "teachers": tuple(map(_without_folders, config.teachers)),
             "student.name": public_name(config.student.name),
             "plugins": tuple(plugin.replaced({"path": Path(plugin.path.name)}) for plugin in config.plugins),
         }
-        for section, key in EXTERNAL_FILES.values():
-            if (path := getattr(getattr(config, section), key)) is not None:
-                changed[f"{section}.{key}"] = Path(path.name)
+        if config.student.checkpoint is not None:
+            changed["student.checkpoint"] = Path(config.student.checkpoint.name)
         return config.replaced(changed)
 
     @cached_property
@@ -157,9 +160,9 @@ def _header(student: Provenance, license: str) -> ModelCardData:
 def _text(student: Provenance, license: str, repository: str) -> str:
     """The card below its header, as Markdown. Sections without content are left out."""
     metadata, teacher = student.metadata, student.metadata.teacher
-    training = (
-        "trained on labels alone" if teacher is None else f"distilled from {code_span(public_name(teacher.name))}"
-    )
+    teachers = [] if teacher is None else [teacher, *metadata.teachers]
+    names = " and ".join(code_span(public_name(each.name)) for each in teachers)
+    training = f"distilled from {names}" if names else "trained on labels alone"
     versions = ", ".join(f"{name} {version}" for name, version in metadata.versions.items())
     terms = f"Licence of the weights: {license}. The teacher and the data may have terms of their own."
     sections = {
@@ -294,9 +297,12 @@ def _recipe(student: Provenance) -> str:
         ["augmentation", ", ".join(f"{name} {markdown(value)}" for name, value in changed.items()) or "the default"],
     ]
     options = " --data FOLDER" if student.data_is_folder else ""
-    for option, (section, key) in EXTERNAL_FILES.items():
-        if (path := getattr(getattr(config, section), key)) is not None:
-            options += f" {option} {shlex.quote(str(path))}"
+    for option, key in TEACHER_FILES.items():
+        paths = [getattr(teacher, key) for teacher in config.all_teachers]
+        if any(paths):
+            options += "".join(f" {option} {SKIPPED if path is None else shlex.quote(str(path))}" for path in paths)
+    if config.student.checkpoint is not None:
+        options += f" --student-checkpoint {shlex.quote(str(config.student.checkpoint))}"
     command = code_span(f"irgdistill distill --preset recipe.yaml{options}")
     return f"{markdown_table(rows)}\nTo train it again: {command}\n"
 

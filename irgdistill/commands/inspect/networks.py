@@ -15,7 +15,7 @@ from irgdistill.commands.requests import ADVICE, InspectRequest
 from irgdistill.config import Config, DataConfig, MatchingConfig, data_of, validate
 from irgdistill.data import Source, Splits, Unlabelled, open_splits
 from irgdistill.errors import UserError
-from irgdistill.io import find_checkpoint, visible
+from irgdistill.io import Report, find_checkpoint, visible
 from irgdistill.matching import Plan, match, print_plan
 from irgdistill.models import CheckpointMetadata, Network, build_network, build_teacher, restore
 from irgdistill.training import check_input_sizes
@@ -61,6 +61,8 @@ def known_networks(request: InspectRequest) -> Config:
             f"{request.target} does not record its teacher, or had none: "
             "give --teacher NAME or --teacher-checkpoint FILE"
         )
+    if config.teachers:
+        Report().line(f"the teacher is the first of {len(config.all_teachers)}")
     return config
 
 
@@ -94,6 +96,7 @@ def _complete(target: str, request: InspectRequest, config: Config) -> Config:
             "student.input_size": config.student.input_size or metadata.input_size,
             "matching": recorded.matching if config.matching == MatchingConfig() else config.matching,
             "teacher": own,
+            "teachers": config.teachers or recorded.teachers,
             "teacher.name": given_teacher.name
             or own.name
             or (architecture if given_teacher.checkpoint is None else None),
@@ -114,7 +117,8 @@ def _recorded_config(path: Path, metadata: CheckpointMetadata) -> Config:
     """Teacher and matching of the run that wrote a checkpoint."""
     teacher = metadata.teacher
     recorded = {} if teacher is None else teacher.model_dump(include={"name", "checkpoint", "input_size"})
-    return validate({"teacher": recorded, "matching": metadata.matching}, f"{path}: ")
+    others = [other.model_dump(include={"name", "checkpoint"}) for other in metadata.teachers]
+    return validate({"teacher": recorded, "teachers": others, "matching": metadata.matching}, f"{path}: ")
 
 
 def show_plan(request: InspectRequest) -> None:
@@ -180,7 +184,7 @@ def _teacher(config: Config, request: InspectRequest) -> Network:
     if checkpoint is not None and not checkpoint.exists():
         whose = "" if request.target is None else f" of {request.target}"
         raise UserError(f"the teacher{whose} is not at {checkpoint}; give its file with --teacher-checkpoint")
-    return build_teacher(config)
+    return build_teacher(config.teacher)
 
 
 def _student(config: Config, request: InspectRequest, path: Path | None, classes: int) -> tuple[Network, str, str]:

@@ -1,0 +1,98 @@
+"""The teachers of a step: each a live network or a cache, and all of them as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from irgdistill.losses import mean_logits
+from irgdistill.matching import Output, Tapped
+from irgdistill.training.teacher_cache import TeacherCache
+
+
+class Teacher(Protocol):
+    """Answers for a teacher: `LiveTeacher` or `CachedTeacher`."""
+
+    network: Tapped | None
+    """The frozen network; None for a cache, which holds its answers alone."""
+    row_bytes: int
+    """Bytes of a cached row; 0 without a cache."""
+
+    def __call__(self, images: Tensor, rows: Tensor | None) -> Output:
+        """images (B, 3, H, W) of a step, with the cache's rows (B, n) for them -> logits and features."""
+
+
+class LiveTeacher:
+    """A frozen network that runs on the images of each step."""
+
+    def __init__(self, network: Tapped) -> None:
+        self.network: Tapped | None = network
+        self.row_bytes = 0
+        self._forward = network
+
+    def __call__(self, images: Tensor, rows: Tensor | None = None) -> Output:
+        with torch.no_grad():
+            output: Output = self._forward(images)
+        return output
+
+
+class CachedTeacher:
+    """The rows of a teacher cache, which the loader brings with the images."""
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self.network: Tapped | None = None
+        self.cache, self.row_bytes = cache, cache.row_bytes
+
+    def __call__(self, images: Tensor, rows: Tensor | None = None) -> Output:
+        assert rows is not None, "the loader brings the rows of a teacher cache"
+        return self.cache.output(rows)
+
+
+class Teachers:
+    """All teachers of a run, in its order. The loader brings the rows of their caches side by side.
+
+    `answers`: which have the data's classes. The logits of each output are the mean of theirs (`mean_logits`), weighted
+    by `weights`; without any, each keeps its own.
+    """
+
+    def __init__(self, members: Sequence[Teacher], weights: Sequence[float], answers: Sequence[bool]) -> None:
+        self.members, self.weights = members, weights
+        self.answering = [number for number, known in enumerate(answers) if known]
+
+    @property
+    def network(self) -> Tapped | None:
+        """The first teacher's network, None for a cache: what the student is evaluated against."""
+        return self.members[0].network
+
+    @property
+    def networks(self) -> list[Tapped]:
+        return [member.network for member in self.members if member.network is not None]
+
+    def __call__(self, images: Tensor, rows: Tensor | None = None) -> list[Output]:
+        """images (B, 3, H, W) of a step, with the cached rows (B, n) for them -> the output of each teacher."""
+        outputs, start = list[Output](), 0
+        for member in self.members:
+            end = start + member.row_bytes
+            outputs.append(member(images, None if rows is None else rows[:, start:end]))
+            start = end
+        if len(outputs) == 1 or not self.answering:
+            return outputs
+        logits = outputs[self.answering[0]].logits
+        if len(self.answering) > 1:
+            answers = [outputs[number].logits for number in self.answering]
+            logits = mean_logits(answers, [self.weights[number] for number in self.answering])
+        return [output._replace(logits=logits) for output in outputs]
+
+
+class CachedRows:
+    """The rows of several caches side by side, for the loader."""
+
+    def __init__(self, caches: Sequence[TeacherCache]) -> None:
+        self.caches = caches
+
+    def __call__(self, keys: Sequence[int]) -> Tensor:
+        """(B, n) bytes of the images with these keys."""
+        return torch.cat([cache.teacher_rows(keys) for cache in self.caches], 1)
