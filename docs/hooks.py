@@ -64,7 +64,7 @@ def _lines() -> Iterator[str]:
 
 
 def _described(section: type[BaseModel], prefix: str) -> Iterator[tuple[Setting, dict[str, Any]]]:
-    """Settings with their JSON schemas; those of an optional section follow it."""
+    """Settings with their JSON schemas; those of a list of sections follow it."""
     schema = section.model_json_schema()
     for setting in settings(section):
         properties = schema

@@ -23,6 +23,12 @@ from irgdistill.config import METHOD, NETWORKS, RUN, Flag
 @with_settings(
     {
         "student.input_size": "224 or 256x192.",
+        "student.preprocessing.mean": Flag("--mean", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number."),
+        "student.preprocessing.std": Flag("--std", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number."),
+        "student.preprocessing.interpolation": Flag("--interpolation", NETWORKS, "bilinear, bicubic, …."),
+        "student.preprocessing.crop_pct": Flag("--crop-pct", NETWORKS, "Share of the image that is cropped."),
+        "teacher.preprocessing.mean": None,
+        "teacher.preprocessing.std": None,
         "data.source": "Default: the data set of the checkpoint.",
         "data.root": None,
         "data.val_fraction": None,

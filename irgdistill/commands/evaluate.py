@@ -22,14 +22,15 @@ def evaluate_targets(request: EvalRequest) -> None:
     config, against, against_checkpoint = request.config, request.against, request.against_checkpoint
     if against is None and against_checkpoint is not None:  # an irgdistill checkpoint knows its architecture
         against, against_checkpoint = str(against_checkpoint), None
-    opened = [open_network(target, request.checkpoint, config.student.input_size) for target in request.targets]
+    size, own, other = config.student.input_size, config.student.preprocessing.given, config.teacher.preprocessing.given
+    opened = [open_network(target, request.checkpoint, size, preprocessing=own) for target in request.targets]
     sets = [
         data_of(target, None, config.data, request.given)
         if metadata is None
         else data_of(target, metadata.data, config.data, request.given, metadata.plugins)
         for target, (_, metadata) in zip(request.targets, opened, strict=True)
     ]
-    teacher = open_network(against, against_checkpoint, None, "teacher")[0] if against else None
+    teacher = open_network(against, against_checkpoint, None, "teacher", other)[0] if against else None
     results = []
     probe = None if request.probe is None else Probe(request.probe, config, Report())
     for target, (network, metadata), data in zip(request.targets, opened, sets, strict=True):

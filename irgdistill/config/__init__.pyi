@@ -38,6 +38,7 @@ from .methods import (
     term,
 )
 from .model_args import check_model_args
+from .networks import Pooling, Preprocessing, StudentConfig, TeacherConfig
 from .recipe import AugmentConfig, OptimConfig, ScheduleConfig
 from .renamed import BEFORE, RENAMED_KEYS, RenamedKeyWarning
 from .schema import (
@@ -46,11 +47,7 @@ from .schema import (
     DataConfig,
     MatchingConfig,
     PluginConfig,
-    Pooling,
-    Preprocessing,
     RuntimeConfig,
-    StudentConfig,
-    TeacherConfig,
 )
 from .settings import SKIPPED, Setting, changeable_on_resume, keys, of_any_teacher, options, settings, values_of
 from .sources import SOURCES, SourceEntry, absolute_source, check_source, find_source, source, source_words

@@ -46,6 +46,17 @@ def _names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
+def _channels(value: Any) -> Any:
+    """0.5, "0.5" or "0.485,0.456,0.406" -> a value for each of the three channels."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, (list, tuple)):
+        value = [value]
+    if len(value) not in (1, 3):
+        raise ValueError("expected one number, or three: R,G,B")
+    return list(value) * 3 if len(value) == 1 else value
+
+
 def _in_order(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError("the weight changes from the first share to the second, which cannot be the smaller")
@@ -101,6 +112,15 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+Deviation = Annotated[float, Field(gt=0, le=1)]
+
+
+Mean = Annotated[tuple[Probability, Probability, Probability], BeforeValidator(_channels)]
+
+
+Std = Annotated[tuple[Deviation, Deviation, Deviation], BeforeValidator(_channels)]
 
 
 Fade = Annotated[tuple[Probability, Probability], BeforeValidator(_names), AfterValidator(_in_order)]

@@ -16,7 +16,7 @@ class Flag:
     """The option of `distill` that sets a setting."""
 
     name: str
-    """Such as `--lr`."""
+    """Such as `--lr`; `{section}` is replaced by the first word of the setting's key."""
     panel: str
     help: str
     """One short sentence; the help appends the default and replaces `{names}` by the data sources or loggers."""

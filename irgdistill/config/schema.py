@@ -7,25 +7,23 @@ the page of settings in the documentation, are made from it. A loss weight that 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from irgdistill.config.fields import (
     Count,
     Names,
     NonNegative,
     OneOf,
-    Positive,
     Section,
     Share,
-    Size,
     Weight,
 )
-from irgdistill.config.flag import CHANGEABLE, DATA, MATCHING, METHOD, NETWORKS, RUN, TRAINING, Flag
+from irgdistill.config.flag import CHANGEABLE, DATA, MATCHING, METHOD, RUN, TRAINING, Flag
 from irgdistill.config.losses import LossesConfig, declare_terms
 from irgdistill.config.methods import AUTO, METHODS, TEACHER_KINDS
-from irgdistill.config.model_args import check_model_args
+from irgdistill.config.networks import StudentConfig, TeacherConfig
 from irgdistill.config.recipe import AugmentConfig, OptimConfig, ScheduleConfig
 
 
@@ -34,101 +32,6 @@ class PluginConfig(Section):
     """The Python file, absolute."""
     sha256: str
     """Checksum of its content; a file with another content is refused."""
-
-
-Pooling = Literal["auto", "cls", "mean", "cls+mean"]
-"""How an embedding is made of a network's last features."""
-
-
-class TeacherConfig(Section):
-    name: Annotated[
-        str | None,
-        Flag(
-            "--teacher",
-            NETWORKS,
-            "timm name, hf-hub:… or local-dir:…; may be repeated, as all options of teachers.",
-            completion="network",
-            repeated=True,
-        ),
-    ] = None
-    """timm name, `hf-hub:…` or `local-dir:…`. An irgdistill checkpoint knows its architecture and needs no name."""
-    checkpoint: Annotated[
-        Path | None,
-        Flag(
-            "--teacher-checkpoint",
-            NETWORKS,
-            "Weights: a run, .safetensors or .pth; default: pretrained.",
-            repeated=True,
-        ),
-        CHANGEABLE,
-    ] = None
-    """Weights: safetensors, or a .pth read with `weights_only=True`. Default: timm's pretrained weights."""
-    input_size: Annotated[
-        Size | None,
-        Flag("--teacher-input-size", NETWORKS, "224 or 256x192; default: the teacher's own.", repeated=True),
-    ] = None
-    """Height and width in pixels; default: what the teacher was trained on."""
-    cache: Annotated[
-        Path | None,
-        Flag(
-            "--teacher-cache",
-            NETWORKS,
-            "Cache written by cache-teacher, used instead of a live teacher.",
-            repeated=True,
-        ),
-        CHANGEABLE,
-    ] = None
-    """Cache written by `cache-teacher`, used instead of a live teacher."""
-    pooling: Pooling = "auto"
-    """How the teacher's embedding is made: by its own head, or of a transformer's class token, the mean of its patch
-    tokens, or both."""
-    weight: Annotated[
-        Positive, Flag("--teacher-weight", NETWORKS, "Its share beside other teachers.", repeated=True)
-    ] = 1.0
-    """Its share, relative to the other teachers', in the means over several teachers."""
-    check: Annotated[
-        bool, Flag("--skip-teacher-check", NETWORKS, "Train even if the teacher is near chance.", off=True)
-    ] = True
-    """Evaluate the teacher before training and stop if it is near chance. False: none of several is checked."""
-
-
-class Preprocessing(Section):
-    mean: tuple[float, ...]
-    """Mean of each channel, for pixels in [0, 1]."""
-    std: tuple[float, ...]
-    """Standard deviation of each channel, for pixels in [0, 1]."""
-    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
-    """Interpolation by its name in timm."""
-    crop_pct: float
-    """Share of the resized image that validation crops."""
-
-
-def _model_args(args: dict[str, Any]) -> dict[str, Any]:
-    check_model_args(args)
-    return args
-
-
-class StudentConfig(Section):
-    name: Annotated[
-        str | None, Flag("--student", NETWORKS, "timm name of the network to train.", completion="network")
-    ] = None
-    """timm name of the network to train. An irgdistill checkpoint knows its architecture and needs no name."""
-    pretrained: Annotated[bool, Flag("--student-pretrained", NETWORKS, "Start from timm's pretrained weights.")] = False
-    """Start from timm's pretrained weights, unless there is a checkpoint. The classifier is new if the number of
-    classes differs."""
-    checkpoint: Annotated[
-        Path | None, Flag("--student-checkpoint", NETWORKS, "Start from these weights: a run, .safetensors or .pth.")
-    ] = None
-    """Start from these weights: a run folder or checkpoint of irgdistill, or a timm file. The classifier is new if the
-    classes differ."""
-    preprocessing: Preprocessing | None = None
-    """Normalisation and resizing of the images; default: those of the network or the checkpoint."""
-    input_size: Annotated[Size | None, Flag("--input-size", NETWORKS, "The student's; default: its own.")] = None
-    """Height and width in pixels; default: the network's own."""
-    grad_checkpointing: bool = False
-    """Recompute blocks in the backward pass instead of keeping them; batch norm then counts each batch twice."""
-    args: Annotated[dict[str, Any], AfterValidator(_model_args)] = Field(default_factory=dict)
-    """Further arguments of `timm.create_model`, such as drop_path_rate, that no other setting decides."""
 
 
 class DataConfig(Section):

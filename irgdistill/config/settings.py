@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -37,7 +37,7 @@ class Setting:
 
     @property
     def section(self) -> type[BaseModel] | None:
-        """The section that an optional setting such as `student.preprocessing` holds."""
+        """The section that each value of a list such as `plugins` is."""
         parts = (part for part in get_args(self.field.annotation) if isinstance(part, type))
         return next((part for part in parts if issubclass(part, BaseModel)), None)
 
@@ -49,6 +49,8 @@ def settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Se
             yield from settings(field.annotation, f"{prefix}{name}.")
         else:
             flag = next((item for item in field.metadata if isinstance(item, Flag)), None)
+            if flag is not None:
+                flag = replace(flag, name=flag.name.format(section=prefix.partition(".")[0]))
             yield Setting(prefix + name, field, flag)
 
 

@@ -79,16 +79,20 @@ def rebuild_network(
     *,
     input_size: tuple[int, int] | None = None,
     weights: Weights | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     meta: bool = False,
 ) -> Network:
-    """Build the network of a record, at its own input size or another. Raises UserError as `build_network` does."""
+    """Build the network of a record, at its own input size and with its own preprocessing, or what is given of them.
+
+    Raises UserError as `build_network` does.
+    """
     return build_network(
         record.architecture,
         weights=weights,
         num_classes=record.num_classes,
         input_size=input_size or record.input_size,
         args=record.args_without_size,
-        preprocessing=record.preprocessing,
+        preprocessing={**record.preprocessing, **(preprocessing or {})},
         meta=meta,
     )
 

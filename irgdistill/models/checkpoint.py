@@ -39,6 +39,8 @@ class TeacherRecord(BaseModel):
     """How its embedding is made."""
     weight: float = 1.0
     """Its share beside other teachers."""
+    preprocessing: Mapping[str, Any] = Field(default_factory=dict)
+    """Mean, std, interpolation and crop_pct that the run asked for."""
 
 
 class CheckpointMetadata(NetworkRecord):
@@ -132,11 +134,16 @@ def read_checkpoint(
 
 
 def restore(
-    path: Path, name: str | None = None, input_size: tuple[int, int] | None = None, role: Role = "student"
+    path: Path,
+    name: str | None = None,
+    input_size: tuple[int, int] | None = None,
+    role: Role = "student",
+    preprocessing: Mapping[str, Any] | None = None,
 ) -> tuple[Network, CheckpointMetadata | None]:
     """Rebuild a network from a checkpoint, and its metadata; from any other file of weights given its `name`.
 
-    Of a file with a teacher and a student, `role` says which. Raises UserError: unreadable, truncated or damaged file,
+    Of a file with a teacher and a student, `role` says which; `preprocessing` replaces what is given of the network's
+    own. Raises UserError: unreadable, truncated or damaged file,
     other weights without a name, weights that do not fit, another name than the checkpoint's own.
     """
 
@@ -145,11 +152,14 @@ def restore(
 
     weights, metadata = read_checkpoint(path, role, shapes)
     if metadata is None:
-        network = build_network(_required(name, path), weights=weights, input_size=input_size)
+        network = build_network(
+            _required(name, path), weights=weights, input_size=input_size, preprocessing=preprocessing
+        )
+        network.foreign = True
         network.note = f"{network.name}: {weights.note} in {path}" if weights.note else ""
         return network, None
     metadata.check_name(path, name, "the name")
-    network = rebuild_network(metadata, input_size=input_size, weights=weights)
+    network = rebuild_network(metadata, input_size=input_size, weights=weights, preprocessing=preprocessing)
     network.classes = metadata.classes
     return network, metadata
 

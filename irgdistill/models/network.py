@@ -57,6 +57,8 @@ class Network:
     """Class names in label order, if a checkpoint records them."""
     pooling: Pooling = "auto"
     """How its embedding is made."""
+    foreign: bool = False
+    """Its weights are from a file that does not say how images are normalised."""
     note: str = ""
     """A line for the log: what was taken of a file that holds several weights."""
 

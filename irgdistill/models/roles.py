@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from irgdistill.config import Config, Preprocessing, StudentConfig, TeacherConfig
+from irgdistill.config import Config, StudentConfig, TeacherConfig
 from irgdistill.errors import UserError
 from irgdistill.io import Report, RunFolder, find_checkpoint
 from irgdistill.models.build import build_network
@@ -25,10 +25,11 @@ def build_teacher(spec: TeacherConfig, fetch: bool = True) -> Network:
     """
     if spec.checkpoint is not None:
         path = find_checkpoint(str(spec.checkpoint)) or spec.checkpoint
-        teacher = restore(path, spec.name, spec.input_size, "teacher")[0]
+        teacher = restore(path, spec.name, spec.input_size, "teacher", spec.preprocessing.given)[0]
     else:
         assert spec.name is not None
-        teacher = build_network(spec.name, pretrained=fetch, input_size=spec.input_size)
+        given = spec.preprocessing.given
+        teacher = build_network(spec.name, pretrained=fetch, input_size=spec.input_size, preprocessing=given)
     teacher.pooling = spec.pooling
     return teacher
 
@@ -40,7 +41,8 @@ def build_booster(config: Config, num_classes: int) -> Network:
     """
     spec = config.teacher
     if spec.checkpoint is None and spec.name is not None:
-        return build_network(spec.name, num_classes=num_classes, input_size=spec.input_size)
+        given = spec.preprocessing.given
+        return build_network(spec.name, num_classes=num_classes, input_size=spec.input_size, preprocessing=given)
     known = build_teacher(spec)
     return build_network(
         known.name,
@@ -72,7 +74,7 @@ def resolve_student(spec: StudentConfig) -> StudentConfig:
             "name": metadata.architecture,
             "args": {**metadata.args_without_size, **spec.args},
             "input_size": spec.input_size or metadata.input_size,
-            "preprocessing": spec.preprocessing or Preprocessing(**metadata.preprocessing),
+            "preprocessing": spec.preprocessing.replaced({**metadata.preprocessing, **spec.preprocessing.given}),
         }
     )
 
@@ -93,7 +95,7 @@ def build_student(
         num_classes=len(classes),
         input_size=spec.input_size,
         args=spec.args,
-        preprocessing=None if spec.preprocessing is None else spec.preprocessing.model_dump(),
+        preprocessing=spec.preprocessing.given,
     )
     if student.num_classes != len(classes):  # without classes, the student returns its embedding
         raise UserError(f"{student.name} has no classifier to train on {len(classes)} classes")
@@ -143,10 +145,15 @@ def _classifier_keys(model: nn.Module) -> list[str]:
 
 
 def open_network(
-    target: str, checkpoint: Path | None, size: tuple[int, int] | None, role: Role = "student"
+    target: str,
+    checkpoint: Path | None,
+    size: tuple[int, int] | None,
+    role: Role = "student",
+    preprocessing: Mapping[str, Any] | None = None,
 ) -> tuple[Network, CheckpointMetadata | None]:
     """Open a checkpoint, a run folder or a timm name (pretrained, or with the weights of `checkpoint`).
 
+    `preprocessing` replaces what is given of the network's own.
     The second value is the checkpoint's metadata, None for weights that irgdistill did not write. Raises UserError.
     """
     path = find_checkpoint(target)
@@ -155,10 +162,10 @@ def open_network(
             raise UserError(f"{target} is a checkpoint itself; leave out {checkpoint}")
         if Path(target).is_dir() and path == RunFolder(Path(target)).last:
             Report().warn(f"{target} holds no best.safetensors; using last.safetensors")
-        return restore(path, None, size)
+        return restore(path, None, size, role, preprocessing)
     if checkpoint is not None:
-        network, metadata = restore(checkpoint, target, size, role)
+        network, metadata = restore(checkpoint, target, size, role, preprocessing)
         if network.note:
             Report().line(network.note)
         return network, metadata
-    return build_network(target, pretrained=True, input_size=size), None
+    return build_network(target, pretrained=True, input_size=size, preprocessing=preprocessing), None

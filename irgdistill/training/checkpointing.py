@@ -274,6 +274,7 @@ def _teacher_record(teacher: TeacherSetup, spec: TeacherConfig) -> dict[str, Any
     return {
         "architecture": teacher.network.architecture,
         **spec.model_dump(mode="json", include={"checkpoint", "input_size", "pooling", "weight"}),
+        "preprocessing": spec.preprocessing.given,
         "name": teacher.network.name,
         "weights": teacher.checksum,
     }

@@ -1,4 +1,4 @@
-"""Accuracy, loss, calibration and agreement over a loader; the check of the teacher before training."""
+"""Accuracy, loss, calibration and agreement over a loader."""
 
 from __future__ import annotations
 
@@ -6,29 +6,20 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.utils import accuracy
 from torch import Tensor
 
-from irgdistill.data import Loader, eval_loader
-from irgdistill.errors import DataError, UserError
-from irgdistill.io import Report
+from irgdistill.data import Loader
+from irgdistill.errors import DataError
 from irgdistill.losses import soft_targets
 from irgdistill.matching import Tapped
 from irgdistill.runtime import World
 
-if TYPE_CHECKING:
-    from irgdistill.models import Network
-    from irgdistill.training.components import RunComponents
-
 BINS = 15
-
-
-CHECK_IMAGES = 2000
-"""Validation images on which the teacher is evaluated before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,36 +171,3 @@ def details(metrics: Metrics) -> str:
         "embedding cosine": (metrics.embedding_cosine, ".3f"),
     }
     return "  ".join(f"{title} {value:{form}}" for title, (value, form) in found.items() if value is not None)
-
-
-def check_teachers(run: RunComponents, report: Report) -> dict[str, Any] | None:
-    """Evaluate the live teachers -> the record of the first, if it is one. Raises UserError if one is near chance.
-
-    Those whose classes are not the data's are not evaluated.
-    """
-    setup, records = run.setup, dict[int, dict[str, Any]]()
-    if run.teacher is None or not run.config.teacher.check:
-        return None
-    for number, (known, member) in enumerate(zip(setup.teachers, run.teacher.members, strict=True)):
-        if member.network is None or not known.answers or not run.config.all_teachers[number].check:
-            continue
-        if not setup.splits.labelled:
-            report.warn("the validation images have no labels: the teacher's accuracy is not checked")
-            return None
-        records[number] = _check_teacher(run, known.network, member.network, report)
-    return records.get(0)
-
-
-def _check_teacher(run: RunComponents, teacher: Network, network: Tapped, report: Report) -> dict[str, Any]:
-    """Evaluate a teacher with its own preprocessing -> its record. Raises UserError if it is near chance."""
-    setup, data = run.setup, run.config.data
-    loader = eval_loader(setup.splits, data, teacher.input, run.device, run.unreadable, CHECK_IMAGES, run.world)
-    metrics = evaluate(network, loader, run.autocast, world=run.world)
-    top1, chance = metrics.top1 or 0.0, 100 / len(setup.classes)
-    report.line(f"teacher {teacher.name}: top-1 {top1:.2f} on {metrics.images} validation images")
-    if top1 < chance + 0.1 * (100 - chance):
-        raise UserError(
-            f"the teacher reaches top-1 {top1:.1f} on this data, chance is {chance:.1f}: its classes may be in "
-            "another order, its mean/std or weights wrong; --skip-teacher-check trains all the same"
-        )
-    return {"kind": "teacher", "top1": top1, "images": metrics.images}

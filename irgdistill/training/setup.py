@@ -218,7 +218,8 @@ def _teachers(
 ) -> list[Network]:
     """The teachers of the method, if it has any; with a cache, without its weights.
 
-    A teacher given beside a cache must be the cached one: the weights are compared if given, else the architecture.
+    A teacher given beside a cache must be the cached one: the weights are compared if given, else the architecture, and
+    any preprocessing.
     """
     networks: list[Network] = []
     for number, (spec, cache) in enumerate(zip(config.all_teachers, caches, strict=True)):
@@ -232,6 +233,7 @@ def _teachers(
             cache.check_same("teacher", describe_teacher(build_teacher(spec)))
         elif spec.name not in (None, cache.manifest["name"]):
             cache.check_same("teacher", {"architecture": spec.name.split(".")[0]})
+        cache.check_same("teacher", spec.preprocessing.model_dump(mode="json", exclude_none=True))
         networks.append(cache.teacher())
     return networks
 

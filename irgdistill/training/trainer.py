@@ -21,7 +21,6 @@ from irgdistill.training.components import RunComponents, build_components
 from irgdistill.training.evaluation import (
     SELECTING,
     Metrics,
-    check_teachers,
     details,
     evaluate,
     metric_name,
@@ -31,6 +30,7 @@ from irgdistill.training.observer import Observer
 from irgdistill.training.progress import Progress
 from irgdistill.training.setup import Setup
 from irgdistill.training.state import seed_process
+from irgdistill.training.teacher_check import check_teachers
 
 MEET = 0.5
 """Seconds after which several processes share whether one was told to stop or has to save."""

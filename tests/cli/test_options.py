@@ -47,6 +47,8 @@ def test_python_takes_the_options_of_the_command_line(monkeypatch: pytest.Monkey
             "val_fraction": 0.5,
             "skip_level": [4],
             "levels": 2,
+            **{f"{role}_{name}": 0.5 for role in ("teacher", "student") for name in ("mean", "std", "crop_pct")},
+            **{f"{role}_interpolation": "box" for role in ("teacher", "student")},
             "method": "none",
             "amp": "none",
             "graph_scope": "local",

@@ -86,6 +86,7 @@ def test_it_has_every_option_of_distill_that_needs_no_teacher() -> None:
     known: dict[str, Any] = {name: command.params for name, command in commands().items()}
     train, distill = ({parameter.name for parameter in known[name]} for name in ("train", "distill"))
     renamed = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "checkpoint"}
+    renamed |= {f"student_{name}": name for name in ("mean", "std", "interpolation", "crop_pct")}
     left_out = {name for name in distill if renamed.get(name, name) not in train}
     assert train - distill == set(renamed.values())
     keys = {options()[name].key for name in left_out}

@@ -100,7 +100,9 @@ def test_later_wins_preset_then_set_then_flag(tmp_path: Path) -> None:
         ("schedule.epochs=ten", "schedule.epochs = 'ten': expected a whole number"),
         ("losses.ce.class_weights=even", "expected 'balanced' or 'none', or expected a list"),
         ("augment.scale=[0.5]", "augment.scale = [0.5]: expected two values"),
-        ("student.preprocessing.mean=[0.5]", "student.preprocessing.std is missing"),
+        ("student.preprocessing.mean=[0.5, 0.5]", "mean = [0.5, 0.5]: expected one number, or three: R,G,B"),
+        ("teacher.preprocessing.mean=124", "teacher.preprocessing.mean = 124: expected a value less than"),
+        ("teacher.preprocessing.std=0", "teacher.preprocessing.std = 0: expected a value greater than 0"),
         ("noequals", "expected key.path=value"),
     ],
 )

@@ -103,6 +103,7 @@ def _complete(target: str, request: InspectRequest, config: Config) -> Config:
             "teacher.checkpoint": given_teacher.checkpoint
             or (None if given_teacher.name is not None and architecture is None else own.checkpoint),
             "teacher.input_size": given_teacher.input_size or own.input_size,
+            "teacher.preprocessing": own.preprocessing.replaced(given_teacher.preprocessing.given),
         }
     )
 
@@ -116,7 +117,8 @@ def _check_teacher(target: str, metadata: CheckpointMetadata, architecture: str)
 def _recorded_config(path: Path, metadata: CheckpointMetadata) -> Config:
     """Teacher and matching of the run that wrote a checkpoint."""
     teacher = metadata.teacher
-    recorded = {} if teacher is None else teacher.model_dump(include={"name", "checkpoint", "input_size"})
+    keys = {"name", "checkpoint", "input_size", "preprocessing"}
+    recorded = {} if teacher is None else teacher.model_dump(include=keys)
     others = [other.model_dump(include={"name", "checkpoint"}) for other in metadata.teachers]
     return validate({"teacher": recorded, "teachers": others, "matching": metadata.matching}, f"{path}: ")
 
@@ -189,18 +191,20 @@ def _teacher(config: Config, request: InspectRequest) -> Network:
 
 def _student(config: Config, request: InspectRequest, path: Path | None, classes: int) -> tuple[Network, str, str]:
     """The student, its label, and where its weights come from."""
-    name, size = config.student.name, config.student.input_size
+    name, size, given = config.student.name, config.student.input_size, config.student.preprocessing.given
     checkpoint = path
     if request.student_checkpoint is not None:
         checkpoint = _checkpoint(str(request.student_checkpoint))
     if checkpoint is not None:
-        network = restore(checkpoint, name, size)[0]
+        network = restore(checkpoint, name, size, preprocessing=given)[0]
         return network, _label(request.target or str(request.student_checkpoint)), str(checkpoint)
     assert name is not None
     if request.student_pretrained:
-        return build_network(name, pretrained=True, input_size=size), f"{name} pretrained", "pretrained"
+        network = build_network(name, pretrained=True, input_size=size, preprocessing=given)
+        return network, f"{name} pretrained", "pretrained"
     random_seed(config.seed)  # the same weights as a run with this seed starts from
-    network = build_network(name, num_classes=classes, input_size=size, args=config.student.args)
+    args = config.student.args
+    network = build_network(name, num_classes=classes, input_size=size, args=args, preprocessing=given)
     return network, f"{name} untrained", f"untrained, seed {config.seed}"
 
 
