@@ -151,4 +151,4 @@ method(
     place=6,
 )
 method("relations", {"edges": 5.0, "transform": 1.0}, place=7)
-method(ENCODER_METHOD, {"edges": 5.0, "transform": 1.0, "positions": 15.0, "embedding": 10.0}, place=8)
+method(ENCODER_METHOD, {"edges": 5.0, "transform": 1.0, "positions": 15.0, "embedding": 30.0}, place=8)
