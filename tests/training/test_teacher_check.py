@@ -36,8 +36,8 @@ def test_what_is_given_replaces_a_part_of_the_networks_own(foreign: Path, teache
     for checkpoint in (foreign, teacher):
         names = {"teacher.name": NAME, "teacher.checkpoint": str(checkpoint)}
         own, other = (
-            build_teacher(load_config(flags=names)).input,
-            build_teacher(load_config(flags=names | given)).input,
+            build_teacher(load_config(flags=names).teacher).input,
+            build_teacher(load_config(flags=names | given).teacher).input,
         )
         assert own.mean == tuple(IMAGENET["mean"]) and other.mean == (0.5, 0.5, 0.5)
         assert other.std == own.std == tuple(IMAGENET["std"]) and other.interpolation == own.interpolation
