@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.processes import Command
 
+from irgdistill.errors import UserError
 from irgdistill.io import RunFolder
 from irgdistill.models.build import build_network
 
@@ -138,7 +139,12 @@ def test_what_a_killed_command_started_ends_with_it(tmp_path: Path, command: str
     while not all(map(_gone, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert all(map(_gone, children))
-    RunFolder(folder).lock()  # not in use: can be resumed at once
+    while True:  # their last threads may still be ending, and with them the lock
+        try:
+            return RunFolder(folder).lock()  # not in use: can be resumed
+        except UserError:
+            assert time.monotonic() < deadline, "the run folder is still locked"
+            time.sleep(0.05)
 
 
 @pytest.mark.slow
