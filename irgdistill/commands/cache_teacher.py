@@ -8,7 +8,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from irgdistill.training import (
     describe_data,
     describe_teacher,
     describe_views,
-    manifest_checksum,
+    manifest_path,
     open_data,
     pack_logits,
     read_manifest,
@@ -71,23 +71,21 @@ def cache_teacher(request: CacheRequest) -> None:
     images = train_images(splits, config.data, config.augment, crop, seed, unreadable)
     taps, attended = _taps(config, teacher, student)
     grids = attended if config.losses.comparing("grids") else []
-    manifest = Manifest(
-        format=CACHE_FORMAT,
-        name=teacher.name,
-        classes=teacher.classes,
-        teacher=describe_teacher(teacher),
-        data=describe_data(images, splits, count),
-        views=views,
-        taps=[tap_name(tap) for tap in taps],
-        attention=[tap_name(tap) for tap in attended],
-        storage={"type": request.store, "logits": "all" if largest is None else largest},
-    )
     embedding = teacher.pooling if config.losses.comparing("embedding") or not teacher.num_classes else None
-    if embedding is not None:
-        manifest["embedding"] = embedding
-    if grids:
-        manifest["grids"] = [tap_name(tap) for tap in grids]
-    manifest = cast(Manifest, json.loads(json.dumps(manifest)))  # tuples become lists, as in the file
+    values = {
+        "format": CACHE_FORMAT,
+        "name": teacher.name,
+        "classes": teacher.classes,
+        "teacher": describe_teacher(teacher),
+        "data": describe_data(images, splits, count),
+        "views": views,
+        "taps": [tap_name(tap) for tap in taps],
+        "attention": [tap_name(tap) for tap in attended],
+        "storage": {"type": request.store, "logits": "all" if largest is None else largest},
+        **({} if embedding is None else {"embedding": embedding}),
+        **({"grids": [tap_name(tap) for tap in grids]} if grids else {}),
+    }
+    manifest = Manifest.parse(values, manifest_path(request.output))
     _claim(request.output, manifest)
     network = _on_device(config, teacher, taps, attended, grids, embedding)
     try:
@@ -132,11 +130,11 @@ def _claim(folder: Path, manifest: Manifest) -> None:
     present = read_manifest(folder)
     if present is None and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no teacher cache; give another --output")
-    if present not in (None, manifest):
-        other = ", ".join(key for key, value in manifest.items() if present is not None and present.get(key) != value)
+    if present is not None and present.values != manifest.values:
+        other = ", ".join(key for key, value in manifest.values.items() if present.values.get(key) != value)
         raise UserError(f"{folder} holds another cache (other {other}); give another --output")
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "cache.json", json.dumps(manifest, indent=2) + "\n")
+    write_text(manifest_path(folder), json.dumps(manifest.values, indent=2) + "\n")
 
 
 def _on_device(
@@ -179,11 +177,11 @@ class ShardWriter:
 
     def write(self, report: Report) -> None:
         """Raises UserError as `_shard`."""
-        checksum, data = manifest_checksum(self.manifest), self.manifest["data"]
-        rows = data["images"] * self.manifest["views"]["views"]
+        checksum, images = self.manifest.checksum, self.manifest.data.images
+        rows = images * self.manifest.views.views
         count = math.ceil(rows / SHARD)
         missing = [number for number in range(count) if not _intact(shard_path(self.folder, number), checksum)]
-        report.line(f"{rows:,} views of {data['images']:,} images: {len(missing)} of {count} files to write")
+        report.line(f"{rows:,} views of {images:,} images: {len(missing)} of {count} files to write")
         precision = autocast(self.config.runtime.amp, self.device)
         if slow := slow_precision(self.config.runtime.amp, self.device):
             report.warn(slow)
@@ -221,7 +219,7 @@ class ShardWriter:
         return shard
 
     def _rows(self, output: Output) -> dict[str, Tensor]:
-        known = self.manifest["teacher"]["num_classes"] > 0
+        known = self.manifest.teacher.num_classes > 0
         rows = pack_logits(output.logits, self.largest, self.dtype) if known else {}
         if output.embedding is not None:
             rows["embedding"] = output.embedding.to(self.dtype)
@@ -229,7 +227,9 @@ class ShardWriter:
         attention = {name: unit(value.flatten(1)).view_as(value) for name, value in output.energies.items()}
         rows |= {f"attention {name}": value.to(self.dtype) for name, value in attention.items()}
         rows |= {f"grid {name}": value.to(self.dtype) for name, value in output.grids.items()}
-        if "second_view" in self.manifest["views"]:  # first views and then second ones -> a row of both for each image
+        if (
+            self.manifest.views.second_view is not None
+        ):  # first views and then second ones -> a row of both for each image
             rows = {name: value.unflatten(0, (2, -1)).transpose(0, 1).contiguous() for name, value in rows.items()}
         return {name: value.cpu() for name, value in rows.items()}
 

@@ -29,6 +29,7 @@ from irgdistill.runtime import (
     world_size,
 )
 from irgdistill.training import (
+    SavedState,
     Setup,
     SharedInputs,
     Trainer,
@@ -37,7 +38,6 @@ from irgdistill.training import (
     check_processes,
     on_backend,
     open_state,
-    position,
     prepare,
     resolved,
     score,
@@ -125,7 +125,7 @@ def _resume(
     folder: RunFolder,
     setup: Setup,
     world: World,
-    state: dict[str, Any],
+    state: SavedState,
     previous: bool = False,
     own_process: bool = False,
 ) -> dict[str, Any] | None:
@@ -134,14 +134,14 @@ def _resume(
     setup = replace(setup, config=_with_saved_precision(setup.config, state))
     trainer = build_trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
     trainer.checkpointer.resume(state, previous)
-    trainer.report.line(f"resuming {folder.path} at {position(state)} of {trainer.components.batches}")
+    trainer.report.line(f"resuming {folder.path} at {state.position} of {trainer.components.batches}")
     _report_world(trainer)
     return _train(trainer, folder, own_process)
 
 
-def _with_saved_precision(config: Config, state: dict[str, Any]) -> Config:
+def _with_saved_precision(config: Config, state: SavedState) -> Config:
     """The configuration with the precision in which the run was trained so far."""
-    amp = state["config"]["runtime"]["amp"]
+    amp = state.config.get("runtime", {}).get("amp", "auto")
     if amp == "auto":  # version 0.1 saved it as it was asked for, and knew these two
         amp = "bf16" if choose_device(config.runtime.device).type == "cuda" else "none"
     return config.replaced({"runtime.amp": amp})

@@ -6,7 +6,22 @@ from .checks import (
     check_word,
     check_workers,
 )
-from .fields import Count, Fade, NonNegative, OneOf, Positive, Probability, Section, Share, Weight
+from .fields import (
+    Count,
+    CropShare,
+    Fade,
+    Interpolation,
+    Mean,
+    NonNegative,
+    OneOf,
+    Pixels,
+    Positive,
+    Probability,
+    Section,
+    Share,
+    Std,
+    Weight,
+)
 from .flag import DATA, MATCHING, METHOD, NETWORKS, PANELS, RESULT, RUN, TRAINING, Flag
 from .input_spec import InputSpec
 from .loading import (
@@ -76,17 +91,21 @@ __all__ = [
     "AugmentConfig",
     "Config",
     "Count",
+    "CropShare",
     "DataConfig",
     "Fade",
     "Flag",
     "InputSpec",
+    "Interpolation",
     "Kind",
     "LossesConfig",
     "MatchingConfig",
+    "Mean",
     "Method",
     "NonNegative",
     "OneOf",
     "OptimConfig",
+    "Pixels",
     "PluginConfig",
     "Pooling",
     "Positive",
@@ -99,6 +118,7 @@ __all__ = [
     "Setting",
     "Share",
     "SourceEntry",
+    "Std",
     "StudentConfig",
     "TeacherConfig",
     "TermSettings",

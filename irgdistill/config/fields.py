@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticKnownError
@@ -100,6 +100,12 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 NonNegative = Annotated[float, Field(ge=0)]
+
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
+
+
+CropShare = Annotated[float, Field(ge=0.1, le=2)]
 
 
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]

@@ -2,6 +2,7 @@ from .atomic import write_atomically, write_folder, write_text
 from .console import Report, quiet_console, table
 from .loggers.base import LOGGERS, Logger, Loggers, check_loggers, logger
 from .metrics_file import records
+from .record import SELECTING, Evaluation, Number, Record, Summary, read_json
 from .run_folder import WEIGHTS, RunFolder, find_checkpoint
 from .tensors import FORMAT, checksum, own_copies, read_metadata, read_tensors, save_tensors
 from .text import code_span, markdown, markdown_table, visible, visible_values
@@ -9,11 +10,16 @@ from .text import code_span, markdown, markdown_table, visible, visible_values
 __all__ = [
     "FORMAT",
     "LOGGERS",
+    "SELECTING",
     "WEIGHTS",
+    "Evaluation",
     "Logger",
     "Loggers",
+    "Number",
+    "Record",
     "Report",
     "RunFolder",
+    "Summary",
     "check_loggers",
     "checksum",
     "code_span",
@@ -23,6 +29,7 @@ __all__ = [
     "markdown_table",
     "own_copies",
     "quiet_console",
+    "read_json",
     "read_metadata",
     "read_tensors",
     "records",

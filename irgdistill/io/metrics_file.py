@@ -55,8 +55,9 @@ class MetricsFile:
     def rewind(self, mark: Mapping[str, int]) -> None:
         """Drop what was written after `mark`. Warns about a file that does not begin as it did then, and keeps it."""
         content = self.path.read_bytes() if self.path.exists() else b""
-        kept = content[: mark["bytes"]]
-        if len(kept) < mark["bytes"] or zlib.crc32(kept) != mark["crc32"]:
+        length = mark.get("bytes", 0)
+        kept = content[:length]
+        if len(kept) < length or zlib.crc32(kept) != mark.get("crc32"):
             self._warn(f"{self.path} is missing, cut short or changed since the state was saved: it has a gap")
             kept = kept[: kept.rfind(b"\n") + 1]
         if len(kept) < len(content):

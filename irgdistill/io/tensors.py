@@ -88,7 +88,7 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] 
     try:
         metadata: dict[str, Any] = json.loads(header[KEY])
         newer = metadata["format"] > FORMAT
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{path} is damaged: its metadata cannot be read") from None
     if newer:
         raise UserError(

@@ -1,5 +1,5 @@
 from .build import build_network, known_models, multiply_adds, parameters, rebuild_network
-from .checkpoint import CheckpointMetadata, TeacherRecord, describe, restore, timm_config
+from .checkpoint import CheckpointMetadata, PlanRecord, TeacherRecord, TermRecord, describe, restore, timm_config
 from .class_names import class_names
 from .fold import fold_batch_norm
 from .network import Network, NetworkRecord, Preprocess
@@ -11,8 +11,10 @@ __all__ = [
     "CheckpointMetadata",
     "Network",
     "NetworkRecord",
+    "PlanRecord",
     "Preprocess",
     "TeacherRecord",
+    "TermRecord",
     "build_booster",
     "build_network",
     "build_student",

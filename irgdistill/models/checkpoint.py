@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from irgdistill.config import PluginConfig, Pooling
+from irgdistill.config import Pixels, PluginConfig, Pooling
 from irgdistill.errors import UserError
-from irgdistill.io import FORMAT, read_metadata, read_tensors
+from irgdistill.io import FORMAT, Evaluation, Record, read_metadata, read_tensors
 from irgdistill.models.build import build_network, rebuild_network
 from irgdistill.models.foreign import Role, find_weights
 from irgdistill.models.network import Network, NetworkRecord
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class TeacherRecord(BaseModel):
+class TeacherRecord(Record):
     """The teacher of the run that wrote a checkpoint."""
-
-    model_config = ConfigDict(frozen=True)
 
     architecture: str
     name: str
@@ -33,7 +31,7 @@ class TeacherRecord(BaseModel):
     """Checksum of its weights."""
     checkpoint: str | None = None
     """File of its weights; None: pretrained."""
-    input_size: tuple[int, int] | None = None
+    input_size: tuple[Pixels, Pixels] | None = None
     """Height and width that the run asked for."""
     pooling: Pooling = "auto"
     """How its embedding is made."""
@@ -41,6 +39,45 @@ class TeacherRecord(BaseModel):
     """Its share beside other teachers."""
     preprocessing: Mapping[str, Any] = Field(default_factory=dict)
     """Mean, std, interpolation and crop_pct that the run asked for."""
+
+
+class TermRecord(Record):
+    """A term of the loss that a run was trained with."""
+
+    weight: float
+    fade: tuple[float, float] | None = None
+
+
+class TapRecord(Record):
+    """A block of a network, and the width of its output."""
+
+    module: str
+    channels: int
+
+
+class LevelRecord(Record):
+    """A stage of a network, by its last block."""
+
+    exit: TapRecord
+
+
+class PairRecord(Record):
+    """A stage of the teacher, and that of the student which learns from it."""
+
+    name: str
+    teacher: LevelRecord
+    student: LevelRecord
+
+
+class PlanRecord(Record):
+    """The matched stages: what is read of the values of `Plan.to_dict`."""
+
+    pairs: tuple[PairRecord, ...]
+    notes: tuple[str, ...] = ()
+
+    def student_taps(self) -> list[str]:
+        """The student's last block of each stage."""
+        return [pair.student.exit.module for pair in self.pairs]
 
 
 class CheckpointMetadata(NetworkRecord):
@@ -52,10 +89,10 @@ class CheckpointMetadata(NetworkRecord):
     format: int
     classes: list[str]
     """Class names in label order."""
-    metrics: Mapping[str, Any] = Field(default_factory=dict)
+    metrics: Evaluation = Field(default_factory=dict)
     """Result of the last evaluation of these weights."""
     method: str = ""
-    losses: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    losses: Mapping[str, TermRecord] = Field(default_factory=dict)
     """Term -> its settings."""
     seed: int = 0
     teacher: TeacherRecord | None = None
@@ -63,8 +100,8 @@ class CheckpointMetadata(NetworkRecord):
     """The further teachers of a run with several."""
     matching: Mapping[str, Any] = Field(default_factory=dict)
     """Settings of the section `matching`."""
-    plan: Mapping[str, Any] | None = None
-    """The matched stages, as `Plan.to_dict` gives them."""
+    plan: PlanRecord | None = None
+    """The matched stages."""
     data: Mapping[str, Any] | None = None
     """Settings of the section `data`."""
     plugins: tuple[PluginConfig, ...] = ()
@@ -81,16 +118,17 @@ class CheckpointMetadata(NetworkRecord):
         return None if values is None else cls.parse(values, path)
 
     @classmethod
-    def parse(cls, values: dict[str, Any], path: Path) -> Self:
+    def parse(cls, values: object, path: Path, what: str = "metadata") -> Self:
         """Validate the metadata read from `path`. Raises UserError as `read` does."""
-        if "architecture" not in values:
+        if isinstance(values, Mapping) and "state" in values:
             raise UserError(f"{path} is the state of a run; its weights are in best.safetensors and last.safetensors")
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path} has metadata that do not fit: {field}: {first['msg'].lower()}") from None
+        return super().parse(values, path, what)
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        if len(self.classes) != self.num_classes:
+            raise ValueError(f"num_classes is {self.num_classes}, and there are {len(self.classes)} classes")
+        return self
 
     def check_name(self, path: Path, name: str | None, option: str) -> None:
         """Raises UserError if `name`, given with `option`, is another architecture."""

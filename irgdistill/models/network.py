@@ -4,34 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import timm
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field, field_validator
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from irgdistill.config import InputSpec, Pooling
-from irgdistill.errors import UserError
+from irgdistill.config import CropShare, InputSpec, Interpolation, Mean, Pixels, Pooling, Std
+from irgdistill.errors import UserError, nearest
+from irgdistill.io import Record
 from irgdistill.matching import Level, LevelsError, Tap, Tapped, find_levels
 
 
-class NetworkRecord(BaseModel):
+class NetworkRecord(Record):
     """Everything but the weights that rebuilds and feeds a network: the values of `Network.describe`."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     architecture: str
+    """A registered name: a file cannot make the tool look elsewhere, in a folder or on a server."""
     args: dict[str, Any]
     """Arguments of `timm.create_model`."""
-    num_classes: int
-    input_size: tuple[int, int]
+    num_classes: Annotated[int, Field(ge=0, lt=2**31)]
+    input_size: tuple[Pixels, Pixels]
     """Height and width in pixels."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
+    mean: Mean
+    std: Std
+    interpolation: Interpolation
+    crop_pct: CropShare
+
+    @field_validator("architecture")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        if not timm.is_model(name):
+            known = [model.split(".")[0] for model in timm.list_models()]
+            raise ValueError(f"expected a network that timm registers, got {name!r}{nearest(name, known)}")
+        return name
 
     @property
     def args_without_size(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from .progress import Progress
 from .resolving import on_backend, resolved
 from .setup import Setup, SharedInputs, TeacherSetup, open_data, prepare
 from .similarity import agreement, each_pair, linear_cka, nearest_neighbours, pearson, spearman
-from .state import changes, open_state, position, seed_process
+from .state import SavedState, changes, open_state, position, seed_process
 from .stored_logits import pack_logits
 from .teacher_cache import (
     CACHE_FORMAT,
@@ -21,7 +21,7 @@ from .teacher_cache import (
     describe_data,
     describe_teacher,
     describe_views,
-    manifest_checksum,
+    manifest_path,
     read_manifest,
     shard_path,
 )
@@ -39,6 +39,7 @@ __all__ = [
     "Observer",
     "Progress",
     "RunComponents",
+    "SavedState",
     "Setup",
     "SharedInputs",
     "TeacherCache",
@@ -61,7 +62,7 @@ __all__ = [
     "knn_top1",
     "linear_cka",
     "linear_top1",
-    "manifest_checksum",
+    "manifest_path",
     "metric_name",
     "nearest_neighbours",
     "on_backend",

@@ -18,7 +18,7 @@ def with_cached_orientation(config: Config, manifest: Manifest | None, folder: P
     """
     if manifest is None:
         return config
-    asked, cached = config.data.exif_orientation, manifest["views"].get("exif_orientation", False)
+    asked, cached = config.data.exif_orientation, manifest.views.exif_orientation
     if asked != cached and "exif_orientation" in config.data.model_fields_set:
         raise UserError(f"data.exif_orientation = {asked}, but the teacher cache {folder} was made with {cached}")
     return config.replaced({"data.exif_orientation": cached})
@@ -28,8 +28,9 @@ def with_cached_views(config: Config, caches: Sequence[TeacherCache | None]) -> 
     """The same run on the views of its caches. Raises UserError if they differ, or the run asks for others."""
     known = [cache for cache in caches if cache is not None]
     for first, other in pairwise(known):
-        for key in {**first.views, **other.views}:
-            here, there = first.views.get(key), other.views.get(key)
+        ours, theirs = (cache.manifest.values["views"] for cache in (first, other))
+        for key in {**ours, **theirs}:
+            here, there = ours.get(key), theirs.get(key)
             if here != there:
                 differ = f"{key} {shortened(here)} and {shortened(there)}"
                 raise UserError(
@@ -39,12 +40,12 @@ def with_cached_views(config: Config, caches: Sequence[TeacherCache | None]) -> 
                 )
     for cache in known[:1]:
         for name, key in (("views", "views"), ("view_seed", "seed")):
-            asked, cached = getattr(config.data, name), cache.views[key]
+            asked, cached = getattr(config.data, name), getattr(cache.views, key)
             if asked not in (None, cached):
                 raise UserError(f"data.{name} = {asked}, but the teacher cache {cache.folder} was made with {cached}")
-        second, cached = config.data.second_view, cache.views.get("second_view")
+        second, cached = config.data.second_view, cache.views.second_view
         if second != cached:
             raise UserError(f"data.second_view = {second}, but the teacher cache {cache.folder} was made with {cached}")
         config = with_cached_orientation(config, cache.manifest, cache.folder)
-        config = config.replaced({"data.views": cache.views["views"], "data.view_seed": cache.views["seed"]})
+        config = config.replaced({"data.views": cache.views.views, "data.view_seed": cache.views.seed})
     return config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,21 @@ from typing import Any, Literal
 
 import timm
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from irgdistill.config import TeacherConfig, dump
-from irgdistill.errors import UserError, os_reason
-from irgdistill.io import Report, RunFolder, own_copies, read_tensors, save_tensors, write_text
+from irgdistill.errors import UserError, one_line, os_reason
+from irgdistill.io import (
+    Evaluation,
+    Record,
+    Report,
+    RunFolder,
+    own_copies,
+    read_tensors,
+    save_tensors,
+    write_text,
+)
 from irgdistill.models import describe, timm_config
 from irgdistill.runtime import running_statistics
 from irgdistill.training.components import RunComponents
@@ -24,6 +33,8 @@ from irgdistill.training.evaluation import metric_name, score
 from irgdistill.training.progress import Progress
 from irgdistill.training.setup import TeacherSetup
 from irgdistill.training.state import (
+    ProcessState,
+    SavedState,
     mean_of,
     other_state,
     position,
@@ -131,9 +142,10 @@ class Checkpointer:
             del self._queued[path]
 
     def _write_state(self, state: dict[str, Any]) -> None:
-        if position(state) != self._position:  # otherwise nothing was trained since
+        here = position(state["epoch"], state["batch"])
+        if here != self._position:  # otherwise nothing was trained since
             save_state(self.folder.state, state, self.folder.previous_state)
-            self._mark_saved(position(state))
+            self._mark_saved(here)
 
     def _mark_saved(self, where: str) -> None:
         """Remember the position of the state just written or loaded."""
@@ -202,55 +214,59 @@ class Checkpointer:
 
     # --- resuming -----------------------------------------------------------------------------------------------------
 
-    def resume(self, state: dict[str, Any], previous: bool = False) -> None:
+    def resume(self, state: SavedState, previous: bool = False) -> None:
         """Restore a state of the run folder, as `open_state` gives it. Raises UserError if it does not fit the run."""
         run, progress = self.components, self.progress
         self._check_same(state)
         try:
             run.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why, other = textwrap.shorten(str(error), 200, placeholder=" …"), other_state(self.folder, previous)
+            progress.load_state_dict(state)
+            run.scheduler.step_update(progress.update)
+            self._restore_process(state.processes)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            why, other = one_line(error, 200), other_state(self.folder, previous)
             raise UserError(
                 f"the state in {self.folder.path} does not fit the run's networks: {why}; {other}"
             ) from None
-        progress.load_state_dict(state)
-        run.scheduler.step_update(progress.update)
-        run.unreadable.names = state["bad_images"]
-        self._restore_process(state["processes"])
-        self._mark_saved(position(state))
+        run.unreadable.names = state.bad_images
+        self._mark_saved(state.position)
         if run.world.main:
             if previous:
                 self.folder.previous_state.replace(self.folder.state)
-            self.report.rewind(state["metrics"])
+            self.report.rewind(state.metrics)
             if (progress.epoch, progress.batch) == (0, 0):  # the first state was saved before the first record
                 self._record_teacher()
             self._repair_weights()
             self._describe()
         progress.best = run.world.broadcast(progress.best)
 
-    def _check_same(self, state: dict[str, Any]) -> None:
+    def _check_same(self, state: SavedState) -> None:
         """Raises UserError for other data, in which a position means nothing, and for another teacher."""
         for name, now in self.components.data_facts.items():
-            if now != (then := state["data"][name]):
+            if now != (then := state.data.get(name)):
                 raise UserError(f"the data are not those the run was trained on: {name} {now}, were {then}")
         checksum = self.components.setup.checksums
-        if checksum != state["taught_by"]:
+        if checksum != state.taught_by:
             raise UserError(
                 f"the teacher is not the one that the run learns from: its weights' checksum is {checksum}, "
-                f"was {state['taught_by']}"
+                f"was {state.taught_by}"
             )
+        epochs, batches = self.components.config.schedule.epochs, self.components.batches
+        if state.epoch > epochs or state.batch > batches:
+            raise UserError(f"the state is at {state.position}, and the run has {epochs} epochs of {batches} batches")
 
-    def _restore_process(self, processes: list[dict[str, Any]]) -> None:
+    def _restore_process(self, processes: list[ProcessState]) -> None:
         """Restore this rank's state. If the world size changed, use the mean over ranks and reseed."""
         run = self.components
         own = processes[run.world.rank % len(processes)]
-        restore_random_states(own["random"], run.device)
+        restore_random_states(own.random, run.device)
+        sums, statistics = own.sums, own.statistics
         if len(processes) != run.world.size:
-            own = mean_of([{name: process[name] for name in ("sums", "statistics")} for process in processes])
+            sums, statistics = mean_of([[process.sums, process.statistics] for process in processes])
             torch.manual_seed(run.config.seed + self.progress.update * run.world.size + run.world.rank)
-        self.progress.sums = {name: value.to(run.device) for name, value in own["sums"].items()}
-        for model, statistics in zip(run.local_models, own["statistics"], strict=True):
-            model.load_state_dict(statistics, strict=False)
+        self.progress.sums = {name: value.reshape(()).to(run.device) for name, value in sums.items()}
+        for model, values in zip(run.local_models, statistics, strict=True):
+            model.load_state_dict(values, strict=False)
 
     def _repair_weights(self) -> None:
         """Make the best and last weights on disk consistent with the restored state.
@@ -280,6 +296,12 @@ def _teacher_record(teacher: TeacherSetup, spec: TeacherConfig) -> dict[str, Any
     }
 
 
+class _Evaluated(Record):
+    """What is read of the metadata of the best weights."""
+
+    metrics: Evaluation = Field(default_factory=dict)
+
+
 def _union(lists: list[list[str]]) -> list[str]:
     return list(dict.fromkeys(name for names in lists for name in names))
 
@@ -293,7 +315,7 @@ def best_on_disk(path: Path, remembered: dict[str, Any], warn: Callable[[str], N
     if not remembered and not path.exists():
         return {}
     try:
-        found: dict[str, Any] = (read_tensors(path)[1] or {}).get("metrics", {})
+        found = _Evaluated.parse(read_tensors(path)[1] or {}, path, "metadata").metrics
     except UserError as error:
         if remembered:
             warn(f"{error}; {score(remembered)} of epoch {remembered['epoch']} is lost with it")

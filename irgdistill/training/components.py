@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
@@ -31,6 +31,7 @@ from irgdistill.runtime import (
 from irgdistill.training.held_out import HELD_OUT_IMAGES, HeldOutGraph
 from irgdistill.training.optimization import build_mixup, build_optimizer, build_scheduler
 from irgdistill.training.setup import Setup
+from irgdistill.training.state import SavedState
 from irgdistill.training.teachers import CachedRows, CachedTeacher, LiveTeacher, Teacher, Teachers
 
 Compilable = TypeVar("Compilable", bound=Callable[..., Any])
@@ -108,13 +109,14 @@ class RunComponents:
             "scaler": self.scaler.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.student.model.load_state_dict(state["student"])
-        self.adapters.load_state_dict(state.get("adapters", {}))
+    def load_state_dict(self, state: SavedState) -> None:
+        """Restore what `state_dict` gave. Raises what torch raises for a state that does not fit."""
+        self.student.model.load_state_dict(state.student)
+        self.adapters.load_state_dict(state.adapters)
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+            self.ema.load_state_dict(state.ema or {})
+        self.optimizer.load_state_dict(state.optimizer)
+        self.scaler.load_state_dict(state.scaler)
 
 
 def build_components(setup: Setup, world: World, report: Report) -> RunComponents:

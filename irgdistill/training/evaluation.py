@@ -15,6 +15,7 @@ from torch import Tensor
 
 from irgdistill.data import Loader
 from irgdistill.errors import DataError
+from irgdistill.io import SELECTING
 from irgdistill.losses import soft_targets
 from irgdistill.matching import Tapped
 from irgdistill.runtime import World
@@ -131,21 +132,12 @@ def _batch_sums(logits: Tensor, labels: Tensor | None, teacher: Tensor | None) -
 def _batch_bins(logits: Tensor, labels: Tensor) -> Tensor:
     """Sums of confidence and of correct predictions per bin (2, 15)."""
     confidence, predicted = logits.softmax(1).max(1)
-    index = (confidence * BINS).long().clamp(max=BINS - 1)
+    index = (confidence.nan_to_num() * BINS).long().clamp(max=BINS - 1)
     rows = torch.stack([confidence, (predicted == labels).float()]).double()
     return torch.zeros(2, BINS, dtype=torch.float64, device=logits.device).index_add_(1, index, rows)
 
 
 # --- metrics in records -----------------------------------------------------------------------------------------------
-
-
-SELECTING = {
-    "top1": "top-1",
-    "agreement": "agreement",
-    "knn_top1": "k-NN top-1",
-    "neighbours": "shared neighbours",
-}
-"""Metrics that select the best weights, in percent, and their titles; the first that is measured counts."""
 
 
 def metric_name(metrics: Mapping[str, Any]) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from irgdistill.runtime import World
 from irgdistill.training.evaluation import metric_name
+
+if TYPE_CHECKING:
+    from irgdistill.training.state import SavedState
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Progress:
         """Add the values of one step, scalars on its device, to the sums."""
         count = torch.ones((), device=next(iter(values.values())).device)
         values = {"count": count, **values}
-        self.sums = {name: self.sums[name] + value for name, value in values.items()} if self.sums else values
+        self.sums = {name: self.sums[name] + value if name in self.sums else value for name, value in values.items()}
 
     def take_means(self, world: World) -> dict[str, float]:
         """Means over all steps and processes since the last call. Clears the sums."""
@@ -72,8 +75,8 @@ class Progress:
             "tried": self.teacher_record,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self.batch, self.update = state["epoch"], state["batch"], state["update"]
-        self.best, self.last = state["best"], state["last"]
-        self.seconds, self.images = state["seconds"], state["images_seen"]
-        self.teacher_record = state.get("tried")
+    def load_state_dict(self, state: SavedState) -> None:
+        self.epoch, self.batch, self.update = state.epoch, state.batch, state.update
+        self.best, self.last = state.best, state.last
+        self.seconds, self.images = state.seconds, state.images_seen
+        self.teacher_record = state.tried

@@ -231,7 +231,7 @@ def _teachers(
             continue
         if spec.checkpoint is not None:
             cache.check_same("teacher", describe_teacher(build_teacher(spec)))
-        elif spec.name not in (None, cache.manifest["name"]):
+        elif spec.name not in (None, cache.manifest.name):
             cache.check_same("teacher", {"architecture": spec.name.split(".")[0]})
         cache.check_same("teacher", spec.preprocessing.model_dump(mode="json", exclude_none=True))
         networks.append(cache.teacher())
@@ -253,7 +253,7 @@ def _matched(
         plan = match(teacher.levels(), student.levels(), config.matching)
         check_input_sizes(teacher, student, plan)
     if cache is not None:
-        checksum = str(cache.manifest["teacher"]["weights"])
+        checksum = cache.manifest.teacher.weights
     else:
         checksum = str(describe_teacher(teacher)["weights"]) if inputs is None else inputs.checksum(teacher, number)
     embeds = config.losses.comparing("embedding")
@@ -278,7 +278,7 @@ def _check_caches(caches: Sequence[TeacherCache], config: Config, splits: Splits
             "put them into class folders, or leave out --teacher-cache"
         )
     first = caches[0]
-    crop, count, seed = first.crop(student.input), first.views["views"], first.views["seed"]
+    crop, count, seed = first.crop(student.input), first.views.views, first.views.seed
     first.check_same("views", describe_views(config, crop, count, seed))
     images = train_images(splits, config.data, config.augment, crop, seed, UnreadableImages(config.data.max_bad_images))
     data = describe_data(images, splits, count)

@@ -15,18 +15,32 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
-from irgdistill.config import STORES, Config, InputSpec, LossesConfig, Pooling, TeacherConfig
+from irgdistill.config import (
+    STORES,
+    Config,
+    InputSpec,
+    Interpolation,
+    LossesConfig,
+    Mean,
+    Pixels,
+    Pooling,
+    TeacherConfig,
+)
 from irgdistill.data import Images, PartlyLabelled, Splits, crop_of, padding_of
 from irgdistill.errors import UserError
-from irgdistill.io import checksum, read_tensors
+from irgdistill.io import Record, checksum, read_tensors
 from irgdistill.matching import MAP_LAYOUTS, Output, Plan, Tap, tap_name
 from irgdistill.models import Network, NetworkRecord, rebuild_network
 from irgdistill.training.stored_logits import unpack_logits
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CACHE_FORMAT = 1
 
@@ -46,57 +60,105 @@ ROWS = {"taps": "tap", "energies": "attention", "grids": "grid"}
 """What `Tapped` collects at a tap -> the first word of its name in a shard; the second is that of the tap."""
 
 
-class _Optional(TypedDict, total=False):
-    """Keys that a manifest has only if such values are stored."""
+class CachedNetwork(NetworkRecord):
+    """The teacher of a cache: the values of `describe_teacher`."""
 
-    grids: list[str]
-    """Names of the taps whose grids are stored."""
-    embedding: Pooling
-    """How the stored embedding was made."""
+    weights: str
+    """Checksum of its weights."""
 
 
-class Manifest(_Optional):
+class CachedImages(Record):
+    """The images of a cache: the values of `describe_data`."""
+
+    images: Annotated[int, Field(ge=1, lt=2**31)]
+    classes: list[str]
+    labels: str
+    """Checksum of the classes of all images."""
+    pixels: dict[str, str | None]
+    """Key of a view -> checksum of its pixels; None: unreadable."""
+
+
+class CachedViews(Record):
+    """The views of a cache: the values of `describe_views` that are used as well as compared."""
+
+    size: tuple[Pixels, Pixels]
+    interpolation: Interpolation
+    views: Annotated[int, Field(ge=1, lt=2**31)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    mean: Mean | None = None
+    """Colour of what random erasing erases; None without it."""
+    second_view: str | None = None
+    """Policy of the second view; None: there is none."""
+    exif_orientation: bool = False
+    """Whether photos were turned upright, which older versions did not do."""
+
+
+class CacheStorage(Record):
+    """How rows are stored."""
+
+    type: Literal[STORES]  # type: ignore[valid-type]
+    logits: Literal["all"] | Annotated[int, Field(ge=1)]
+    """The number of the largest logits that are stored."""
+
+
+class Manifest(Record):
     """cache.json: everything that determines the rows."""
 
-    format: int
+    format: Annotated[int, Field(ge=1)]
     name: str
     """timm name of the teacher."""
     classes: list[str] | None
-    teacher: dict[str, Any]
-    """`describe_teacher`"""
-    data: dict[str, Any]
-    """`describe_data`"""
-    views: dict[str, Any]
-    """`describe_views`"""
+    teacher: CachedNetwork
+    data: CachedImages
+    views: CachedViews
     taps: list[str]
     """Names of the taps whose pooled features are stored."""
     attention: list[str]
     """Names of the taps whose attention maps are stored."""
-    storage: dict[str, Any]
-    """`type`: one of STORES; `logits`: "all", or the number of the largest that are stored."""
+    grids: list[str] = Field(default_factory=list)
+    """Names of the taps whose grids are stored."""
+    embedding: Pooling | None = None
+    """How the stored embedding was made; None: there is none."""
+    storage: CacheStorage
+    _values: dict[str, Any] = PrivateAttr()
+
+    @classmethod
+    def parse(cls, values: object, path: Path, what: str = "values") -> Self:
+        """Validate the values of a file, or those to be written. Raises UserError as `read_manifest` does."""
+        if isinstance(values, Mapping) and isinstance(values.get("format"), int) and values["format"] > CACHE_FORMAT:
+            written = f"format {values['format']}, this one reads {CACHE_FORMAT}"
+            raise UserError(f"{path} was written by a newer irgdistill ({written})")
+        manifest = super().parse(values, path, what)
+        manifest._values = json.loads(json.dumps(values))  # tuples become lists, as in the file
+        return manifest
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The values as they are in the file, which decide whether two caches are the same."""
+        return self._values
+
+    @property
+    def checksum(self) -> str:
+        """CRC-32 of the values, which every shard contains."""
+        return f"{zlib.crc32(json.dumps(self.values, sort_keys=True).encode()):08x}"
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        if self.classes is not None and len(self.classes) != self.teacher.num_classes:
+            raise ValueError(f"the teacher has {self.teacher.num_classes} classes, and {len(self.classes)} names")
+        if self.storage.logits != "all" and self.storage.logits >= self.teacher.num_classes:
+            raise ValueError(f"storage.logits is {self.storage.logits}, of {self.teacher.num_classes} classes")
+        return self
+
+
+def manifest_path(folder: Path) -> Path:
+    return folder / "cache.json"
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """Read cache.json; None if there is none. Raises UserError for a damaged or a newer one."""
-    path = folder / "cache.json"
-    if not path.exists():
-        return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        newer = manifest["format"] > CACHE_FORMAT
-        if not newer and not {"teacher", "data", "views", "taps", "attention", "storage"} <= manifest.keys():
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: it cannot be read") from None
-    if newer:
-        written = f"format {manifest['format']}, this one reads {CACHE_FORMAT}"
-        raise UserError(f"{path} was written by a newer irgdistill ({written})")
-    return cast(Manifest, manifest)
-
-
-def manifest_checksum(manifest: Manifest) -> str:
-    """CRC-32 of a manifest, which every shard contains."""
-    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
+    path = manifest_path(folder)
+    return Manifest.from_json(path) if path.exists() else None
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -163,24 +225,24 @@ class TeacherCache:
         if manifest is None:
             raise UserError(f"{folder} holds no teacher cache (no cache.json); `irgdistill cache-teacher` makes one")
         self.manifest = manifest
-        self.views = manifest["views"]
-        self.row_count = manifest["data"]["images"] * self.views["views"]
+        self.views = manifest.views
+        self.row_count = manifest.data.images * self.views.views
         self._shards: list[dict[str, Tensor]] = []
 
     def crop(self, student: InputSpec) -> InputSpec:
         """The cached crop, for a student with the input `student`."""
         return replace(
             student,
-            size=tuple(self.views["size"]),
-            interpolation=str(self.views["interpolation"]),
-            mean=tuple(self.views.get("mean", student.mean)),
+            size=self.views.size,
+            interpolation=self.views.interpolation,
+            mean=self.views.mean or student.mean,
         )
 
     def teacher(self) -> Network:
         """The teacher without weights, for matching."""
-        network = rebuild_network(NetworkRecord.model_validate(self.manifest["teacher"]), meta=True)
-        network.name, network.classes = self.manifest["name"], self.manifest["classes"]
-        network.pooling = self.manifest.get("embedding", "auto")
+        network = rebuild_network(self.manifest.teacher, meta=True)
+        network.name, network.classes = self.manifest.name, self.manifest.classes
+        network.pooling = self.manifest.embedding or "auto"
         return network
 
     def check_terms(self, losses: LossesConfig, plan: Plan | None, asked: TeacherConfig, answers: bool = True) -> None:
@@ -196,24 +258,24 @@ class TeacherCache:
                 "means over positions and over channels: leave out --teacher-cache"
             )
         whole = losses.needing_all_logits() if answers else []
-        if whole and self.manifest["storage"]["logits"] != "all":
+        if whole and self.manifest.storage.logits != "all":
             unset = " ".join(f"--set losses.{name}.weight=0" for name in whole)
             raise UserError(
                 f"{' and '.join(whole)} need{'s' * (len(whole) == 1)} every logit, and {self.folder} keeps the "
-                f"{self.manifest['storage']['logits']} largest: {unset}, or a cache made with --logits all"
+                f"{self.manifest.storage.logits} largest: {unset}, or a cache made with --logits all"
             )
         missing = [name for tap in (plan.teacher_taps() if plan else ()) if (name := tap_name(tap)) not in self.taps]
         exits = [pair.teacher.exit for pair in plan.pairs] if plan else []
         mapped = [tap_name(tap) for tap in exits if tap.layout in MAP_LAYOUTS]
         if losses.comparing("energies"):
-            missing += [name for name in mapped if name not in self.manifest["attention"]]
+            missing += [name for name in mapped if name not in self.manifest.attention]
         if missing:
             raise UserError(
                 f"the run taps {', '.join(missing)} of the teacher, which {self.folder} does not hold; "
                 "give cache-teacher the same --student, --levels and --taps-teacher"
             )
         on_grids = losses.comparing("grids")
-        missing = [name for name in mapped if on_grids and name not in self.manifest.get("grids", ())]
+        missing = [name for name in mapped if on_grids and name not in self.manifest.grids]
         if missing:
             raise UserError(
                 f"{' and '.join(on_grids)} compare{'s' * (len(on_grids) == 1)} grids of {', '.join(missing)}, which "
@@ -221,7 +283,7 @@ class TeacherCache:
             )
 
     def _check_embedding(self, losses: LossesConfig, asked: TeacherConfig) -> None:
-        used, cached = losses.comparing("embedding"), self.manifest.get("embedding")
+        used, cached = losses.comparing("embedding"), self.manifest.embedding
         if used and cached is None:
             raise UserError(
                 f"{' and '.join(used)} compare{'s' * (len(used) == 1)} embeddings, which {self.folder} does not hold; "
@@ -233,14 +295,14 @@ class TeacherCache:
     @property
     def taps(self) -> list[str]:
         """Names of the taps whose pooled features are stored."""
-        return list(self.manifest["taps"])
+        return self.manifest.taps
 
     def check_same(self, part: Literal["teacher", "data", "views"], now: Mapping[str, Any]) -> None:
         """Compare a part of the manifest with that of a run. Raises UserError if they differ."""
-        then = self.manifest[part]
+        then = self.manifest.values[part]
         for key, value in now.items():
-            if value != then[key]:
-                what = f": {key} {shortened(value)}, was {shortened(then[key])}"
+            if value != then.get(key):
+                what = f": {key} {shortened(value)}, was {shortened(then.get(key))}"
                 raise UserError(f"the teacher cache {self.folder} was made of {_OTHER[part]}{what}")
 
     def open(self, where: Mapping[str, Iterable[Tap]] | None = None) -> None:
@@ -248,7 +310,7 @@ class TeacherCache:
 
         Raises UserError for a shard that is missing, damaged or of another cache.
         """
-        mark = manifest_checksum(self.manifest)
+        mark = self.manifest.checksum
         wanted = {f"{word} {tap_name(tap)}" for kind, word in ROWS.items() for tap in (where or {}).get(kind, ())}
         count = math.ceil(self.row_count / SHARD)
         missing = [number for number in range(count) if not shard_path(self.folder, number).exists()]
@@ -298,14 +360,14 @@ class TeacherCache:
             end = start + stored[0].nbytes
             own = teacher_rows[:, start:end].contiguous()
             rows[name], start = own.view(stored.dtype).reshape(len(own), *stored.shape[1:]), end
-            if "second_view" in self.views:
+            if self.views.second_view is not None:
                 rows[name] = rows[name].transpose(0, 1).flatten(0, 1)
         for key, value in rows.items():
             word, _, name = key.partition(" ")
             if name:
                 at_taps[word][name] = value.float()
         embedding = rows["embedding"].float() if "embedding" in rows else None
-        classes = self.manifest["teacher"]["num_classes"]
+        classes = self.manifest.teacher.num_classes
         logits = unpack_logits(rows, classes) if classes or embedding is None else embedding
         pooled, energies, grids = (at_taps[word] for word in ("tap", "attention", "grid"))
         return Output(logits, pooled, energies=energies, grids=grids, embedding=embedding)

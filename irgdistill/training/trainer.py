@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irgdistill.errors import Interrupted, TrainingError, os_reason
-from irgdistill.io import Report, RunFolder
+from irgdistill.errors import Interrupted, TrainingError, one_line, os_reason
+from irgdistill.io import SELECTING, Report, RunFolder
 from irgdistill.losses import Batch, gradient_shares
 from irgdistill.runtime import Signals, Stopped, World, compiler_settings, gpu_settings, read_later
 from irgdistill.training.checkpointing import Checkpointer
 from irgdistill.training.components import RunComponents, build_components
 from irgdistill.training.evaluation import (
-    SELECTING,
     Metrics,
     details,
     evaluate,
@@ -86,18 +85,32 @@ class Trainer:
         return images, labels if labelled else None
 
     def update_weights(self) -> None:
-        """Clip the gradients, step optimizer and schedule, and average the weights."""
+        """Clip the gradients, step optimizer and schedule, and average the weights.
+
+        Raises TrainingError if the optimizer fails, as with a saved state that does not fit it.
+        """
         run, progress = self.components, self.progress
         if self.config.optim.clip_grad is not None:
             run.scaler.unscale_(run.optimizer)
             torch.nn.utils.clip_grad_norm_(run.student.parameters(), self.config.optim.clip_grad)
-        run.scaler.step(run.optimizer)
+        self._step_optimizer()
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
         progress.update += 1
         run.scheduler.step_update(progress.update)
         if run.ema is not None:
             run.ema.update(run.student.model, step=progress.update)
+
+    def _step_optimizer(self) -> None:
+        try:
+            self.components.scaler.step(self.components.optimizer)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise TrainingError(
+                f"the optimizer {self.config.optim.name} fails at update {self.progress.update + 1}: "
+                f"{one_line(error, 200)}; a resumed run may have a state that does not fit"
+            ) from error
 
     def _refuse_non_finite(self, raw: dict[str, Tensor], non_finite: Callable[[], bool]) -> None:
         """Raises TrainingError if the total is not finite in any process."""

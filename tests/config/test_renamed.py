@@ -78,7 +78,7 @@ def test_an_old_state_agrees_with_its_old_configuration(tmp_path: Path) -> None:
     shutil.copytree(OLD / "unfinished", tmp_path / "run")
     with pytest.warns(RenamedKeyWarning):
         state, config = open_state(RunFolder(tmp_path / "run"))
-        assert not changes(config, validate_saved(state["config"]))
+        assert not changes(config, validate_saved(state.config))
 
 
 def test_the_command_line_warns_once(run: Run, tmp_path: Path) -> None:

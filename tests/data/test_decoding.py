@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import struct
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile
+from support import OLD
 from torchvision.datasets import ImageFolder
 
 from irgdistill.config import BEFORE, Config, DataConfig, data_of, load_config, validate_saved
@@ -135,8 +137,8 @@ def test_runs_written_before_the_setting_have_it_off() -> None:
 
 
 def test_a_cache_decides_for_its_students(tmp_path: Path) -> None:
-    old: Any = {"views": {}}
-    manifest: Manifest = old
+    old = json.loads((OLD / "cache" / "cache.json").read_text())
+    manifest = Manifest.parse(old, tmp_path)
     config = with_cached_orientation(load_config(), manifest, tmp_path)
     assert config.data.exif_orientation is False
     with pytest.raises(UserError, match=r"data\.exif_orientation = True, but the teacher cache .* was made with False"):

@@ -202,7 +202,8 @@ def test_random_states_come_back(tmp_path: Path) -> None:
 
     save_state(tmp_path / "s.safetensors", {"random": state.random_states(CPU)})
     expected = random.random(), np.random.rand(), torch.rand(1)
-    state.restore_random_states(load_state(tmp_path / "s.safetensors")["random"], CPU)
+    saved = load_state(tmp_path / "s.safetensors")["random"]
+    state.restore_random_states(state.RandomStates.parse(saved, tmp_path), CPU)
     assert (random.random(), np.random.rand()) == expected[:2] and torch.equal(torch.rand(1), expected[2])
 
 

@@ -26,7 +26,7 @@ from irgdistill.io import tensors as files
 from irgdistill.io.metrics_file import records
 from irgdistill.io.run_folder import RunFolder
 from irgdistill.training.checkpointing import Checkpointer
-from irgdistill.training.state import load_state, position, save_state
+from irgdistill.training.state import SavedState, load_state, position, save_state
 from irgdistill.training.trainer import Trainer
 
 OPTIONS = ("--method", "none", "--student", "cifar_resnet14_x0_5", "--input-size", 16, "--workers", 0, "--epochs", 3)
@@ -152,7 +152,7 @@ def test_a_second_signal_stops_at_once_and_loses_nothing(
         on_call(patch, Trainer, "train_step", {9: send(number, times=2)})
         line = one_line(begin(), 128 + number)
     assert f"stopped by {signal.Signals(number).name}; what was saved is safe; resume with:" in line
-    assert position(load_state(RunFolder(tmp_path / "run").state)) == "epoch 2, batch 2"
+    assert SavedState.read(RunFolder(tmp_path / "run").state).position == "epoch 2, batch 2"
     assert run("distill", "--resume", tmp_path / "run").code == 0 and ends_like(whole, tmp_path / "run")
 
 
@@ -525,7 +525,7 @@ def test_the_clock_saves_too(begin: Run, tmp_path: Path) -> None:
         save = Checkpointer._write_state
 
         def write(self: Checkpointer, state: dict[str, Any]) -> None:
-            states.append(position(state))
+            states.append(position(state["epoch"], state["batch"]))
             save(self, state)
 
         patch.setattr(Checkpointer, "_write_state", write)

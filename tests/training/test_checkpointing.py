@@ -18,7 +18,7 @@ from irgdistill.io import RunFolder, read_metadata
 from irgdistill.runtime import World
 from irgdistill.training import Checkpointer, Progress
 from irgdistill.training import checkpointing as module
-from irgdistill.training.state import load_state
+from irgdistill.training.state import SavedState, load_state
 
 
 class Report:
@@ -46,8 +46,8 @@ class Components(SimpleNamespace):
     def state_dict(self) -> dict[str, Any]:
         return {"student": self.model.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["student"])
+    def load_state_dict(self, state: SavedState) -> None:
+        self.model.load_state_dict(state.student)
 
 
 class Fixture:
@@ -67,6 +67,7 @@ class Fixture:
             local_models=[],
             scheduler=SimpleNamespace(step_update=lambda update: self.written.append(f"schedule {update}")),
             unreadable=SimpleNamespace(names=["a.png"]),
+            batches=9,
             data_facts={"training images": 8, "classes": ["cat", "dog"]},
             setup=SimpleNamespace(student=student, teachers=[], plan=None, classes=["cat", "dog"], checksums=None),
         )
@@ -137,7 +138,7 @@ def test_a_state_holds_what_the_run_is_resumed_with(fixture: Fixture) -> None:
     fixture.fill(0)
     fixture.progress.__init__()  # type: ignore[misc]
     fixture.components.unreadable.names = []
-    fixture.saver.resume(state)
+    fixture.saver.resume(SavedState.parse(state, fixture.folder.state))
     assert (progress.epoch, progress.batch, progress.update) == (1, 3, 7)
     assert (progress.seconds, progress.images, progress.teacher_record) == (2.5, 40, {"kind": "teacher", "top1": 90.0})
     assert float(fixture.model.weight.detach()) == 5 and fixture.components.unreadable.names == ["a.png"]
@@ -236,13 +237,13 @@ def test_due_times(
 def test_a_state_of_another_run_is_refused(fixture: Fixture, change: dict[str, Any], message: str) -> None:
     fixture.saver.save_state()
     with pytest.raises(UserError, match=message):
-        fixture.saver.resume({**load_state(fixture.folder.state), **change})
+        fixture.saver.resume(SavedState.parse({**load_state(fixture.folder.state), **change}, fixture.folder.state))
 
 
 def test_weights_newer_or_older_than_the_state_are_made_consistent_with_it(fixture: Fixture) -> None:
     fixture.fill(1)
     fixture.evaluated(1, 50.0)
-    state = load_state(fixture.folder.state)
+    state = SavedState.read(fixture.folder.state)
     fixture.fill(2)
     fixture.evaluated(2, 40.0)
     fixture.folder.best.unlink()
@@ -256,7 +257,7 @@ def test_better_weights_that_were_saved_after_the_state_count(fixture: Fixture) 
     fixture.evaluated(1, 50.0)
     fixture.progress.batch = 1
     fixture.saver.save_state()
-    state = load_state(fixture.folder.state)
+    state = SavedState.read(fixture.folder.state)
     fixture.evaluated(2, 60.0)
     fixture.saver.resume(state)
     assert fixture.progress.best == {"epoch": 2, "top1": 60.0}
@@ -267,7 +268,7 @@ def test_the_teachers_record_survives_a_stop_right_after_the_first_state(fixture
     fixture.progress.teacher_record = record
     fixture.saver.save_first()
     assert fixture.report.records == [record]
-    fixture.saver.resume(load_state(fixture.folder.state))
+    fixture.saver.resume(SavedState.read(fixture.folder.state))
     assert fixture.report.records == [record, record], "the journal was rewound before"
 
 
@@ -277,5 +278,5 @@ def test_another_number_of_processes_takes_the_means_of_all(fixture: Fixture) ->
     state = load_state(fixture.folder.state)
     second: dict[str, dict[str, Tensor]] = {"sums": {"count": torch.tensor(2.0), "loss": torch.tensor(5.0)}}
     state["processes"] = [state["processes"][0], {**state["processes"][0], **second}]
-    fixture.saver.resume(state)
+    fixture.saver.resume(SavedState.parse(state, fixture.folder.state))
     assert {name: float(value) for name, value in fixture.progress.sums.items()} == {"count": 2.0, "loss": 4.0}

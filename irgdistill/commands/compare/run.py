@@ -177,7 +177,7 @@ def _finish(run: Run, code: int) -> None:
         last = next((line for line in reversed(lines) if line.strip()), "no output")
         raise Interrupted(code if code > 0 else 128 - code, f"{run.name} ended with code {code}: {last}")
     summary = summary_of(run)
-    Report().line(f"{run.name}: top-1 {summary['last_top1']:.2f}, best {summary['top1']:.2f}")
+    Report().line(f"{run.name}: top-1 {summary.last_top1:.2f}, best {summary.top1:.2f}")
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

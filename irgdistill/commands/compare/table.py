@@ -25,6 +25,7 @@ from irgdistill.errors import UserError
 from irgdistill.io import (
     Report,
     RunFolder,
+    Summary,
     markdown,
     markdown_table,
     records,
@@ -52,15 +53,19 @@ class Run:
         return f"{self.config.method}, seed {self.config.seed}"
 
 
-def summary_of(run: Run) -> dict[str, Any]:
+class Accuracies(Summary):
+    """The summary of a run that was validated on labels, as every run of a comparison is."""
+
+    top1: float
+    last_top1: float
+
+
+def summary_of(run: Run) -> Accuracies:
     """The summary of a finished run. Raises UserError if it cannot be read."""
     try:
-        summary: dict[str, Any] = json.loads(run.folder.summary.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"{run.folder.summary} cannot be read ({error}); delete {run.folder.path} to train it again"
-        ) from None
-    return summary
+        return Accuracies.from_json(run.folder.summary)
+    except UserError as error:
+        raise UserError(f"{error}; delete {run.folder.path} to train it again") from None
 
 
 def write_table(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) -> None:
@@ -155,12 +160,12 @@ def _rows(runs: Sequence[Run], right: Mapping[Run, Tensor]) -> list[dict[str, An
         row["weights"] = {name: w for name, w in losses.weights().items() if w > 0}
         row["fades"] = {name: list(fade) for name, fade in losses.fades().items() if name in row["weights"]}
         for name, key in (("top1", "last_top1"), ("best", "top1")):
-            row[name] = [summaries[run][key] for run in members]
+            row[name] = [getattr(summaries[run], key) for run in members]
             row[f"{name}_mean"], row[f"{name}_std"] = mean_and_deviation(row[name])
         if method != BASELINE and BASELINE in by_method:
             row |= _difference(members, by_method[BASELINE], summaries, right)
         for key in ("seconds", "images_per_second"):
-            row[key] = mean_and_deviation([summaries[run][key] for run in members])[0]
+            row[key] = mean_and_deviation([getattr(summaries[run], key) for run in members])[0]
         row["curves"] = [_curve(run) for run in members]
         rows.append(row)
     return rows
@@ -169,7 +174,7 @@ def _rows(runs: Sequence[Run], right: Mapping[Run, Tensor]) -> list[dict[str, An
 def _difference(
     members: Sequence[Run],
     baseline: Sequence[Run],
-    summaries: Mapping[Run, Mapping[str, Any]],
+    summaries: Mapping[Run, Accuracies],
     right: Mapping[Run, Tensor],
 ) -> dict[str, Any]:
     """Difference of the last top-1 to the baseline's, paired over seeds, or over images for a single seed."""
@@ -177,7 +182,7 @@ def _difference(
     pairs = [(run, alone[run.config.seed]) for run in members if run.config.seed in alone]
     if not pairs:
         return {}
-    values, over = [summaries[run]["last_top1"] - summaries[other]["last_top1"] for run, other in pairs], "seeds"
+    values, over = [summaries[run].last_top1 - summaries[other].last_top1 for run, other in pairs], "seeds"
     difference, _ = mean_and_deviation(values)
     if len(pairs) == 1:  # predicted again here: in low precision a few images may differ from the run's evaluation
         ours, theirs = (100 * right[run].double() for run in pairs[0])

@@ -6,7 +6,6 @@ run belongs to.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from irgdistill.config import SKIPPED, Config, TeacherConfig, dump, read_yaml, validate_saved
+from irgdistill.config import SKIPPED, Config, DataConfig, TeacherConfig, dump, read_yaml, validate_saved
 from irgdistill.errors import UserError
-from irgdistill.io import RunFolder, code_span, markdown, markdown_table, records, visible
-from irgdistill.models import CheckpointMetadata, Network, multiply_adds, parameters
+from irgdistill.io import Record, RunFolder, Summary, code_span, markdown, markdown_table, records, visible
+from irgdistill.models import CheckpointMetadata, Network, PlanRecord, TermRecord, multiply_adds, parameters
 from irgdistill.training import metric_name, score
 
 CITATION = """```bibtex
@@ -46,6 +45,28 @@ def _without_folders(teacher: TeacherConfig) -> TeacherConfig:
     return teacher.replaced({"name": public_name(teacher.name), **files})
 
 
+class ComparedMethod(Record):
+    """A row of compare.json."""
+
+    method: str
+    seeds: tuple[int, ...]
+
+
+class Comparison(Record):
+    """What the card reads of compare.json."""
+
+    rows: tuple[ComparedMethod, ...]
+    teacher_top1: float | None
+    validation_images: int
+
+
+class TeacherCheck(Record):
+    """The teacher's accuracy before training, as metrics.jsonl records it."""
+
+    top1: float
+    images: int
+
+
 @dataclass(frozen=True)
 class Provenance:
     """An exported student and the run that trained it."""
@@ -63,21 +84,20 @@ class Provenance:
         """The folder of the checkpoint, in which other files of the run may lie."""
         return RunFolder(self.checkpoint.parent)
 
-    @property
-    def data(self) -> Mapping[str, Any]:
+    @cached_property
+    def data(self) -> DataConfig:
         """Settings of the section `data`."""
-        assert self.metadata.data is not None
-        return self.metadata.data
+        return validate_saved({"data": self.metadata.data}, f"{self.checkpoint}: ").data
 
     @property
     def data_name(self) -> str:
         """Name of the data set; of a folder its last part, without the path on this machine."""
-        source = str(self.data["source"])
+        source = str(self.data.source)
         return Path(source).name if self.data_is_folder else source
 
     @property
     def data_is_folder(self) -> bool:
-        return Path(str(self.data["source"])).is_absolute()
+        return Path(str(self.data.source)).is_absolute()
 
     @cached_property
     def config(self) -> Config | None:
@@ -103,14 +123,14 @@ class Provenance:
         return config.replaced(changed)
 
     @cached_property
-    def comparison(self) -> dict[str, Any] | None:
+    def comparison(self) -> Comparison | None:
         """compare.json of the comparison that the run belongs to, if any."""
         folder, metadata = self.run.path.resolve(), self.metadata
         path = self.comparison_folder / "compare.json"
         if (folder.parent.name, folder.name) != (metadata.method, str(metadata.seed)) or not path.exists():
             return None
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        inside = any(row["method"] == metadata.method and metadata.seed in row["seeds"] for row in result["rows"])
+        result = Comparison.from_json(path)
+        inside = any(row.method == metadata.method and metadata.seed in row.seeds for row in result.rows)
         return result if inside else None
 
     @property
@@ -238,20 +258,29 @@ def _accuracy(student: Provenance) -> str:
             rows.append([*row, *["–"] * (len(known) - 1), f"{metrics['images']:,}"])
         return markdown_table(rows) + "\n" + _choice_of_epoch(student)
     rows = [["network", "top-1 %", "top-5 %", "validation images"]]
-    rows.append([name, f"{metrics['top1']:.2f}", f"{metrics['top5']:.2f}", f"{metrics['images']:,}"])
+    rows.append([name, *_cells(metrics, "top1", "top5")])
     if teacher is not None and (found := _teacher_accuracy(student)) is not None:
         top1, images = found
         rows.append([f"teacher, {code_span(public_name(teacher.name))}", f"{top1:.2f}", "–", f"{images:,}"])
     return markdown_table(rows) + "\n" + _choice_of_epoch(student)
 
 
+def _cells(metrics: Mapping[str, float], *names: str) -> list[str]:
+    """Percentages, then the number of images."""
+    percentages = [f"{metrics[name]:.2f}" if name in metrics else "–" for name in names]
+    return [*percentages, f"{metrics['images']:,}" if "images" in metrics else "–"]
+
+
 def _teacher_accuracy(student: Provenance) -> tuple[float, int] | None:
     """The teacher's top-1 accuracy, and on how many images: from the comparison, or from the check before training."""
     comparison = student.comparison
-    if comparison is not None and comparison["teacher_top1"] is not None:
-        return comparison["teacher_top1"], comparison["validation_images"]
-    checked = next((record for record in records(student.run.metrics) if record["kind"] == "teacher"), None)
-    return None if checked is None else (checked["top1"], checked["images"])
+    if comparison is not None and comparison.teacher_top1 is not None:
+        return comparison.teacher_top1, comparison.validation_images
+    for record in records(student.run.metrics):
+        if record["kind"] == "teacher":
+            checked = TeacherCheck.parse(record, student.run.metrics)
+            return checked.top1, checked.images
+    return None
 
 
 def _choice_of_epoch(student: Provenance) -> str:
@@ -259,11 +288,13 @@ def _choice_of_epoch(student: Provenance) -> str:
     metrics, run = student.metadata.metrics, student.run
     if not run.summary.exists():
         return "The run was not finished; these are the numbers of its last evaluation.\n" if run.state.exists() else ""
-    summary = json.loads(run.summary.read_text(encoding="utf-8"))
-    if metrics["epoch"] == summary["epochs"]:
-        return f"These are the weights after the last of {summary['epochs']} epochs.\n"
-    last = score({metric_name(metrics): summary[f"last_{metric_name(metrics)}"]})
-    return f"The best of {summary['epochs']} epochs, chosen on these same images; after the last epoch {last} %.\n"
+    summary = Summary.from_json(run.summary)
+    if metrics["epoch"] == summary.epochs:
+        return f"These are the weights after the last of {summary.epochs} epochs.\n"
+    name = metric_name(metrics)
+    value = summary.last_top1 if name == "top1" else summary.last_agreement
+    last = "" if value is None else f"; after the last epoch {score({name: value})} %"
+    return f"The best of {summary.epochs} epochs, chosen on these same images{last}.\n"
 
 
 def _comparison(student: Provenance) -> str:
@@ -277,12 +308,12 @@ def _comparison(student: Provenance) -> str:
 
 def _recipe(student: Provenance) -> str:
     metadata, config = student.metadata, student.config
-    terms = [_weighted(name, term) for name, term in metadata.losses.items() if term["weight"]]
+    terms = [_weighted(name, term) for name, term in metadata.losses.items() if term.weight]
     rows = [
         ["setting", "value"],
         ["method", code_span(metadata.method)],
         ["loss", " + ".join(terms)],
-        ["data", f"{code_span(student.data_name)}, batches of {student.data['batch_size']}"],
+        ["data", f"{code_span(student.data_name)}, batches of {student.data.batch_size}"],
         ["seed", str(metadata.seed)],
     ]
     if config is None:
@@ -307,18 +338,18 @@ def _recipe(student: Provenance) -> str:
     return f"{markdown_table(rows)}\nTo train it again: {command}\n"
 
 
-def _weighted(name: str, term: Mapping[str, Any]) -> str:
-    fade = term.get("fade")
+def _weighted(name: str, term: TermRecord) -> str:
+    fade = term.fade
     schedule = "" if fade is None else f" (fades out between {fade[0]:.0%} and {fade[1]:.0%} of the training)"
-    return f"{term['weight']:g} · {name}{schedule}"
+    return f"{term.weight:g} · {markdown(name)}{schedule}"
 
 
-def _matched_stages(plan: Mapping[str, Any] | None) -> str:
+def _matched_stages(plan: PlanRecord | None) -> str:
     if plan is None:
         return ""
     rows = [["stage", "teacher's last block", "student's last block", "widths"]]
-    for pair in plan["pairs"]:
-        taps = [pair[role]["exit"] for role in ("teacher", "student")]
-        cells = [code_span(tap["module"]) for tap in taps]
-        rows.append([pair["name"], *cells, " / ".join(str(tap["channels"]) for tap in taps)])
-    return markdown_table(rows) + "".join(f"\n- {note}" for note in plan["notes"]) + "\n" * bool(plan["notes"])
+    for pair in plan.pairs:
+        taps = (pair.teacher.exit, pair.student.exit)
+        widths = " / ".join(str(tap.channels) for tap in taps)
+        rows.append([visible(pair.name), *(code_span(tap.module) for tap in taps), widths])
+    return markdown_table(rows) + "".join(f"\n- {visible(note)}" for note in plan.notes) + "\n" * bool(plan.notes)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from timm.utils import random_seed
 
@@ -83,6 +81,8 @@ def _complete(target: str, request: InspectRequest, config: Config) -> Config:
     recorded = _recorded_config(path, metadata)
     own, architecture = recorded.teacher, None if metadata.teacher is None else metadata.teacher.architecture
     given_teacher = config.teacher
+    if own.name is not None and ":" in own.name and given_teacher.name is None and given_teacher.checkpoint is None:
+        raise UserError(f"{path} names its teacher {own.name}, which a file cannot have looked up: give --teacher")
     if given_teacher.checkpoint is not None and given_teacher.checkpoint.exists():
         theirs = CheckpointMetadata.read(_checkpoint(str(given_teacher.checkpoint)))
         if theirs is not None:
@@ -216,7 +216,7 @@ def _other(target: str, first: NetworkUnderTest, teacher: Network, plan: Plan, c
     if metadata.architecture != own:
         raise UserError(f"--compare {target} holds a {metadata.architecture}, {first.label} is a {own}")
     network = restore(path, None, config.student.input_size)[0]
-    if _student_taps(_plan(teacher, network, config).to_dict()) != _student_taps(plan.to_dict()):
+    if _student_taps(_plan(teacher, network, config)) != _student_taps(plan):
         raise UserError(f"--compare {target}: its stages are not those of {first.label}")
     _check_plan(f"--compare {target}", metadata, plan)
     label = _label(target)
@@ -227,16 +227,16 @@ def _other(target: str, first: NetworkUnderTest, teacher: Network, plan: Plan, c
 
 def _check_plan(what: str, metadata: CheckpointMetadata, plan: Plan) -> None:
     """Raises UserError if a run was trained at other stages of the student than those of `plan`."""
-    if metadata.plan and _student_taps(metadata.plan) != _student_taps(plan.to_dict()):
-        stages = ", ".join(_student_taps(metadata.plan))
+    if metadata.plan and metadata.plan.student_taps() != _student_taps(plan):
+        stages = ", ".join(metadata.plan.student_taps())
         raise UserError(
-            f"{what} was trained at other stages, {stages}, not at {', '.join(_student_taps(plan.to_dict()))}: "
+            f"{what} was trained at other stages, {stages}, not at {', '.join(_student_taps(plan))}: "
             "give the --levels, --skip-level or --taps-student it was trained with"
         )
 
 
-def _student_taps(plan: Mapping[str, Any]) -> list[str]:
-    return [pair["student"]["exit"]["module"] for pair in plan["pairs"]]
+def _student_taps(plan: Plan) -> list[str]:
+    return [pair.student.exit.module for pair in plan.pairs]
 
 
 def _plan(teacher: Network, student: Network, config: Config) -> Plan:
