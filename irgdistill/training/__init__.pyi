@@ -1,3 +1,4 @@
+from .cache_manifest import CACHE_FORMAT, Manifest, manifest_path, read_manifest
 from .cached_views import with_cached_orientation
 from .checkpointing import Checkpointer
 from .checks import check_classes, check_input_sizes, check_processes, difference
@@ -13,16 +14,12 @@ from .similarity import agreement, each_pair, linear_cka, nearest_neighbours, pe
 from .state import SavedState, changes, open_state, position, seed_process
 from .stored_logits import pack_logits
 from .teacher_cache import (
-    CACHE_FORMAT,
     DTYPES,
     SHARD,
-    Manifest,
     TeacherCache,
     describe_data,
     describe_teacher,
     describe_views,
-    manifest_path,
-    read_manifest,
     shard_path,
 )
 from .teachers import CachedRows

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from irgdistill.config import Config
 from irgdistill.errors import UserError
-from irgdistill.training.teacher_cache import Manifest, TeacherCache, shortened
+from irgdistill.training.cache_manifest import Manifest
+from irgdistill.training.teacher_cache import TeacherCache, shortened
 
 
 def with_cached_orientation(config: Config, manifest: Manifest | None, folder: Path) -> Config:

@@ -22,7 +22,7 @@ from irgdistill.data.open import open_splits
 from irgdistill.data.timm_dataset import TimmSource
 from irgdistill.errors import UserError
 from irgdistill.training import with_cached_orientation
-from irgdistill.training.teacher_cache import Manifest
+from irgdistill.training.cache_manifest import Manifest
 
 
 def saved(image: Image.Image, name: str, **options: Any) -> io.BytesIO:

@@ -15,9 +15,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from irgdistill.commands.export.records import Comparison, TeacherCheck
 from irgdistill.config import SKIPPED, Config, DataConfig, TeacherConfig, dump, read_yaml, validate_saved
 from irgdistill.errors import UserError
-from irgdistill.io import Record, RunFolder, Summary, code_span, markdown, markdown_table, records, visible
+from irgdistill.io import RunFolder, Summary, code_span, markdown, markdown_table, records, visible
 from irgdistill.models import CheckpointMetadata, Network, PlanRecord, TermRecord, multiply_adds, parameters
 from irgdistill.training import metric_name, score
 
@@ -43,28 +44,6 @@ def _without_folders(teacher: TeacherConfig) -> TeacherConfig:
     paths = {key: getattr(teacher, key) for key in TEACHER_FILES.values()}
     files = {key: Path(path.name) for key, path in paths.items() if path is not None}
     return teacher.replaced({"name": public_name(teacher.name), **files})
-
-
-class ComparedMethod(Record):
-    """A row of compare.json."""
-
-    method: str
-    seeds: tuple[int, ...]
-
-
-class Comparison(Record):
-    """What the card reads of compare.json."""
-
-    rows: tuple[ComparedMethod, ...]
-    teacher_top1: float | None
-    validation_images: int
-
-
-class TeacherCheck(Record):
-    """The teacher's accuracy before training, as metrics.jsonl records it."""
-
-    top1: float
-    images: int
 
 
 @dataclass(frozen=True)
