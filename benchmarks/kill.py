@@ -85,12 +85,12 @@ def launch(arguments: list[str], marks: Path, passing: int = 0, after: float | N
 def on_disk(folder: Path) -> dict[str, Any]:
     """Files of the run folder, and where its states stand."""
     from irgdistill.errors import UserError
-    from irgdistill.training.state import load_state, position
+    from irgdistill.training.state import SavedState
 
     found: dict[str, Any] = {"files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())}
     for name in ("state", "previous"):
         try:
-            found[name] = position(load_state(folder / "state" / f"{name}.safetensors"))
+            found[name] = SavedState.read(folder / "state" / f"{name}.safetensors").position
         except UserError:
             found[name] = None
     return found

@@ -243,4 +243,4 @@ def test_another_teacher_is_refused(run: Run, teacher: tuple[object, ...], tmp_p
     assert not (output / "irg").exists()
     (output / "kd" / "0" / "summary.json").write_text("{")
     broken = run("compare", "--methods", "none,kd", *options, *teacher)
-    assert broken.code == 2 and f"{output / 'kd' / '0' / 'summary.json'} cannot be read" in broken.err
+    assert broken.code == 2 and f"{output / 'kd' / '0' / 'summary.json'} is damaged" in broken.err
