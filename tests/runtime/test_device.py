@@ -58,7 +58,7 @@ def test_only_the_state_of_the_own_gpu_is_saved(generators: dict[int, torch.Tens
     saved = state.random_states(GPU)
     assert saved["cuda"] == [generators[2]]
     assert state.random_states(CPU)["cuda"] == []
-    state.restore_random_states(state.RandomStates.parse(saved, Path()), torch.device("cuda", 5))  # another number of the same process
+    state.restore_random_states(state.RandomStates.parse(saved, Path()), torch.device("cuda", 5))
     assert generators[5].item() == 2
     state.restore_random_states(state.RandomStates.parse(saved, Path()), CPU)
 
@@ -67,7 +67,7 @@ def test_states_of_all_gpus_are_still_read(generators: dict[int, torch.Tensor]) 
     saved = state.random_states(CPU)
     saved["cuda"] = [torch.tensor([10 + number], dtype=torch.uint8) for number in range(4)]
     state.restore_random_states(state.RandomStates.parse(saved, Path()), GPU)
-    state.restore_random_states(state.RandomStates.parse(saved, Path()), torch.device("cuda", 6))  # there were four: keeps its own
+    state.restore_random_states(state.RandomStates.parse(saved, Path()), torch.device("cuda", 6))
     assert [generators[number].item() for number in range(8)] == [0, 1, 12, 3, 4, 5, 6, 7]
 
 
