@@ -227,9 +227,7 @@ class ShardWriter:
         attention = {name: unit(value.flatten(1)).view_as(value) for name, value in output.energies.items()}
         rows |= {f"attention {name}": value.to(self.dtype) for name, value in attention.items()}
         rows |= {f"grid {name}": value.to(self.dtype) for name, value in output.grids.items()}
-        if (
-            self.manifest.views.second_view is not None
-        ):  # first views and then second ones -> a row of both for each image
+        if self.manifest.views.second_view is not None:  # first views, then second ones -> a row of both for each image
             rows = {name: value.unflatten(0, (2, -1)).transpose(0, 1).contiguous() for name, value in rows.items()}
         return {name: value.cpu() for name, value in rows.items()}
 

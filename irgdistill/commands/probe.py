@@ -59,7 +59,7 @@ class Probe:
 
     def _recorded(self, record: dict[str, Any]) -> Network | None:
         """The teacher that a checkpoint records; None, with a line that says why, if it is not to be had."""
-        known = {key: record[key] for key in ("name", "checkpoint", "input_size", "pooling")}
+        known = {key: record[key] for key in ("name", "checkpoint", "input_size", "pooling", "preprocessing")}
         try:
             return build_teacher(validate({"teacher": known}).teacher)
         except UserError as error:

@@ -1,4 +1,3 @@
-from .embedding import EmbeddingHook
 from .levels import Level, LevelsError, Tap, find_levels
 from .plan import Ends, Plan, ends, match
 from .pooling import MAP_LAYOUTS
@@ -7,7 +6,6 @@ from .taps import Output, Tapped, first_output, has_unused_parameters, tap_name
 
 __all__ = [
     "MAP_LAYOUTS",
-    "EmbeddingHook",
     "Ends",
     "Level",
     "LevelsError",

@@ -169,14 +169,14 @@ def _build_loss(setup: Setup, device: torch.device, world: World, report: Report
         config.losses,
         setup.plan,
         world if config.runtime.graph_scope == "global" else None,
-        None if booster is None else _tapped(booster, device, config.runtime.channels_last),
-        config.data.labels,
-        None if setup.class_weights is None else torch.tensor(setup.class_weights, device=device),
-        setup.embedding_widths,
-        setup.student.num_classes > 0,
-        setup.splits.labelled_share,
-        setup.config.teacher.weight,
-        [Counterpart(it.plan, it.embedding_widths, it.weight) for it in setup.teachers[1:]],
+        booster=None if booster is None else _tapped(booster, device, config.runtime.channels_last),
+        labels=config.data.labels,
+        class_weights=None if setup.class_weights is None else torch.tensor(setup.class_weights, device=device),
+        embedding_widths=setup.embedding_widths,
+        classifier=setup.student.num_classes > 0,
+        labelled_share=setup.splits.labelled_share,
+        weight=config.teacher.weight,
+        others=[Counterpart(it.plan, it.embedding_widths, it.weight) for it in setup.teachers[1:]],
     )
     for note in loss.notes:
         report.warn(note)

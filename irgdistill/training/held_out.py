@@ -29,7 +29,7 @@ Project = Callable[[Tensor], Tensor]
 
 
 class HeldOutGraph:
-    """Images of `loader`, and the teacher's embeddings of them, which are computed once.
+    """Images of `loader`, and the teacher's embeddings of them with their k-NN accuracy, which are computed once.
 
     `teacher` is None where a cache answers for it. `labelled`: the images have labels, by which neighbours are judged.
     """
@@ -45,6 +45,7 @@ class HeldOutGraph:
         self.loader, self.autocast, self.world, self.labelled = loader, autocast, world, labelled
         self.teacher = teacher
         self._embeddings: Tensor | None = None
+        self._teachers_accuracy: float | None = None
 
     def measure(self, student: Tapped, project: Project | None = None) -> Metrics:
         """Edge correlation, shared neighbours and k-NN accuracy of the student's embeddings.
@@ -60,9 +61,8 @@ class HeldOutGraph:
         if self.teacher is not None:
             if self._embeddings is None:
                 self._embeddings = self._run(self.teacher)[0]
-            values |= compare(own, self._embeddings)
-            if self.labelled:
-                values["teacher_knn_top1"] = leave_one_out(self._embeddings, labels)
+                self._teachers_accuracy = leave_one_out(self._embeddings, labels) if self.labelled else None
+            values |= {**compare(own, self._embeddings), "teacher_knn_top1": self._teachers_accuracy}
             if project is not None:
                 with torch.no_grad():
                     here, there = (x - x.mean(0) for x in (project(own).float(), self._embeddings))

@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from support import Result, records, three_colours
 from torch import Tensor, nn
 
 from irgdistill import Distiller
@@ -25,7 +26,6 @@ from irgdistill.models.build import build_network
 from irgdistill.models.checkpoint import describe
 from irgdistill.training.held_out import compare
 from irgdistill.training.probes import knn_top1
-from tests.support import Result, write_images
 
 Run = Callable[..., Result]
 SMALL = ("--student", "cifar_resnet14_x0_5", "--input-size", 16, "--batch-size", 16, "--workers", 0, "--device", "cpu")
@@ -157,15 +157,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    write_images(folder / "train", {"red": 24, "green": 24, "blue": 24})
-    write_images(folder / "val", {"red": 8, "green": 8, "blue": 8}, seed=1)
-    return folder
-
-
-def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+    return three_colours(tmp_path_factory.mktemp("photos"))
 
 
 def test_with_labels_the_student_has_the_datas_classes(run: Run, encoder: Path, photos: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from support import SMALL, Run, records
 
+from irgdistill.commands import probe
+from irgdistill.config import TeacherConfig
 from irgdistill.config.loading import load_config
 from irgdistill.models import CheckpointMetadata, build_student, build_teacher, resolve_student
 from irgdistill.training.teacher_check import reordered_accuracy
@@ -65,7 +67,7 @@ def test_a_normalisation_that_is_far_better_is_named(run: Run, foreign: Path, fo
 
 
 def test_a_run_and_its_student_remember_what_was_given(
-    run: Run, no_figures: None, foreign: Path, folder: Path, tmp_path: Path
+    run: Run, no_figures: None, foreign: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
     given = ("--teacher-mean", 0.5, "--teacher-std", "0.2,0.25,0.3", "--student-mean", 0.4)
@@ -75,6 +77,10 @@ def test_a_run_and_its_student_remember_what_was_given(
     assert metadata.teacher.preprocessing == {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.25, 0.3]}
     state = (output / "config.yaml").read_text()
     assert "0.25" in state
+    probed: list[TeacherConfig] = []
+    monkeypatch.setattr(probe, "build_teacher", lambda spec: probed.append(spec) or build_teacher(spec))
+    assert run("eval", output, "--probe", "knn", "--workers", 0).code == 0
+    assert probed[0].preprocessing.given == {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.25, 0.3)}
     seen = {}
     for name, more in (("own", ()), ("other", ("--teacher-mean", 0.1))):
         result = run("inspect-graph", output, "--images", 6, "--neighbours", 2, "--output", tmp_path / name, *more)
