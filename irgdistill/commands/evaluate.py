@@ -50,13 +50,13 @@ def evaluate_targets(request: EvalRequest) -> None:
 def _evaluate(network: Network, teacher: Network | None, data: DataConfig, config: Config) -> Metrics:
     device, report = choose_device(config.runtime.device), Report()
     keep_memory(device)
+    if not network.num_classes:
+        raise UserError(f"{network.name} has no classifier; --probe knn classifies by its embeddings")
     splits = open_splits(data, val_only=True, classes=network.classes or network.num_classes)
     if not splits.labelled and teacher is None:
         raise UserError(
             f"the validation images of {data.source} have no labels: give --against TEACHER, or other --data"
         )
-    if not network.num_classes:
-        raise UserError(f"{network.name} has no classifier; --probe knn classifies by its embeddings")
     if network.num_classes != len(splits.classes):
         raise UserError(
             f"{network.name} has {network.num_classes} classes, {data.source} has {len(splits.classes)}: not comparable"

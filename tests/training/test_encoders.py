@@ -205,6 +205,8 @@ def test_without_labels_progress_is_measured(run: Run, encoder: Path, photos: Pa
     assert last["edge_correlation"] == pytest.approx(float(correlation), abs=1e-4)
     # What was trained is used by the other commands.
     assert run("export", tmp_path / "run", "--output", tmp_path / "hub").code == 0
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "k-NN top-1 %" in card and "accuracy\n" not in card.partition("\n---\n")[0]
     refused = run("eval", tmp_path / "run", "--workers", 0)
     assert refused.code == 2 and "--probe knn" in refused.err and refused.err.count("\n") == 1
     probed = run("eval", tmp_path / "run", "--workers", 0, "--probe", "knn", "--json")
@@ -231,6 +233,8 @@ def test_unlabelled_validation_compares_neighbours(run: Run, encoder: Path, phot
     assert "shared neighbours" in result.err and "54 images to train on, 18 for validation" in result.err
     [metrics] = records(tmp_path / "run", "eval")
     assert "knn_top1" not in metrics and 0 < metrics["neighbours"] < 100
+    shown = run("eval", tmp_path / "run", "--workers", 0)
+    assert shown.code == 2 and "--probe knn" in shown.err and "--against" not in shown.err
     for method in ("kd", "irg", "mtk", "irg+kd+at"):
         refused = run("distill", *options, "--method", method, "--output", tmp_path / "refused")
         assert refused.code == 2 and refused.err.count("\n") == 1 and "no classifier" in refused.err

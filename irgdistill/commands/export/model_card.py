@@ -150,7 +150,7 @@ def _header(student: Provenance, license: str) -> ModelCardData:
         license=license,
         pipeline_tag=task,
         tags=[task, "timm", "irgdistill", "knowledge-distillation"],
-        metrics=["accuracy"],
+        metrics=["accuracy"] if student.network.num_classes else None,
         model_name=student.network.architecture,
         eval_results=None if result is None else [result],
     )
