@@ -20,6 +20,7 @@ from irgdistill.data import Images, UnreadableImages, no_collate, start_method, 
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.graph import unit
 from irgdistill.io import Report, read_tensors, save_tensors, write_text
+from irgdistill.losses import compared_maps
 from irgdistill.matching import MAP_LAYOUTS, Output, Tap, Tapped, ends, match, tap_name
 from irgdistill.models import Network, build_network, build_teacher, fold_batch_norm
 from irgdistill.runtime import Stopped, autocast, choose_device, ignore_signals, keep_memory, slow_precision
@@ -71,6 +72,11 @@ def cache_teacher(request: CacheRequest) -> None:
     images = train_images(splits, config.data, config.augment, crop, seed, unreadable)
     taps, attended = _taps(config, teacher, student)
     grids = attended if config.losses.comparing("grids") else []
+    maps = _maps(config, teacher, student)
+    if maps:
+        size = count * len(images) * sum(tap.channels * tap.height * tap.width for tap in maps)
+        gibibytes = size * DTYPES[request.store].itemsize / 2**30
+        report.line(f"whole maps of {', '.join(map(tap_name, maps))}: {gibibytes:.1f} GiB")
     embedding = teacher.pooling if config.losses.comparing("embedding") or not teacher.num_classes else None
     values = {
         "format": CACHE_FORMAT,
@@ -84,10 +90,11 @@ def cache_teacher(request: CacheRequest) -> None:
         "storage": {"type": request.store, "logits": "all" if largest is None else largest},
         **({} if embedding is None else {"embedding": embedding}),
         **({"grids": [tap_name(tap) for tap in grids]} if grids else {}),
+        **({"maps": [tap_name(tap) for tap in maps]} if maps else {}),
     }
     manifest = Manifest.parse(values, manifest_path(request.output))
     _claim(request.output, manifest)
-    network = _on_device(config, teacher, taps, attended, grids, embedding)
+    network = _on_device(config, teacher, taps, attended, grids, maps, embedding)
     try:
         ShardWriter(request.output, manifest, images, network, config, largest, DTYPES[request.store]).write(report)
     except Stopped as stop:
@@ -125,6 +132,17 @@ def _taps(config: Config, teacher: Network, student: Network | None) -> tuple[li
     return list(dict.fromkeys(taps)), [tap for tap in dict.fromkeys(exits) if tap.layout in MAP_LAYOUTS]
 
 
+def _maps(config: Config, teacher: Network, student: Network | None) -> list[Tap]:
+    """Taps whose whole maps the method compares. Raises UserError without a student, whose plan decides which."""
+    losses = config.losses
+    names = losses.comparing("maps")
+    if names and student is None:
+        raise UserError(f"{' and '.join(names)} compare{'s' * (len(names) == 1)} whole maps: give --student, too")
+    if student is None or not names:
+        return []
+    return compared_maps(losses, match(teacher.levels(), student.levels(), config.matching))
+
+
 def _claim(folder: Path, manifest: Manifest) -> None:
     """Write cache.json into a folder that is empty or holds the same cache. Raises UserError for any other."""
     present = read_manifest(folder)
@@ -143,6 +161,7 @@ def _on_device(
     taps: list[Tap],
     attended: list[Tap],
     grids: list[Tap],
+    maps: list[Tap],
     embedding: Pooling | None,
 ) -> Tapped:
     """The frozen teacher on the run's device."""
@@ -154,7 +173,7 @@ def _on_device(
     if config.runtime.fold_batch_norm:
         fold_batch_norm(model.eval(), teacher.input.size, {tap.module for tap in taps})
     view, last = teacher.preprocess().to(device), config.runtime.channels_last
-    network = Tapped(model, view, taps, last, energies=attended, grids=grids, embedding=embedding)
+    network = Tapped(model, view, taps, last, maps, attended, grids, embedding)
     return network.requires_grad_(False).eval()
 
 
@@ -227,6 +246,7 @@ class ShardWriter:
         attention = {name: unit(value.flatten(1)).view_as(value) for name, value in output.energies.items()}
         rows |= {f"attention {name}": value.to(self.dtype) for name, value in attention.items()}
         rows |= {f"grid {name}": value.to(self.dtype) for name, value in output.grids.items()}
+        rows |= {f"map {name}": value.to(self.dtype) for name, value in output.maps.items()}
         if self.manifest.views.second_view is not None:  # first views, then second ones -> a row of both for each image
             rows = {name: value.unflatten(0, (2, -1)).transpose(0, 1).contiguous() for name, value in rows.items()}
         return {name: value.cpu() for name, value in rows.items()}

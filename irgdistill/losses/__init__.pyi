@@ -1,6 +1,6 @@
 from .adapters import Learner
 from .base import Batch, Counterpart, Skip, Term, TermContext, TermSettings, method, term
-from .objective import DistillLoss, StepLosses, build_loss, gradient_shares
+from .objective import DistillLoss, StepLosses, build_loss, compared_maps, gradient_shares
 from .several import mean_logits
 from .terms.logits import soft_targets
 from .terms.maps import attended
@@ -20,6 +20,7 @@ __all__ = [
     "TermSettings",
     "attended",
     "build_loss",
+    "compared_maps",
     "gradient_shares",
     "mean_logits",
     "method",

@@ -184,6 +184,13 @@ def _build_term(
     return MeanOverTeachers(name, terms, weights) if several and terms else terms.get(0)
 
 
+def compared_maps(config: LossesConfig, plan: Plan) -> list[Tap]:
+    """The teacher's taps whose whole maps the terms compare. Raises UserError if a term finds none."""
+    context = TermContext(config, World(), plan)
+    terms = [TERMS[name].cls(getattr(config, name), context) for name in config.comparing("maps")]
+    return list(dict.fromkeys(tap for term in terms for tap in term.teacher_maps))
+
+
 def gradient_shares(
     raw: dict[str, Tensor], weights: dict[str, float], parameters: list[nn.Parameter], world: World
 ) -> dict[str, float]:

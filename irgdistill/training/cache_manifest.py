@@ -78,6 +78,8 @@ class Manifest(Record):
     """Names of the taps whose attention maps are stored."""
     grids: list[str] = Field(default_factory=list)
     """Names of the taps whose grids are stored."""
+    maps: list[str] = Field(default_factory=list)
+    """Names of the taps whose whole maps are stored."""
     embedding: Pooling | None = None
     """How the stored embedding was made; None: there is none."""
     storage: CacheStorage

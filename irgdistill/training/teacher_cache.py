@@ -1,7 +1,7 @@
 """The teacher's outputs for every view of every training image, on disk: written once, read by any number of students.
 
 DIR/cache.json                    the manifest: teacher, data, augmentation, taps, storage
-DIR/00000.safetensors, 00001…     SHARD rows each, checksummed: logits, pooled taps, attention maps, grids
+DIR/00000.safetensors, 00001…     SHARD rows each, checksummed: logits, pooled taps, attention maps, grids, maps
 
 A row is a view of an image: its number is view · N + image, the key by which `data.Images` seeds its augmentation. The
 files are mapped into memory, so that only rows that are asked for are loaded.
@@ -30,6 +30,7 @@ from irgdistill.config import (
 from irgdistill.data import Images, PartlyLabelled, Splits, crop_of, padding_of
 from irgdistill.errors import UserError
 from irgdistill.io import checksum, read_tensors
+from irgdistill.losses import compared_maps
 from irgdistill.matching import MAP_LAYOUTS, Output, Plan, Tap, tap_name
 from irgdistill.models import Network, rebuild_network
 from irgdistill.training.cache_manifest import read_manifest
@@ -46,7 +47,7 @@ COMPARED_VIEWS = 64
 DTYPES = dict(zip(STORES, (torch.float16, torch.float32), strict=True))
 
 
-ROWS = {"taps": "tap", "energies": "attention", "grids": "grid"}
+ROWS = {"taps": "tap", "energies": "attention", "grids": "grid", "maps": "map"}
 """What `Tapped` collects at a tap -> the first word of its name in a shard; the second is that of the tap."""
 
 
@@ -140,12 +141,6 @@ class TeacherCache:
         `asked`: the settings of this teacher; `answers`: its logits are compared.
         """
         self._check_embedding(losses, asked)
-        maps = losses.comparing("maps")
-        if maps:
-            raise UserError(
-                f"{' and '.join(maps)} compare{'s' * (len(maps) == 1)} whole maps, of which a teacher cache keeps only "
-                "means over positions and over channels: leave out --teacher-cache"
-            )
         whole = losses.needing_all_logits() if answers else []
         if whole and self.manifest.storage.logits != "all":
             unset = " ".join(f"--set losses.{name}.weight=0" for name in whole)
@@ -155,19 +150,23 @@ class TeacherCache:
             )
         missing = [name for tap in (plan.teacher_taps() if plan else ()) if (name := tap_name(tap)) not in self.taps]
         exits = [pair.teacher.exit for pair in plan.pairs] if plan else []
-        mapped = [tap_name(tap) for tap in exits if tap.layout in MAP_LAYOUTS]
+        mapped = [tap for tap in exits if tap.layout in MAP_LAYOUTS]
         if losses.comparing("energies"):
-            missing += [name for name in mapped if name not in self.manifest.attention]
+            missing += [tap_name(tap) for tap in mapped if tap_name(tap) not in self.manifest.attention]
         if missing:
             raise UserError(
                 f"the run taps {', '.join(missing)} of the teacher, which {self.folder} does not hold; "
                 "give cache-teacher the same --student, --levels and --taps-teacher"
             )
-        on_grids = losses.comparing("grids")
-        missing = [name for name in mapped if on_grids and name not in self.manifest.grids]
+        self._check_stored("grids", losses.comparing("grids"), mapped, self.manifest.grids)
+        if plan is not None:
+            self._check_stored("whole maps", losses.comparing("maps"), compared_maps(losses, plan), self.manifest.maps)
+
+    def _check_stored(self, what: str, terms: Sequence[str], taps: Sequence[Tap], stored: Sequence[str]) -> None:
+        missing = [tap_name(tap) for tap in taps if terms and tap_name(tap) not in stored]
         if missing:
             raise UserError(
-                f"{' and '.join(on_grids)} compare{'s' * (len(on_grids) == 1)} grids of {', '.join(missing)}, which "
+                f"{' and '.join(terms)} compare{'s' * (len(terms) == 1)} {what} of {', '.join(missing)}, which "
                 f"{self.folder} does not hold; give cache-teacher the same --method and weights, and the same --student"
             )
 
@@ -258,8 +257,8 @@ class TeacherCache:
         embedding = rows["embedding"].float() if "embedding" in rows else None
         classes = self.manifest.teacher.num_classes
         logits = unpack_logits(rows, classes) if classes or embedding is None else embedding
-        pooled, energies, grids = (at_taps[word] for word in ("tap", "attention", "grid"))
-        return Output(logits, pooled, energies=energies, grids=grids, embedding=embedding)
+        pooled, energies, grids, maps = (at_taps[word] for word in ROWS.values())
+        return Output(logits, pooled, maps, energies, grids, embedding=embedding)
 
 
 _OTHER = {"teacher": "another teacher", "data": "other images", "views": "views of another recipe"}

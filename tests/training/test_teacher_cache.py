@@ -24,7 +24,8 @@ from irgdistill.training.teacher_cache import TeacherCache
 from irgdistill.training.trainer import build_trainer
 
 RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--batch-size", 32, "--warmup-epochs", 0)
-RECIPE += ("--device", "cpu", "--workers", 0, "--set", "data.train_images=224")
+RECIPE += ("--device", "cpu", "--amp", "none", "--workers", 0, "--set", "data.train_images=224")
+WHOLE = [word for term in ("positions", "sp", "fitnet", "fsp") for word in ("--set", f"losses.{term}.weight=1")]
 SHORT = ("--epochs", 2, "--set", "runtime.log_every=1", "--set", "runtime.gradient_shares_every=0")
 
 
@@ -46,7 +47,7 @@ def cached(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
             options = ("--set", "data.views=2") if logits == "8" else ("--views", 2)
             options += ("--store", store, "--logits", logits, "--output", root / f"{store}-{logits}")
             if store == "fp32":
-                options += ("--set", "losses.positions.weight=15")
+                options += tuple(WHOLE)
             assert command("cache-teacher", *RECIPE, "--teacher-checkpoint", teacher, *options) == 0
     return {path.name: path for path in root.iterdir()}
 
@@ -79,6 +80,9 @@ def losses(folder: Path) -> torch.Tensor:
         ("at", "fp32-all", 1e-6, 2e-5),
         ("at", "fp16-all", 1e-6, 1e-3),
         ("positions", "fp32-all", 0.1, 2e-5),
+        ("sp", "fp32-all", 1e-6, 2e-5),
+        ("fitnet", "fp32-all", 1e-6, 2e-5),
+        ("fsp", "fp32-all", 1e-6, 2e-5),
     ],
 )
 def test_losses_are_those_of_the_live_teacher(
@@ -166,7 +170,7 @@ def test_an_interrupted_cache_is_finished_and_is_the_same(
         save(path, *rest)
 
     command = ("cache-teacher", *RECIPE, "--teacher-checkpoint", teacher, "--views", 2, "--store", "fp32")
-    command += ("--set", "losses.positions.weight=15", "--output", tmp_path / "out")
+    command += (*WHOLE, "--output", tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(caching, "save_tensors", stopping)
         stopped = run(*command)
@@ -197,8 +201,8 @@ def test_an_interrupted_cache_is_finished_and_is_the_same(
         (("--set", "data.train_images=200"), "was made of other images: images 200, was"),
         (("--val-fraction", 0.2), "was made of other images: labels"),
         (("--mixup", 0.2), "the output for a mix is not the mix of outputs"),
-        (("--method", "fsp"), "fsp compares whole maps"),
-        (("--set", "losses.sp.weight=1", "--set", "losses.fsp.weight=1"), "fsp and sp compare whole maps"),
+        (("--method", "fsp"), "fsp compares whole maps of layer1.0, layer1.2"),
+        (("--set", "losses.sp.weight=1", "--set", "losses.fsp.weight=1"), "fsp and sp compare whole maps of layer1.0"),
         (("--method", "positions"), "positions compares grids of layer1.2, layer2.2, layer3.2, which"),
         (("--teacher", "cifar_resnet20"), "was made of another teacher: architecture"),
         (("--teacher-checkpoint", "OTHER"), "was made of another teacher: architecture"),
@@ -260,6 +264,7 @@ def test_rows_are_found_by_their_keys(cached: dict[str, Path]) -> None:
     found = {"logits": output.logits} | {f"tap {name}": x for name, x in output.features.items()}
     found |= {f"attention {name}": x for name, x in output.energies.items()}
     found |= {f"grid {name}": x for name, x in output.grids.items()}
+    found |= {f"map {name}": x for name, x in output.maps.items()}
     assert found.keys() == rows.keys() and all(torch.equal(found[name], rows[name]) for name in rows)
 
 
@@ -304,6 +309,7 @@ def test_the_largest_logits_keep_the_mass_of_the_rest() -> None:
         (("--views", 0), "--views 0: expected at least 1"),
         (("--mixup", 1), "the output for a mix is not"),
         (("--resume", "x"), "cache-teacher does not take --resume"),
+        (("--method", "sp", "--set", "student.name=null"), "sp compares whole maps: give --student, too"),
         (("--output", "FULL"), "is not empty and holds no teacher cache"),
     ],
 )
