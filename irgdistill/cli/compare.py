@@ -11,7 +11,7 @@ from irgdistill.cli.completion import complete_method
 from irgdistill.cli.options import Json, Quiet, command, option, options_of_distill
 from irgdistill.config import METHOD, RESULT, RUN, TRAINING
 
-REFUSED = ("method", "no_labels", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
+REFUSED = ("method", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
 
 
 @command(

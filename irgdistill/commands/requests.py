@@ -138,8 +138,6 @@ class CompareRequest:
         load_config(self.preset, list(self.settings), self.flags)  # imports the plugins, which may register methods
         for method in self.methods:
             METHODS.find(method)
-        if not self.config(self.methods[0]).data.labels:
-            raise UserError("data.labels = false: compare ranks methods by accuracy, and one of them may be none")
         for method in () if self.finished else self.methods:
             check_run(self.config(method))
 

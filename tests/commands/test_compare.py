@@ -215,6 +215,25 @@ def test_a_run_that_fails_is_named(run: Run, teacher: tuple[object, ...], tmp_pa
         assert result.code == 2 and "logits, seed 0" in result.err and "the loss is not finite" in result.err
 
 
+def test_encoders_are_compared_by_their_neighbours(run: Run, teacher: tuple[object, ...], tmp_path: Path) -> None:
+    """Without labels to train on: k-NN accuracy where the validation images have some, and no student alone."""
+    output = tmp_path / "out"
+    options = (*RECIPE, *teacher, "--no-labels", "--output", output)
+    result = run("compare", "--methods", "rkd,embedding", "--seeds", 2, *options)
+    assert result.code == 0, result.err
+    content = json.loads((output / "compare.json").read_text())
+    assert content["metric"] == "knn_top1" and "k-NN top-1 %" in (output / "compare.md").read_text()
+    for row in content["rows"]:
+        summaries = [json.loads((output / row["method"] / str(s) / "summary.json").read_text()) for s in row["seeds"]]
+        assert row["knn_top1"] == [summary["last_knn_top1"] for summary in summaries]
+        assert row["best_mean"] == pytest.approx(statistics.fmean(summary["knn_top1"] for summary in summaries))
+        assert "difference" not in row and [len(curve) for curve in row["curves"]] == [1, 1]
+    mixed = run("compare", "--methods", "kd,rkd", *options[:-1], tmp_path / "mixed")
+    assert mixed.code == 2 and "kd trains a classifier" in mixed.err and not (tmp_path / "mixed").exists()
+    alone = run("compare", "--methods", "none,rkd", *options[:-1], tmp_path / "mixed")
+    assert alone.code == 2 and "none" in alone.err and not (tmp_path / "mixed").exists()
+
+
 def test_intervals() -> None:
     values = [1.0, 2.0, 4.0, 3.5]
     assert mean_and_deviation(values) == (pytest.approx(2.625), pytest.approx(statistics.stdev(values)))

@@ -13,8 +13,8 @@ from irgdistill.commands.inspect.figures import INK
 from irgdistill.io import visible
 
 
-def curves_figure(title: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
-    """Validation top-1 by epoch: per method the mean over its seeds (S, E), shaded from lowest to highest."""
+def curves_figure(title: str, curves: Mapping[str, Sequence[Sequence[float]]], metric: str = "top-1") -> Figure:
+    """A metric in percent by epoch: per method the mean over its seeds (S, E), shaded from lowest to highest."""
     figure = Figure(figsize=(9.0, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.set_title(visible(title), loc="left", fontsize=12, fontweight="bold", color=INK)
@@ -33,7 +33,7 @@ def curves_figure(title: str, curves: Mapping[str, Sequence[Sequence[float]]]) -
         axes.fill_between(epochs, values.min(0), values.max(0), color=colours(number), alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("validation top-1 %", color=INK)
+    axes.set_ylabel(f"validation {metric} %", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.legend(frameon=False, fontsize=9)

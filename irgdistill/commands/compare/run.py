@@ -20,7 +20,7 @@ from irgdistill.commands.distill import resume, start
 from irgdistill.commands.requests import CompareRequest, DistillRequest, ResumeRequest
 from irgdistill.config import changeable_on_resume, dump, of_any_teacher, read_yaml, validate_saved
 from irgdistill.errors import Interrupted, UserError
-from irgdistill.io import Report, RunFolder, write_text
+from irgdistill.io import SELECTING, Report, RunFolder, write_text
 from irgdistill.losses import build_loss
 from irgdistill.matching import Tapped
 from irgdistill.models import CheckpointMetadata
@@ -93,8 +93,15 @@ def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -
             what = "; ".join(different)
             raise UserError(f"{request.output} holds a comparison with other settings ({what}); give another --output")
     teachers = _teachers(request.output)
+    classified = dict[bool, str]()
     for config in {run.config.method: run.config for run in left}.values():
         setup = prepare(config, inputs=inputs)
+        classified.setdefault(setup.student.num_classes > 0, config.method)
+        if len(classified) > 1:
+            raise UserError(
+                f"without labels {classified[True]} trains a classifier, which is compared with the teacher's, and "
+                f"{classified[False]} an encoder, whose neighbours are: compare them apart"
+            )
         for path, weights in teachers.items():
             if setup.checksums not in (None, weights):
                 raise UserError(f"{path} learnt from a teacher with other weights; give another --output")
@@ -176,8 +183,8 @@ def _finish(run: Run, code: int) -> None:
         lines = (run.folder.path / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "no output")
         raise Interrupted(code if code > 0 else 128 - code, f"{run.name} ended with code {code}: {last}")
-    summary = summary_of(run)
-    Report().line(f"{run.name}: top-1 {summary.last_top1:.2f}, best {summary.top1:.2f}")
+    scores = summary_of(run)
+    Report().line(f"{run.name}: {SELECTING[scores.metric]} {scores.last:.2f}, best {scores.best:.2f}")
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -23,6 +23,7 @@ from irgdistill.config import Config
 from irgdistill.data import Loader, UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import (
+    SELECTING,
     Report,
     RunFolder,
     Summary,
@@ -53,23 +54,61 @@ class Run:
         return f"{self.config.method}, seed {self.config.seed}"
 
 
-class Accuracies(Summary):
-    """The summary of a run that was validated on labels, as every run of a comparison is."""
+@dataclass(frozen=True)
+class Scores:
+    """What a finished run reached, in percent."""
 
-    top1: float
-    last_top1: float
+    metric: str
+    """The metric by which its best weights were selected, of `SELECTING`: accuracy where there are labels."""
+    last: float
+    """After the last epoch."""
+    best: float
+    """Of the best epoch."""
+    seconds: float
+    images_per_second: float
 
 
-def summary_of(run: Run) -> Accuracies:
-    """The summary of a finished run. Raises UserError if it cannot be read."""
+def summary_of(run: Run) -> Scores:
+    """The scores of a finished run. Raises UserError if its summary cannot be read."""
+    path = run.folder.summary
     try:
-        return Accuracies.from_json(run.folder.summary)
+        summary = Summary.from_json(path)
+        for metric in SELECTING:
+            last, best = getattr(summary, f"last_{metric}"), getattr(summary, metric)
+            if last is not None and best is not None:
+                return Scores(metric, last, best, summary.seconds, summary.images_per_second)
+        raise UserError(f"{path} is damaged: expected one of {', '.join(SELECTING)}, and last_ of the same")
     except UserError as error:
         raise UserError(f"{error}; delete {run.folder.path} to train it again") from None
 
 
 def write_table(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = False) -> None:
-    """Run all students on the validation images, then print and save their comparison."""
+    """Print and save the comparison. Students with labels are run on the validation images once more.
+
+    Raises UserError if the runs were not validated by one metric.
+    """
+    config, scores = runs[0].config, {run: summary_of(run) for run in runs}
+    metrics = {run.metric for run in scores.values()}
+    if len(metrics) > 1:
+        raise UserError(f"{output} holds runs that were validated by {' and '.join(sorted(metrics))}: no comparison")
+    (metric,) = metrics
+    result = _predicted(runs, scores) if metric == "top1" else {"rows": _rows(runs, scores, {}), "teacher": None}
+    epochs = f"{config.schedule.epochs} epoch" + "s" * (config.schedule.epochs > 1)
+    device = choose_device(config.runtime.device)
+    result |= {
+        "metric": metric,
+        "student": config.student.name,
+        "data": config.data.source,
+        "epochs": config.schedule.epochs,
+        "command": f"irgdistill {shlex.join(sys.argv[1:])}",
+        "device": f"{device}, {jobs} at once",
+        "versions": {"irgdistill": __version__, "torch": torch.__version__, "timm": timm.__version__},
+    }
+    _save(output, result, f"{config.student.name} on {Path(str(config.data.source)).name}, {epochs}", as_json)
+
+
+def _predicted(runs: Sequence[Run], scores: Mapping[Run, Scores]) -> dict[str, Any]:
+    """Rows with differences and agreement, from what each student and the teacher predict on the validation images."""
     config = runs[0].config
     spec = config.teacher
     if config.teachers:
@@ -91,25 +130,17 @@ def write_table(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = Fa
     taught = None
     if teacher is not None and teacher.num_classes == student.num_classes:
         taught = _predict(teacher, loader, config.runtime.amp)
-    rows = _rows(runs, {run: classes.eq(labels) for run, classes in predicted.items()})
+    rows = _rows(runs, scores, {run: classes.eq(labels) for run, classes in predicted.items()})
     if taught is not None:
         for row in rows:
             same = [_percent(predicted[run].eq(taught)) for run in runs if run.config.method == row["method"]]
             row["agreement"], (row["agreement_mean"], row["agreement_std"]) = same, mean_and_deviation(same)
-    result = {
+    return {
         "rows": rows,
         "teacher": None if teacher is None else teacher.name,
         "teacher_top1": None if taught is None else _percent(taught.eq(labels)),
-        "student": config.student.name,
-        "data": config.data.source,
         "validation_images": len(labels),
-        "epochs": config.schedule.epochs,
-        "command": f"irgdistill {shlex.join(sys.argv[1:])}",
-        "device": f"{device}, {jobs} at once",
-        "versions": {"irgdistill": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
-    epochs = f"{config.schedule.epochs} epoch" + "s" * (config.schedule.epochs > 1)
-    _save(output, result, f"{student.name} on {Path(str(config.data.source)).name}, {epochs}", as_json)
 
 
 @torch.no_grad()
@@ -125,8 +156,8 @@ def _percent(flags: Tensor) -> float:
 
 
 def _save(output: Path, result: Mapping[str, Any], title: str, as_json: bool) -> None:
-    rows = result["rows"]
-    columns, cells = _cells(rows)
+    rows, metric = result["rows"], result["metric"]
+    columns, cells = _cells(rows, metric)
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
     unequal = "" if all(row["seeds"] == seeds for row in rows) else " as far as they are finished"
     note = f"seeds {', '.join(map(str, seeds))}{unequal}: mean ± standard deviation after the last epoch and at best"
@@ -137,7 +168,7 @@ def _save(output: Path, result: Mapping[str, Any], title: str, as_json: bool) ->
     write_text(output / "compare.json", json.dumps(result, indent=1) + "\n")
     write_text(output / "compare.md", f"{markdown(title)}; {note}.\n\n{text}")
     write_text(output / "compare.csv", _csv(rows))
-    picture = render(curves_figure(title, {row["method"]: row["curves"] for row in rows}), "png")
+    picture = render(curves_figure(title, {row["method"]: row["curves"] for row in rows}, SELECTING[metric]), "png")
     write_atomically(output / "curves.png", lambda path: path.write_bytes(picture))
     if as_json:
         print(json.dumps(result))  # noqa: T201  the command's result
@@ -147,26 +178,28 @@ def _save(output: Path, result: Mapping[str, Any], title: str, as_json: bool) ->
     Report().line(f"saved in {output}: compare.json, compare.md, compare.csv, curves.png")
 
 
-def _rows(runs: Sequence[Run], right: Mapping[Run, Tensor]) -> list[dict[str, Any]]:
-    """One row per method, in the order of the runs. `right`: which validation images (N,) are predicted correctly."""
+def _rows(runs: Sequence[Run], scores: Mapping[Run, Scores], right: Mapping[Run, Tensor]) -> list[dict[str, Any]]:
+    """One row per method, in the order of the runs.
+
+    `right`: which validation images (N,) are predicted correctly; nothing for runs without labels.
+    """
     by_method: dict[str, list[Run]] = {}
     for run in runs:
         by_method.setdefault(run.config.method, []).append(run)
-    summaries = {run: summary_of(run) for run in runs}
     rows = []
     for method, members in by_method.items():
         row: dict[str, Any] = {"method": method, "seeds": [run.config.seed for run in members]}
         losses = members[0].config.losses
         row["weights"] = {name: w for name, w in losses.weights().items() if w > 0}
         row["fades"] = {name: list(fade) for name, fade in losses.fades().items() if name in row["weights"]}
-        for name, key in (("top1", "last_top1"), ("best", "top1")):
-            row[name] = [getattr(summaries[run], key) for run in members]
+        for name, key in ((scores[members[0]].metric, "last"), ("best", "best")):
+            row[name] = [getattr(scores[run], key) for run in members]
             row[f"{name}_mean"], row[f"{name}_std"] = mean_and_deviation(row[name])
         if method != BASELINE and BASELINE in by_method:
-            row |= _difference(members, by_method[BASELINE], summaries, right)
+            row |= _difference(members, by_method[BASELINE], scores, right)
         for key in ("seconds", "images_per_second"):
-            row[key] = mean_and_deviation([getattr(summaries[run], key) for run in members])[0]
-        row["curves"] = [_curve(run) for run in members]
+            row[key] = mean_and_deviation([getattr(scores[run], key) for run in members])[0]
+        row["curves"] = [_curve(run, scores[run].metric) for run in members]
         rows.append(row)
     return rows
 
@@ -174,7 +207,7 @@ def _rows(runs: Sequence[Run], right: Mapping[Run, Tensor]) -> list[dict[str, An
 def _difference(
     members: Sequence[Run],
     baseline: Sequence[Run],
-    summaries: Mapping[Run, Accuracies],
+    scores: Mapping[Run, Scores],
     right: Mapping[Run, Tensor],
 ) -> dict[str, Any]:
     """Difference of the last top-1 to the baseline's, paired over seeds, or over images for a single seed."""
@@ -182,7 +215,7 @@ def _difference(
     pairs = [(run, alone[run.config.seed]) for run in members if run.config.seed in alone]
     if not pairs:
         return {}
-    values, over = [summaries[run].last_top1 - summaries[other].last_top1 for run, other in pairs], "seeds"
+    values, over = [scores[run].last - scores[other].last for run, other in pairs], "seeds"
     difference, _ = mean_and_deviation(values)
     if len(pairs) == 1:  # predicted again here: in low precision a few images may differ from the run's evaluation
         ours, theirs = (100 * right[run].double() for run in pairs[0])
@@ -190,13 +223,14 @@ def _difference(
     return {"difference": difference, "half_width_95": paired_interval(values)[1], "paired_over": over}
 
 
-def _curve(run: Run) -> list[float]:
-    return [record["top1"] for record in records(run.folder.metrics) if record["kind"] == "eval" and "top1" in record]
+def _curve(run: Run, metric: str) -> list[float]:
+    return [record[metric] for record in records(run.folder.metrics) if record["kind"] == "eval" and metric in record]
 
 
-def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _cells(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[str], list[list[str]]]:
     """The table as text: columns and rows."""
-    columns = ["method", "runs", "top-1 %", "best %", f"from {BASELINE}", "agreement %", "seconds", "img/s"]
+    title = f"{SELECTING[metric]} %"
+    columns = ["method", "runs", title, "best %", f"from {BASELINE}", "agreement %", "seconds", "img/s"]
 
     def spread(row: Mapping[str, Any], name: str) -> str:
         if f"{name}_mean" not in row:
@@ -208,7 +242,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
         [
             row["method"],
             str(len(row["seeds"])),
-            spread(row, "top1"),
+            spread(row, metric),
             spread(row, "best"),
             f"{row['difference']:+.2f} ± {row['half_width_95']:.2f}" if "difference" in row else "–",
             spread(row, "agreement"),
