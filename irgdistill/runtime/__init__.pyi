@@ -1,4 +1,4 @@
-from .batch_norm import sync_batch_norm
+from .batch_norm import renew_statistics, sync_batch_norm
 from .compiler import compiler_settings
 from .device import choose_device, gpu_settings, keep_memory, read_later
 from .distributed import World, process_group, running_statistics
@@ -26,6 +26,7 @@ __all__ = [
     "lifeline",
     "process_group",
     "read_later",
+    "renew_statistics",
     "report_failure",
     "resolve_precision",
     "restart_count",

@@ -24,6 +24,7 @@ from irgdistill.runtime import (
     autocast,
     choose_device,
     gpu_settings,
+    renew_statistics,
     resolve_precision,
     slow_precision,
     sync_batch_norm,
@@ -132,6 +133,7 @@ def _build_components(setup: Setup, device: torch.device, world: World, report: 
     loss = _build_loss(setup, device, world, report)
     networks = _build_networks(setup, loss, device, world)
     data = _build_data(setup, loss, device, world, report)
+    renew_statistics(networks["student"].model, data["batches"])
     precision = autocast(config.runtime.amp, device)
     optimizer = build_optimizer(networks["student"].model, config.optim, networks["adapters"])
     updates_per_epoch = data["batches"] // config.optim.accumulate
