@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs/demo
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.package: pyproject.toml
+	@echo "Installing irgdistill, torch and timm into $(VENV), once: two to five minutes, most of it the download of torch"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[digits]'
 	touch $@
@@ -17,14 +18,22 @@ $(VENV)/.dev: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(VENV)/.package $@
 
-# A small teacher, the student alone, the student distilled: one table.
+# A small teacher, the student alone, the student distilled: one table, and one page of their graphs.
+demo: TRAIN = $(BIN)/irgdistill train --quiet --preset quickstart
 demo: $(VENV)/.package
-	rm -rf $(RUNS)
-	$(BIN)/irgdistill distill --preset quickstart --method none --student cifar_resnet20 --epochs 16 --output $(RUNS)/teacher
-	$(BIN)/irgdistill distill --preset quickstart --method none --student cifar_resnet14_x0_5 --output $(RUNS)/alone
-	$(BIN)/irgdistill distill --preset quickstart --student cifar_resnet14_x0_5 \
-		--teacher-checkpoint $(RUNS)/teacher/best.safetensors --output $(RUNS)/distilled
-	$(BIN)/irgdistill eval $(RUNS)/teacher $(RUNS)/alone $(RUNS)/distilled --against $(RUNS)/teacher
+	@rm -rf $(RUNS)
+	@echo "1/4  A teacher, cifar_resnet20, learns 899 images of handwritten digits: 16 epochs"
+	@$(TRAIN) --model cifar_resnet20 --epochs 16 --output $(RUNS)/teacher
+	@echo "2/4  A small student, cifar_resnet14_x0_5, learns them alone: 8 epochs"
+	@$(TRAIN) --model cifar_resnet14_x0_5 --output $(RUNS)/alone
+	@echo "3/4  The same student learns them under the teacher: 8 epochs"
+	@$(BIN)/irgdistill distill --quiet --preset quickstart --student cifar_resnet14_x0_5 \
+		--teacher-checkpoint $(RUNS)/teacher --output $(RUNS)/distilled
+	@echo "4/4  All three on 898 other images, and how the students relate 60 of them"
+	@$(BIN)/irgdistill eval $(RUNS)/teacher $(RUNS)/alone $(RUNS)/distilled --against $(RUNS)/teacher
+	@$(BIN)/irgdistill inspect-graph $(RUNS)/distilled --compare $(RUNS)/alone --images 60 --output $(RUNS)/graphs > /dev/null
+	@echo "The table shows what a teacher adds: one student from the same first weights, trained on labels alone and distilled;" \
+		"open $(RUNS)/graphs/report.html in a browser to see how both relate the same images."
 
 # One process for each core, of one thread each: two threads in every one would wait for one another.
 test: $(VENV)/.dev
@@ -38,6 +47,9 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build
+
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
