@@ -28,10 +28,11 @@ class Interrupted(Exception):
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """`"; did you mean a, b?"` with the names closest to `given`, or an empty string when none is close."""
+    """`"; did you mean a, b?"` with the names that begin with `given` or are close, or an empty string."""
     lowered = {name.lower(): name for name in allowed}
-    close = difflib.get_close_matches(given.lower(), lowered, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(lowered[name] for name in close)}?" if close else ""
+    begun = [name for name in lowered if len(given) > 2 and name.startswith(given.lower())]
+    close = dict.fromkeys([*begun, *difflib.get_close_matches(given.lower(), lowered, n=3, cutoff=0.5)])
+    return f"; did you mean {', '.join(lowered[name] for name in [*close][:3])}?" if close else ""
 
 
 def one_line(error: object, length: int | None = None) -> str:

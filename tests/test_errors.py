@@ -42,3 +42,4 @@ def test_the_reason_of_a_system_call(tmp_path: Path) -> None:
 def test_nearest_names() -> None:
     assert nearest("resnt18", ["resnet18", "vit"]) == "; did you mean resnet18?"
     assert nearest("xyz", ["resnet18"]) == ""
+    assert nearest("cach", ["compare", "cache-teacher"]) == "; did you mean cache-teacher?"

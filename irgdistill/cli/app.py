@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
@@ -22,22 +23,58 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from irgdistill.cli.options import COMMANDS, Declaration, WithSettings, is_unknown_option
-from irgdistill.config import RenamedKeyWarning
+from irgdistill.cli.options import COMMANDS, Declaration, WithSettings, is_unknown_option, rare_names
+from irgdistill.config import PANELS, RenamedKeyWarning
 from irgdistill.errors import Interrupted, UserError, nearest, os_reason
 from irgdistill.runtime import Signals, Stopped, end_with_parent, is_worker, report_failure
 from irgdistill.version import __version__
 
+FEW = 24
+"""Help of a command with more options leaves the rare ones to `--help-all`."""
+
+
+HELP_ALL = "--help-all"
+
 
 class Command(TyperCommand):
-    """A command whose help wastes no column on a narrow terminal."""
+    """A command whose `--help` is short, and wastes no column on a narrow terminal."""
+
+    rare: frozenset[str] = frozenset()
+    """Names in Python of options that few runs need."""
+    refused: Sequence[str] | None = None
+    """See `Declaration`."""
+
+    def get_help_option_names(self, context: Any) -> list[str]:
+        return ["--help", HELP_ALL]
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        context.meta[HELP_ALL] = HELP_ALL in args
+        return super().parse_args(context, args)
 
     def format_help(self, context: Any, formatter: Any) -> None:
         from typer import rich_utils
 
         if hasattr(rich_utils, PADDING):  # private to typer; without it the help is only wider
             setattr(rich_utils, PADDING, (0, 1, 0, 0))
-        super().format_help(context, formatter)
+        shown, rare = copy(self), self.rare
+        shown.add_help_option = False
+        if self.refused is not None:
+            distill = context.parent.command.get_command(context.parent, "distill")
+            own, rare = {parameter.name for parameter in self.params}, rare | distill.rare
+            passed_on = [item for item in distill.params if item.name not in own.union(self.refused)]
+            shown.params = sorted([*self.params, *passed_on], key=_panel)
+        common = [parameter for parameter in shown.params if parameter.name not in rare]
+        left = len(shown.params) - len(common)
+        if len(shown.params) > FEW and left and not context.meta.get(HELP_ALL):
+            shown.params = common
+            shown.epilog = f"{self.epilog}\n\n{left} more options: {context.command_path} {HELP_ALL}"
+        TyperCommand.format_help(shown, context, formatter)
+
+
+def _panel(parameter: Any) -> int:
+    """Place of an option's panel in the help."""
+    panel = getattr(parameter, "rich_help_panel", None)
+    return PANELS.index(panel) if panel in PANELS else -1
 
 
 PADDING = "STYLE_OPTIONS_TABLE_PADDING"
@@ -66,10 +103,10 @@ class Commands(TyperGroup):
         TyperGroup(
             name=self.name,
             commands=dict(listed),
-            params=self.params,
             help=self.help,
             epilog=self.epilog,
             rich_markup_mode=self.rich_markup_mode,
+            add_help_option=False,
         ).format_help(context, formatter)
 
 
@@ -85,7 +122,13 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    epilog=_examples(["irgdistill train --preset quickstart --model cifar_resnet20"]),
+    epilog=_examples(
+        [
+            "irgdistill train --preset quickstart --model cifar_resnet20",
+            "irgdistill distill --teacher resnet50 --student mobilenetv2_100 --data ./imagenet",
+        ]
+    )
+    + "\n\nOptions of a command: irgdistill COMMAND --help. Also: --version, --install-completion.",
 )
 
 
@@ -119,10 +162,15 @@ def _declared() -> dict[str, Declaration]:
 def _build(declared: Declaration) -> Any:
     """The command as typer parses it."""
     function, alone = declared.function, typer.Typer(add_completion=False, rich_markup_mode="rich")
-    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True} if declared.passes_on else None
+    passed_on = None if declared.refused is None else {"allow_extra_args": True, "ignore_unknown_options": True}
     add = alone.command(declared.name, cls=Command, epilog=_examples(declared.examples), context_settings=passed_on)
-    add(function.made() if isinstance(function, WithSettings) else function)
-    return typer.main.get_command(alone)
+    made = add(function.made() if isinstance(function, WithSettings) else function)
+    command: Any = typer.main.get_command(alone)
+    command.rare, command.refused = rare_names(made), declared.refused
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None  # its metavar says what it is
+    return command
 
 
 def commands() -> dict[str, Any]:
@@ -189,8 +237,10 @@ def usage(error: Any) -> str:
     """A mistake in the options on one line: what was given, and the nearest names."""
     message = " ".join(error.format_message().split()).rstrip(".")
     if is_unknown_option(error):
-        known = [name for parameter in error.ctx.command.params for name in parameter.opts]
+        known = [name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts]
         return f"no option {error.option_name}{nearest(error.option_name, known)}"
+    if type(error).__name__ == "MissingParameter":
+        message += f"; for example: {_declared()[error.ctx.info_name].examples[0]}"
     given = _given(getattr(error, "param", None))
     if given and ": " in message:
         message = f"{given}: {message.partition(': ')[2]}"

@@ -11,13 +11,11 @@ from irgdistill.cli.completion import complete_method
 from irgdistill.cli.options import Json, Quiet, command, option, options_of_distill
 from irgdistill.config import METHOD, RESULT, RUN, TRAINING
 
-REFUSED = ("method", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend")
-
 
 @command(
     "compare",
-    order=20,
-    passes_on=True,
+    order=30,
+    refused=("method", "resume", "previous_state", "overwrite", "dry_run", "gpus", "backend"),
     examples=[
         "irgdistill compare --teacher resnet50 --student resnet18 --data ./imagenet --batch-size 256",
         "irgdistill compare --preset quickstart --methods none,irg+kd+at --seeds 2 --student cifar_resnet14_x0_5 "
@@ -28,27 +26,27 @@ def compare(
     context: typer.Context,
     methods: Annotated[
         str,
-        option(METHOD, help="Methods, with commas (default: none,kd,irg+kd+at).", complete=complete_method),
+        option(METHOD, help="Methods (default: none,kd,irg+kd+at).", metavar="A,B,C", complete=complete_method),
     ] = "none,kd,irg+kd+at",
-    seeds: Annotated[int, option(TRAINING, help="Runs of each method, from --seed on (default: 3).")] = 3,
-    jobs: Annotated[int, option(RUN, help="Runs at once on one device (default: 1).")] = 1,
-    output: Annotated[Path, option(RUN, help="Folder of the runs and tables (default: runs/compare).")] = Path(
-        "runs/compare"
-    ),
+    seeds: Annotated[int, option(TRAINING, help="Runs of each method, from --seed on (default: 3).", metavar="N")] = 3,
+    jobs: Annotated[int, option(RUN, help="Runs at once on one device (default: 1).", metavar="N")] = 1,
+    output: Annotated[
+        Path, option(RUN, help="Folder of the runs and tables (default: runs/compare).", metavar="DIR")
+    ] = Path("runs/compare"),
     finished: Annotated[
         bool, option(RESULT, "--finished", help="Train nothing; make the table of the finished runs.")
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train one student by several methods and seeds, and make one table. Takes the options of `distill` too.
+    """Train one student by several methods and seeds, and make one table.
 
-    Finished runs are skipped, unfinished ones are resumed.
+    Takes the options of `distill` too. Finished runs are skipped, unfinished ones are resumed.
     """
     from irgdistill.commands.requests import CompareRequest
     from irgdistill.config import options
 
-    distill = options_of_distill(context, "compare", REFUSED)
+    distill = options_of_distill(context)
     moved = [
         (setting.flag.name, str(value))
         for name, setting in options().items()

@@ -21,7 +21,7 @@ from irgdistill.cli.run import (
 
 @command(
     "distill",
-    order=10,
+    order=20,
     examples=[
         "irgdistill distill --teacher resnet50 --student mobilenetv2_100 --data ./imagenet",
         "irgdistill train --preset quickstart --model cifar_resnet20 --output runs/teacher",

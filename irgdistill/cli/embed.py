@@ -13,7 +13,7 @@ from irgdistill.config import NETWORKS, RESULT, RUN, Flag
 
 @command(
     "embed",
-    order=76,
+    order=80,
     examples=[
         "irgdistill embed runs/student --data ./photos --output photos.safetensors",
         "irgdistill embed resnet50 --data ./photos --output resnet50.safetensors",
@@ -30,14 +30,18 @@ from irgdistill.config import NETWORKS, RESULT, RUN, Flag
         "data.workers": Flag("--workers", RUN, "Loader processes."),
         "runtime.device": None,
         "runtime.amp": None,
-        "teacher.pooling": Flag("--pooling", NETWORKS, "Of tokens: cls, mean or cls+mean; default: the network's own."),
+        "teacher.pooling": Flag(
+            "--pooling", NETWORKS, "Of tokens: cls, mean or cls+mean; default: the network's own.", metavar="POOLING"
+        ),
     }
 )
 def embed(
     given: dict[str, Any],
     target: Annotated[str, typer.Argument(metavar="NETWORK", help="Run folder, checkpoint or timm name.")],
-    output: Annotated[Path, option(RESULT, "--output", help="File to write: .safetensors or .parquet.")],
-    checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.")] = None,
+    output: Annotated[
+        Path, option(RESULT, "--output", help="File to write: .safetensors or .parquet.", metavar="FILE")
+    ],
+    checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.", metavar="FILE")] = None,
     overwrite: Annotated[bool, option(RESULT, "--overwrite", help="Replace the file that is there.")] = False,
     quiet: Quiet = False,
 ) -> None:

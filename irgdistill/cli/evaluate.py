@@ -13,7 +13,7 @@ from irgdistill.config import METHOD, NETWORKS, RUN, Flag
 
 @command(
     "eval",
-    order=70,
+    order=40,
     examples=[
         "irgdistill eval runs/student",
         "irgdistill eval runs/student --against runs/teacher --json",
@@ -23,10 +23,18 @@ from irgdistill.config import METHOD, NETWORKS, RUN, Flag
 @with_settings(
     {
         "student.input_size": "224 or 256x192.",
-        "student.preprocessing.mean": Flag("--mean", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number."),
-        "student.preprocessing.std": Flag("--std", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number."),
-        "student.preprocessing.interpolation": Flag("--interpolation", NETWORKS, "bilinear, bicubic, …."),
-        "student.preprocessing.crop_pct": Flag("--crop-pct", NETWORKS, "Share of the image that is cropped."),
+        "student.preprocessing.mean": Flag(
+            "--mean", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number.", metavar="R,G,B"
+        ),
+        "student.preprocessing.std": Flag(
+            "--std", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number.", metavar="R,G,B"
+        ),
+        "student.preprocessing.interpolation": Flag(
+            "--interpolation", NETWORKS, "bilinear, bicubic, ….", metavar="MODE"
+        ),
+        "student.preprocessing.crop_pct": Flag(
+            "--crop-pct", NETWORKS, "Share of the image that is cropped.", metavar="SHARE"
+        ),
         "teacher.preprocessing.mean": None,
         "teacher.preprocessing.std": None,
         "data.source": "Default: the data set of the checkpoint.",
@@ -41,12 +49,24 @@ from irgdistill.config import METHOD, NETWORKS, RUN, Flag
 )
 def evaluate(
     given: dict[str, Any],
-    targets: Annotated[list[str], typer.Argument(help="Checkpoint, run folder or timm name; several make a table.")],
-    checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.")] = None,
-    against: Annotated[str | None, option(NETWORKS, help="Teacher: checkpoint, run folder or timm name.")] = None,
-    against_checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for the teacher's timm name.")] = None,
+    targets: Annotated[
+        list[str],
+        typer.Argument(metavar="NETWORK", help="Checkpoint, run folder or timm name; several make a table."),
+    ],
+    checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.", metavar="FILE")] = None,
+    against: Annotated[
+        str | None, option(NETWORKS, help="Teacher: checkpoint, run folder or timm name.", metavar="NETWORK")
+    ] = None,
+    against_checkpoint: Annotated[
+        Path | None, option(NETWORKS, help="Weights for the teacher's timm name.", metavar="FILE")
+    ] = None,
     probe: Annotated[
-        str | None, option(METHOD, help="Classify by the embeddings: knn, or linear; fitted to the training images.")
+        str | None,
+        option(
+            METHOD,
+            help="Classify by the embeddings: knn, or linear; fitted to the training images.",
+            metavar="knn|linear",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

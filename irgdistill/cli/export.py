@@ -13,7 +13,7 @@ from irgdistill.config import DATA, RESULT
 
 @command(
     "export",
-    order=50,
+    order=70,
     examples=["irgdistill export runs/student --format onnx", "irgdistill export runs/student --format hub"],
 )
 @with_settings({"data.source": "Default: the data set of the checkpoint.", "data.root": None})
@@ -23,25 +23,34 @@ def export(
     form: Annotated[
         str,
         option(
-            RESULT, "--format", help="hub (default): folder for timm and the Hub; onnx; program: torch.export; timm."
+            RESULT,
+            "--format",
+            help="hub (default): folder for timm and the Hub; onnx; program: torch.export; timm.",
+            metavar="FORMAT",
         ),
     ] = "hub",
     output: Annotated[
-        Path | None, option(RESULT, help="Default: hub, timm, NAME.onnx or NAME.pt2 beside the checkpoint.")
+        Path | None,
+        option(RESULT, help="Default: hub, timm, NAME.onnx or NAME.pt2 beside the checkpoint.", metavar="PATH"),
     ] = None,
     overwrite: Annotated[bool, option(RESULT, "--overwrite", help="Replace what is there.")] = False,
     raw_input: Annotated[
         bool,
         option(RESULT, "--raw-input", help="onnx, program: take RGB in [0, 1]; default: images normalised as in timm."),
     ] = False,
-    opset: Annotated[int | None, option(RESULT, help="ONNX opset, at least 18; default: torch's choice.")] = None,
-    push: Annotated[str | None, option(RESULT, help="Upload the folder to this repository on the Hub.")] = None,
+    opset: Annotated[
+        int | None, option(RESULT, help="ONNX opset, at least 18; default: torch's choice.", metavar="N")
+    ] = None,
+    push: Annotated[
+        str | None, option(RESULT, help="Upload the folder to this repository on the Hub.", metavar="OWNER/NAME")
+    ] = None,
     license_: Annotated[
-        str | None, option(RESULT, "--license", help="License in the model card (default: apache-2.0).")
+        str | None,
+        option(RESULT, "--license", help="License in the model card (default: apache-2.0).", metavar="LICENSE"),
     ] = None,
     check_images: Annotated[
         int,
-        typer.Option(min=1, help="Validation images on which export and student must agree.", rich_help_panel=DATA),
+        option(DATA, help="Validation images on which export and student must agree (default: 64).", metavar="N"),
     ] = 64,
 ) -> None:
     """Export the student: a folder for timm and the Hub, ONNX, torch.export, or plain timm weights."""

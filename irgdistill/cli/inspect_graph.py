@@ -13,7 +13,7 @@ from irgdistill.config import DATA, NETWORKS, RESULT, RUN, Flag
 
 @command(
     "inspect-graph",
-    order=40,
+    order=50,
     examples=[
         "irgdistill inspect-graph runs/student --images 30 --terminal",
         "irgdistill inspect-graph --plan-only --teacher resnet50 --student mobilenetv2_100",
@@ -54,16 +54,22 @@ def inspect_graph(
     given: dict[str, Any],
     target: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN|CKPT]", help="A student's run or checkpoint.", show_default=False),
+        typer.Argument(metavar="RUN|CKPT", help="A student's run or checkpoint.", show_default=False),
     ] = None,
-    compare: Annotated[str | None, option(NETWORKS, help="Another run or checkpoint of the same student.")] = None,
-    split: Annotated[str, option(DATA, help="val (default) or train.")] = "val",
-    images: Annotated[int, option(DATA, help="Images, drawn evenly over the classes (default: 64).")] = 64,
-    neighbours: Annotated[int, option(RESULT, help="Nearest images to compare for each image (default: 5).")] = 5,
-    form: Annotated[str, option(RESULT, "--format", help="Format of the figures: png (default), svg or pdf.")] = "png",
+    compare: Annotated[
+        str | None, option(NETWORKS, help="Another run or checkpoint of the same student.", metavar="RUN|CKPT")
+    ] = None,
+    split: Annotated[str, option(DATA, help="val (default) or train.", metavar="val|train")] = "val",
+    images: Annotated[int, option(DATA, help="Images, drawn evenly over the classes (default: 64).", metavar="N")] = 64,
+    neighbours: Annotated[
+        int, option(RESULT, help="Nearest images to compare for each image (default: 5).", metavar="N")
+    ] = 5,
+    form: Annotated[
+        str, option(RESULT, "--format", help="Format of the figures: png (default), svg or pdf.", metavar="FORMAT")
+    ] = "png",
     terminal: Annotated[bool, option(RESULT, "--terminal", help="Also draw the heatmaps in the terminal.")] = False,
     output: Annotated[
-        Path | None, option(RESULT, help="Folder; default: RUN/graphs or graphs/TEACHER-STUDENT.")
+        Path | None, option(RESULT, help="Folder; default: RUN/graphs or graphs/TEACHER-STUDENT.", metavar="DIR")
     ] = None,
     plan_only: Annotated[
         bool, option(RESULT, "--plan-only", help="Show which stages match; needs no data and no weights.")

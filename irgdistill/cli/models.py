@@ -11,9 +11,11 @@ from irgdistill.cli.options import command, option
 from irgdistill.config import RESULT
 
 
-@command("models", order=60, examples=["irgdistill models 'cifar_resnet*'"])
+@command("models", order=100, examples=["irgdistill models 'cifar_resnet*'"])
 def models(
-    pattern: Annotated[str, typer.Argument(metavar="[FILTER]", help="Such as resnet or mobilenet*_100.")] = "*",
+    pattern: Annotated[
+        str, typer.Argument(metavar="FILTER", help="Such as resnet or mobilenet*_100.", show_default=False)
+    ] = "*",
     as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object per line.")] = False,
 ) -> None:
     """List networks with parameters, multiply-adds, input size and the resolutions of their stages."""

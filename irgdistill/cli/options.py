@@ -48,8 +48,8 @@ class Declaration:
     """Its place in the help."""
     examples: Sequence[str]
     function: Function | WithSettings
-    passes_on: bool
-    """The command also takes the options of `distill`, by `options_of_distill`."""
+    refused: Sequence[str] | None
+    """The command takes the options of `distill` but these, by `options_of_distill`; None: it takes its own only."""
 
     @property
     def summary(self) -> str:
@@ -60,19 +60,40 @@ class Declaration:
 COMMANDS: list[Declaration] = []
 
 
-def command(name: str, order: int, examples: Sequence[str], passes_on: bool = False) -> Callable[[Declared], Declared]:
-    """Register a function of this package as the command `name`."""
+def command(
+    name: str, order: int, examples: Sequence[str], refused: Sequence[str] | None = None
+) -> Callable[[Declared], Declared]:
+    """Register a function of this package as the command `name`. See `Declaration` for the rest."""
 
     def register(function: Declared) -> Declared:
-        COMMANDS.append(Declaration(name, order, examples, function, passes_on))
+        COMMANDS.append(Declaration(name, order, examples, function, refused))
         return function
 
     return register
 
 
-def option(panel: str, *names: str, help: str, complete: Callable[..., list[str]] | None = None) -> Any:
-    """An option in a panel of the help; `complete` returns the values that begin with the one being typed."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, autocompletion=complete)
+class Rare:
+    """Marks an option that few runs need: of a long list, only `--help-all` shows it."""
+
+
+RARE = Rare()
+
+
+def option(
+    panel: str, *names: str, help: str, metavar: str = "", complete: Callable[..., list[str]] | None = None
+) -> Any:
+    """An option in a panel of the help; `complete` returns the values that begin with the one being typed.
+
+    `metavar`: what its value is; empty for a switch.
+    """
+    return typer.Option(
+        *names,
+        help=help,
+        rich_help_panel=panel,
+        show_default=False,
+        metavar=metavar,
+        autocompletion=complete,
+    )
 
 
 Quiet = Annotated[bool, option(RESULT, "--quiet", help="Print results, warnings and errors only.")]
@@ -141,10 +162,9 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     assert flag is not None
     complete = None if flag.completion is None else COMPLETION[flag.completion]
     type_: Any = _type(setting.field.annotation, flag.repeated)
-    info = option(flag.panel, flag.name, help=_help(flag, setting.default), complete=complete)
-    if flag.repeated and setting.key.startswith("teacher."):  # narrower than `<list[Path]>`
-        info.metavar = "<path>" if type_ == list[Path] else "<str>"
-    annotation: Any = Annotated[type_ | None, info]
+    metavar = flag.metavar or METAVARS.get(type_, "VALUE")
+    info = option(flag.panel, flag.name, help=_help(flag, setting.default), metavar=metavar, complete=complete)
+    annotation: Any = Annotated[type_ | None, info] if flag.common else Annotated[type_ | None, info, RARE]
     return inspect.Parameter(flag.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -172,12 +192,22 @@ def _type(annotation: Any, repeated: bool) -> Any:
     return annotation if annotation in (bool, int, float, Path) else str
 
 
+METAVARS: Mapping[Any, str] = {bool: "", int: "N", list[int]: "N", float: "X", Path: "PATH"}
+"""What the value of an option is, if its flag does not say so."""
+
+
 def _panel(parameter: inspect.Parameter) -> int:
     """Place of the panel in the help; arguments and the context come first."""
     for item in getattr(parameter.annotation, "__metadata__", ()):
         if (panel := getattr(item, "rich_help_panel", None)) is not None:
             return PANELS.index(panel)
     return -1
+
+
+def rare_names(function: Function) -> frozenset[str]:
+    """Parameters of a command that are marked as rare."""
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    return frozenset(item.name for item in parameters if RARE in getattr(item.annotation, "__metadata__", ()))
 
 
 @dataclass(frozen=True)
@@ -208,12 +238,13 @@ class DistillOptions:
         return load_config(self.values["preset"], self.settings, self.given)
 
 
-def options_of_distill(context: typer.Context, name: str, refused: Sequence[str]) -> DistillOptions:
-    """Parse what the command `name` was given besides its own options as `distill` parses it.
+def options_of_distill(context: typer.Context) -> DistillOptions:
+    """Parse what a command was given besides its own options as `distill` parses it.
 
-    Raises UserError for an option in `refused`.
+    Raises UserError for an option that the command refuses.
     """
     assert context.parent is not None
+    name, refused = next((item.name, item.refused or ()) for item in COMMANDS if item.name == context.info_name)
     parser = context.parent.command.get_command(context.parent, "distill")  # type: ignore[attr-defined]
     try:
         values: dict[str, Any] = parser.make_context(name, list(context.args), parent=context.parent).params
@@ -221,7 +252,9 @@ def options_of_distill(context: typer.Context, name: str, refused: Sequence[str]
         error: Any = caught
         if not is_unknown_option(error):
             raise
-        own = [option for parameter in (*context.command.params, *parser.params) for option in parameter.opts]
+        own = [
+            option for parameter in (*context.command.get_params(context), *parser.params) for option in parameter.opts
+        ]
         known = [option for option in own if option.strip("-").replace("-", "_") not in refused]
         raise UserError(f"no option {error.option_name}{nearest(error.option_name, known)}") from None
     for option in refused:

@@ -13,7 +13,7 @@ from irgdistill.config import NETWORKS, RESULT, RUN, Flag
 
 @command(
     "predict",
-    order=73,
+    order=90,
     examples=[
         "irgdistill predict runs/student ./photos --output classes.csv",
         "irgdistill predict runs/student ./photos --top 3 --json",
@@ -32,10 +32,14 @@ from irgdistill.config import NETWORKS, RESULT, RUN, Flag
 def predict(
     given: dict[str, Any],
     target: Annotated[str, typer.Argument(metavar="NETWORK", help="Run folder, checkpoint or timm name.")],
-    images: Annotated[list[str], typer.Argument(help="Image files, and folders of them at any depth.")],
-    checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.")] = None,
-    top: Annotated[int, option(RESULT, help="Classes per image, the most probable first (default: 1).")] = 1,
-    output: Annotated[Path | None, option(RESULT, help="File to write; default: stdout.")] = None,
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE", help="Image files, and folders of them at any depth.")
+    ],
+    checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.", metavar="FILE")] = None,
+    top: Annotated[
+        int, option(RESULT, help="Classes per image, the most probable first (default: 1).", metavar="N")
+    ] = 1,
+    output: Annotated[Path | None, option(RESULT, help="File to write; default: stdout.", metavar="FILE")] = None,
     overwrite: Annotated[bool, option(RESULT, "--overwrite", help="Replace the file that is there.")] = False,
     as_json: Annotated[bool, option(RESULT, "--json", help="Write a JSON object a line; default: CSV.")] = False,
     quiet: Quiet = False,

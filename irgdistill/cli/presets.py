@@ -12,11 +12,11 @@ from irgdistill.cli.options import command, option
 from irgdistill.config import RESULT
 
 
-@command("presets", order=90, examples=["irgdistill presets", "irgdistill presets quickstart > mine.yaml"])
+@command("presets", order=110, examples=["irgdistill presets", "irgdistill presets quickstart > mine.yaml"])
 def presets(
     name: Annotated[
         str | None,
-        typer.Argument(help="Print this one.", show_default=False, autocompletion=complete_preset),
+        typer.Argument(metavar="NAME", help="Print this one.", show_default=False, autocompletion=complete_preset),
     ] = None,
     as_json: Annotated[bool, option(RESULT, "--json", help="Print one JSON object per line.")] = False,
 ) -> None:

@@ -10,37 +10,44 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from irgdistill.cli.completion import complete_preset, remember_names
-from irgdistill.cli.options import option
+from irgdistill.cli.options import RARE, option
 from irgdistill.config import RUN
 from irgdistill.errors import UserError
 
 if TYPE_CHECKING:
     from irgdistill.commands.requests import DistillRequest
 
-Gpus = Annotated[str | None, option(RUN, "--gpus", help="Processes on this machine: a number, or all.")]
-
-
-Backend = Annotated[str | None, option(RUN, "--backend", help="nccl, or gloo to run on the CPU.")]
-
-
-Preset = Annotated[
-    str | None, option(RUN, "--preset", help="Name of a preset, or a YAML file.", complete=complete_preset)
+Gpus = Annotated[
+    str | None, option(RUN, "--gpus", help="Processes on this machine: a number, or all.", metavar="N|all")
 ]
 
 
-Set = Annotated[list[str] | None, option(RUN, "--set", help="Any key.path=value.")]
+Backend = Annotated[
+    str | None, option(RUN, "--backend", help="nccl, or gloo to run on the CPU.", metavar="nccl|gloo"), RARE
+]
 
 
-Output = Annotated[Path | None, option(RUN, "--output", help="Run folder; default: a new one in runs/.")]
+Preset = Annotated[
+    str | None,
+    option(RUN, "--preset", help="Name of a preset, or a YAML file.", metavar="NAME|FILE", complete=complete_preset),
+]
 
 
-Overwrite = Annotated[bool, option(RUN, "--overwrite", help="Replace the run that is there.")]
+Set = Annotated[list[str] | None, option(RUN, "--set", help="Any key.path=value.", metavar="KEY=VALUE")]
 
 
-Resume = Annotated[Path | None, option(RUN, "--resume", help="Resume the run of this folder.")]
+Output = Annotated[Path | None, option(RUN, "--output", help="Run folder; default: a new one in runs/.", metavar="DIR")]
 
 
-PreviousState = Annotated[bool, option(RUN, "--previous-state", help="Resume from the state before the last one.")]
+Overwrite = Annotated[bool, option(RUN, "--overwrite", help="Replace the run that is there."), RARE]
+
+
+Resume = Annotated[Path | None, option(RUN, "--resume", help="Resume the run of this folder.", metavar="RUN")]
+
+
+PreviousState = Annotated[
+    bool, option(RUN, "--previous-state", help="Resume from the state before the last one."), RARE
+]
 
 
 DryRun = Annotated[bool, option(RUN, "--dry-run", help="Show configuration and plan; train nothing.")]

@@ -23,7 +23,7 @@ from irgdistill.errors import UserError
 
 @command(
     "train",
-    order=15,
+    order=10,
     examples=[
         "irgdistill train --preset quickstart --model cifar_resnet20",
         "irgdistill train --preset finetune-small-data --model resnet50 --pretrained --data ./flowers",
@@ -31,14 +31,35 @@ from irgdistill.errors import UserError
 )
 @with_settings(
     {
-        "student.name": Flag("--model", NETWORKS, "timm name, hf-hub:… or local-dir:….", completion="network"),
-        "student.pretrained": Flag("--pretrained", NETWORKS, "Start from timm's pretrained weights."),
-        "student.checkpoint": Flag("--checkpoint", NETWORKS, "Start from these weights: a run, .safetensors or .pth."),
+        "student.name": Flag(
+            "--model",
+            NETWORKS,
+            "timm name, hf-hub:… or local-dir:….",
+            completion="network",
+            metavar="TIMM-NAME",
+            common=True,
+        ),
+        "student.pretrained": Flag("--pretrained", NETWORKS, "Start from timm's pretrained weights.", common=True),
+        "student.checkpoint": Flag(
+            "--checkpoint",
+            NETWORKS,
+            "Start from these weights: a run, .safetensors or .pth.",
+            metavar="RUN|FILE",
+            common=True,
+        ),
         "student.input_size": "224 or 256x192; default: the network's own.",
-        "student.preprocessing.mean": Flag("--mean", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number."),
-        "student.preprocessing.std": Flag("--std", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number."),
-        "student.preprocessing.interpolation": Flag("--interpolation", NETWORKS, "bilinear, bicubic, …."),
-        "student.preprocessing.crop_pct": Flag("--crop-pct", NETWORKS, "Share of the image that validation crops."),
+        "student.preprocessing.mean": Flag(
+            "--mean", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number.", metavar="R,G,B"
+        ),
+        "student.preprocessing.std": Flag(
+            "--std", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number.", metavar="R,G,B"
+        ),
+        "student.preprocessing.interpolation": Flag(
+            "--interpolation", NETWORKS, "bilinear, bicubic, ….", metavar="MODE"
+        ),
+        "student.preprocessing.crop_pct": Flag(
+            "--crop-pct", NETWORKS, "Share of the image that validation crops.", metavar="SHARE"
+        ),
         "losses.ce.label_smoothing": None,
     },
     others=True,

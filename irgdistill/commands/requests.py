@@ -17,6 +17,7 @@ from irgdistill.config import (
     DataConfig,
     changeable_on_resume,
     check_files,
+    check_missing,
     check_run,
     check_source,
     check_teacher,
@@ -74,7 +75,9 @@ class TrainRequest(DistillRequest):
     """A new run on labels, without a teacher."""
 
     def __post_init__(self) -> None:
-        if self.config.student.name is None and self.config.student.checkpoint is None:
+        network = self.config.student.name or self.config.student.checkpoint
+        check_missing({"--model": network, "--data": self.config.data.source}, "--model resnet50 --data ./flowers")
+        if network is None:
             raise UserError("no network: give --model NAME, any timm name such as resnet50")
         if hints := self.config.losses.hints():
             unset = ", ".join(f"losses.{name}" for name in hints)
@@ -170,6 +173,9 @@ class CacheRequest:
             raise UserError(f"--logits {self.logits}: expected all, or a number of classes")
         if not self.config.data.labels:
             check_without_labels(self.config)
+        first = self.config.teacher
+        needed = {"--teacher": first.name or first.checkpoint, "--data": self.config.data.source}
+        check_missing(needed, "--teacher resnet50 --data ./imagenet")
         check_source(self.config.data)
         for spec in self.config.all_teachers:
             check_teacher(self.config.replaced({"teacher": spec}), "a cache")
@@ -197,6 +203,8 @@ class ExportRequest:
 
     def __post_init__(self) -> None:
         check_word("--format", self.format, EXPORTS)
+        if self.check_images < 1:
+            raise UserError(f"--check-images {self.check_images}: expected at least 1")
         needs = {
             "--push": ("hub",) if self.push is not None else None,
             "--license": ("hub",) if self.license is not None else None,

@@ -1,5 +1,6 @@
 from .checks import (
     check_files,
+    check_missing,
     check_run,
     check_teacher,
     check_without_labels,
@@ -128,6 +129,7 @@ __all__ = [
     "assign",
     "changeable_on_resume",
     "check_files",
+    "check_missing",
     "check_model_args",
     "check_run",
     "check_source",

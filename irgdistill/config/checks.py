@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from irgdistill.config.methods import DEFAULT_METHOD
@@ -14,6 +14,10 @@ from irgdistill.errors import UserError, nearest
 def check_run(config: Config, begun: bool = False) -> None:
     """Raises UserError if a run cannot start, or with `begun` cannot be resumed, which needs fewer files."""
     asked, config = config.method, config.with_method(DEFAULT_METHOD)
+    needed = {"--student": config.student.name or config.student.checkpoint, "--data": config.data.source}
+    if config.uses_teacher:
+        needed = {"--teacher": config.teacher.name or config.teacher.checkpoint or config.teacher.cache, **needed}
+    check_missing(needed, "--teacher resnet50 --student mobilenetv2_100 --data ./imagenet")
     if config.student.name is None and config.student.checkpoint is None:
         raise UserError("no student: give --student NAME, any timm name such as mobilenetv2_100")
     if not config.data.labels:
@@ -34,6 +38,13 @@ def check_run(config: Config, begun: bool = False) -> None:
     if not begun:
         files = (path for spec in config.all_teachers for path in (spec.checkpoint, spec.cache))
         check_files(config.student.checkpoint, *files)
+
+
+def check_missing(options: Mapping[str, object], example: str) -> None:
+    """Raises UserError that names all options without a value, if there are several: one has a message of its own."""
+    *most, last = [name for name, value in options.items() if value is None] or [""]
+    if most:
+        raise UserError(f"missing {', '.join(most)} and {last}; for example: {example}")
 
 
 def check_views(config: Config) -> None:

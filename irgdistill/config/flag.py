@@ -26,6 +26,10 @@ class Flag:
     """The option turns the setting off, as `--no-labels` does."""
     repeated: bool = False
     """Each use of the option adds a value; of a setting of the teacher, that of one more teacher."""
+    metavar: str = ""
+    """What the value is, such as `DIR` or `A,B,C`; default: by the setting's type."""
+    common: bool = False
+    """Many runs need it: `--help` shows it, where it leaves others to `--help-all`."""
 
     @property
     def parameter(self) -> str:

@@ -19,21 +19,28 @@ class Preprocessing(Section):
     """How a network wants its images normalised and resized; what is not set is the network's own."""
 
     mean: Annotated[
-        Mean | None, Flag("--{section}-mean", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number; default: its own.")
+        Mean | None,
+        Flag(
+            "--{section}-mean", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number; default: its own.", metavar="R,G,B"
+        ),
     ] = None
     """Mean of each channel, for pixels in [0, 1]; one number counts for all. Default: the network's own."""
     std: Annotated[
-        Std | None, Flag("--{section}-std", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number; default: its own.")
+        Std | None,
+        Flag(
+            "--{section}-std", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number; default: its own.", metavar="R,G,B"
+        ),
     ] = None
     """Standard deviation of each channel, for pixels in [0, 1]; one number counts for all. Default: the network's
     own."""
     interpolation: Annotated[
         Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"] | None,
-        Flag("--{section}-interpolation", NETWORKS, "bilinear, bicubic, …; default: its own."),
+        Flag("--{section}-interpolation", NETWORKS, "bilinear, bicubic, …; default: its own.", metavar="MODE"),
     ] = None
     """Interpolation by its name in timm. Images are resized once for both networks, by the student's."""
     crop_pct: Annotated[
-        Positive | None, Flag("--{section}-crop-pct", NETWORKS, "Share that validation crops; default: its own.")
+        Positive | None,
+        Flag("--{section}-crop-pct", NETWORKS, "Share that validation crops; default: its own.", metavar="SHARE"),
     ] = None
     """Share of the resized image that validation crops. Both networks see the student's crop."""
 
@@ -60,6 +67,8 @@ class TeacherConfig(Section):
             "timm name, hf-hub:… or local-dir:…; may be repeated, as all options of teachers.",
             completion="network",
             repeated=True,
+            metavar="TIMM-NAME",
+            common=True,
         ),
     ] = None
     """timm name, `hf-hub:…` or `local-dir:…`. An irgdistill checkpoint knows its architecture and needs no name."""
@@ -70,13 +79,21 @@ class TeacherConfig(Section):
             NETWORKS,
             "Weights: a run, .safetensors or .pth; default: pretrained.",
             repeated=True,
+            metavar="RUN|FILE",
+            common=True,
         ),
         CHANGEABLE,
     ] = None
     """Weights: safetensors, or a .pth read with `weights_only=True`. Default: timm's pretrained weights."""
     input_size: Annotated[
         Size | None,
-        Flag("--teacher-input-size", NETWORKS, "224 or 256x192; default: the teacher's own.", repeated=True),
+        Flag(
+            "--teacher-input-size",
+            NETWORKS,
+            "224 or 256x192; default: the teacher's own.",
+            repeated=True,
+            metavar="SIZE",
+        ),
     ] = None
     """Height and width in pixels; default: what the teacher was trained on."""
     preprocessing: OwnPreprocessing = Field(default_factory=Preprocessing)
@@ -87,6 +104,8 @@ class TeacherConfig(Section):
             NETWORKS,
             "Cache written by cache-teacher, used instead of a live teacher.",
             repeated=True,
+            metavar="DIR",
+            common=True,
         ),
         CHANGEABLE,
     ] = None
@@ -95,7 +114,8 @@ class TeacherConfig(Section):
     """How the teacher's embedding is made: by its own head, or of a transformer's class token, the mean of its patch
     tokens, or both."""
     weight: Annotated[
-        Positive, Flag("--teacher-weight", NETWORKS, "Its share beside other teachers.", repeated=True)
+        Positive,
+        Flag("--teacher-weight", NETWORKS, "Its share beside other teachers.", repeated=True, metavar="WEIGHT"),
     ] = 1.0
     """Its share, relative to the other teachers', in the means over several teachers."""
     check: Annotated[
@@ -111,19 +131,37 @@ def _model_args(args: dict[str, Any]) -> dict[str, Any]:
 
 class StudentConfig(Section):
     name: Annotated[
-        str | None, Flag("--student", NETWORKS, "timm name of the network to train.", completion="network")
+        str | None,
+        Flag(
+            "--student",
+            NETWORKS,
+            "timm name of the network to train.",
+            completion="network",
+            metavar="TIMM-NAME",
+            common=True,
+        ),
     ] = None
     """timm name of the network to train. An irgdistill checkpoint knows its architecture and needs no name."""
-    pretrained: Annotated[bool, Flag("--student-pretrained", NETWORKS, "Start from timm's pretrained weights.")] = False
+    pretrained: Annotated[
+        bool, Flag("--student-pretrained", NETWORKS, "Start from timm's pretrained weights.", common=True)
+    ] = False
     """Start from timm's pretrained weights, unless there is a checkpoint. The classifier is new if the number of
     classes differs."""
     checkpoint: Annotated[
-        Path | None, Flag("--student-checkpoint", NETWORKS, "Start from these weights: a run, .safetensors or .pth.")
+        Path | None,
+        Flag(
+            "--student-checkpoint",
+            NETWORKS,
+            "Start from these weights: a run, .safetensors or .pth.",
+            metavar="RUN|FILE",
+        ),
     ] = None
     """Start from these weights: a run folder or checkpoint of irgdistill, or a timm file. The classifier is new if the
     classes differ."""
     preprocessing: OwnPreprocessing = Field(default_factory=Preprocessing)
-    input_size: Annotated[Size | None, Flag("--input-size", NETWORKS, "The student's; default: its own.")] = None
+    input_size: Annotated[
+        Size | None, Flag("--input-size", NETWORKS, "The student's; default: its own.", metavar="SIZE", common=True)
+    ] = None
     """Height and width in pixels; default: the network's own."""
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass instead of keeping them; batch norm then counts each batch twice."""

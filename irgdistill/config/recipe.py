@@ -23,47 +23,55 @@ class AugmentConfig(Section):
     """Probability of a horizontal flip."""
     color_jitter: NonNegative = 0.0
     """Strength of brightness, contrast and saturation jitter."""
-    auto_augment: Annotated[str | None, Flag("--auto-augment", TRAINING, "timm policy, such as rand-m9-mstd0.5.")] = (
-        None
-    )
+    auto_augment: Annotated[
+        str | None, Flag("--auto-augment", TRAINING, "timm policy, such as rand-m9-mstd0.5.", metavar="POLICY")
+    ] = None
     """timm policy string, such as `rand-m9-mstd0.5`."""
     erase: Probability = 0.0
     """Probability of random erasing."""
-    mixup: Annotated[NonNegative, Flag("--mixup", TRAINING, "Alpha of mixup; 0 is off.")] = 0.0
+    mixup: Annotated[NonNegative, Flag("--mixup", TRAINING, "Alpha of mixup; 0 is off.", metavar="ALPHA")] = 0.0
     """Alpha of mixup; 0 is off. Both networks see the mixed images."""
-    cutmix: Annotated[NonNegative, Flag("--cutmix", TRAINING, "Alpha of cutmix; 0 is off.")] = 0.0
+    cutmix: Annotated[NonNegative, Flag("--cutmix", TRAINING, "Alpha of cutmix; 0 is off.", metavar="ALPHA")] = 0.0
     """Alpha of cutmix; 0 is off."""
     mix_prob: Probability = 1.0
     """Probability that a batch is mixed."""
 
 
 class OptimConfig(Section):
-    name: Annotated[str, Flag("--opt", TRAINING, "timm optimizer.")] = "sgd"
+    name: Annotated[str, Flag("--opt", TRAINING, "timm optimizer.", metavar="NAME", common=True)] = "sgd"
     """Optimizer of timm's factory (`sgd` uses Nesterov momentum, `momentum` is SGD without it)."""
-    lr: Annotated[Positive, Flag("--lr", TRAINING, "Peak learning rate.")] = 0.1
+    lr: Annotated[Positive, Flag("--lr", TRAINING, "Peak learning rate.", metavar="RATE", common=True)] = 0.1
     """Peak learning rate; not scaled with the batch."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum, for optimizers that have one."""
     weight_decay: Annotated[
-        Weight, Flag("--weight-decay", TRAINING, "Weight decay; not applied to biases and norms.")
+        Weight, Flag("--weight-decay", TRAINING, "Weight decay; not applied to biases and norms.", metavar="DECAY")
     ] = 5e-4
     """Weight decay; not applied to biases and normalisation layers, as in timm, unless `decay_all` is set."""
     decay_all: bool = False
     """Apply weight decay to biases and normalisation layers too."""
-    clip_grad: Annotated[Positive | None, Flag("--clip-grad", TRAINING, "Maximum gradient norm.")] = None
+    clip_grad: Annotated[Positive | None, Flag("--clip-grad", TRAINING, "Maximum gradient norm.", metavar="NORM")] = (
+        None
+    )
     """Maximum norm of the student's gradient."""
     accumulate: Annotated[Count, Flag("--accumulate", TRAINING, "Batches per update.")] = 1
     """Batches per update. Relations span one batch, not the accumulated ones."""
-    ema: Annotated[Share | None, Flag("--ema", TRAINING, "Decay of averaged weights, such as 0.999.")] = None
+    ema: Annotated[
+        Share | None, Flag("--ema", TRAINING, "Decay of averaged weights, such as 0.999.", metavar="DECAY")
+    ] = None
     """Decay of an exponential moving average of the weights, which is then evaluated and saved."""
 
 
 class ScheduleConfig(Section):
     name: Literal["cosine", "multistep", "step", "poly", "tanh", "none"] = "cosine"
     """Schedule of timm's factory, stepped per update; `none`: constant after the warm-up."""
-    epochs: Annotated[Count, Flag("--epochs", TRAINING, "Passes over the training images.")] = 100
+    epochs: Annotated[
+        Count, Flag("--epochs", TRAINING, "Passes over the training images.", metavar="EPOCHS", common=True)
+    ] = 100
     """Passes over the training images, including the warm-up."""
-    warmup_epochs: Annotated[NonNegative, Flag("--warmup-epochs", TRAINING, "Length of the linear warm-up.")] = 0
+    warmup_epochs: Annotated[
+        NonNegative, Flag("--warmup-epochs", TRAINING, "Length of the linear warm-up.", metavar="EPOCHS")
+    ] = 0
     """Length of the linear warm-up in epochs."""
     warmup_lr: NonNegative = 1e-5
     """Learning rate at which the warm-up begins."""

@@ -36,10 +36,14 @@ class PluginConfig(Section):
 
 class DataConfig(Section):
     source: Annotated[
-        str | None, Flag("--data", DATA, "Image folder, .tar, {names}.", completion="source"), CHANGEABLE
+        str | None,
+        Flag("--data", DATA, "Image folder, .tar, {names}.", completion="source", metavar="DATA", common=True),
+        CHANGEABLE,
     ] = None
     """Image folder, .tar of class folders, `digits`, or a timm dataset string (`torch/cifar10`, `hfds/…`, `wds/…`)."""
-    root: Annotated[Path, Flag("--data-root", DATA, "Folder of a timm dataset's files."), CHANGEABLE] = Path("data")
+    root: Annotated[Path, Flag("--data-root", DATA, "Folder of a timm dataset's files.", metavar="DIR"), CHANGEABLE] = (
+        Path("data")
+    )
     """Folder in which a timm dataset string keeps its files."""
     download: Annotated[bool, Flag("--download", DATA, "Download a timm dataset.")] = False
     """Let a timm dataset string download its files."""
@@ -54,7 +58,7 @@ class DataConfig(Section):
     label_key: str | None = None
     """Column of the classes in `hfds/…` (default: `label`), or a field of the .json in `wds/…` shards."""
     labels: Annotated[
-        bool, Flag("--no-labels", DATA, "Use any images, and learn from the teacher alone.", off=True)
+        bool, Flag("--no-labels", DATA, "Use any images, and learn from the teacher alone.", off=True, common=True)
     ] = True
     """Train on the labels. False: any images, no class folders; classes and targets come from the teacher."""
     exif_orientation: bool = True
@@ -64,16 +68,23 @@ class DataConfig(Section):
     cross-entropy, in which each labelled image counts for itself and its share of the others. Default: all."""
     balanced: Annotated[bool, Flag("--balanced", DATA, "Draw every class equally often.")] = False
     """Draw every class equally often; an epoch keeps its number of images."""
-    val_fraction: Annotated[Share | None, Flag("--val-fraction", DATA, "Hold out this share for validation.")] = None
+    val_fraction: Annotated[
+        Share | None, Flag("--val-fraction", DATA, "Hold out this share for validation.", metavar="SHARE", common=True)
+    ] = None
     """Class-balanced share of the training images that is held out if there is no validation split."""
     train_images: Count | None = None
     """Train on this many images only: the same for every seed, class-balanced if possible; default: all."""
-    batch_size: Annotated[int, Field(ge=2), Flag("--batch-size", DATA, "Images per step and relation graph.")] = 128
+    batch_size: Annotated[
+        int, Field(ge=2), Flag("--batch-size", DATA, "Images per step and relation graph.", common=True)
+    ] = 128
     """Images per training step, over all processes: the size of the relation graph."""
     eval_batch_size: Count = 256
     """Images per evaluation step."""
     workers: Annotated[
-        int, Field(ge=0), Flag("--workers", DATA, "Loader processes; the result does not depend on them."), CHANGEABLE
+        int,
+        Field(ge=0),
+        Flag("--workers", DATA, "Loader processes; the result does not depend on them.", common=True),
+        CHANGEABLE,
     ] = 1
     """Processes per GPU that decode and augment; the result does not depend on their number."""
     image_cache_gib: Annotated[Weight, CHANGEABLE] = 2.0
@@ -101,19 +112,24 @@ class MatchingConfig(Section):
     ] = ()
     """Resolutions to skip, as reductions of the input: 4 is /4."""
     taps_teacher: Annotated[
-        Names, Flag("--taps-teacher", MATCHING, "Blocks that end the teacher's stages: NAME,NAME.")
+        Names, Flag("--taps-teacher", MATCHING, "Blocks that end the teacher's stages: NAME,NAME.", metavar="A,B,C")
     ] = ()
     """Blocks that end the teacher's stages, in order of depth."""
     taps_student: Annotated[
-        Names, Flag("--taps-student", MATCHING, "Blocks that end the student's stages: NAME,NAME.")
+        Names, Flag("--taps-student", MATCHING, "Blocks that end the student's stages: NAME,NAME.", metavar="A,B,C")
     ] = ()
     """Blocks that end the student's stages, in order of depth."""
 
 
 class RuntimeConfig(Section):
-    device: Annotated[str, Flag("--device", RUN, "auto, cpu, cuda, cuda:1, …."), CHANGEABLE] = "auto"
+    device: Annotated[
+        str, Flag("--device", RUN, "auto, cpu, cuda, cuda:1, ….", metavar="DEVICE", common=True), CHANGEABLE
+    ] = "auto"
     """`auto`: CUDA if there is a GPU, else the CPU."""
-    amp: Annotated[Literal["auto", "none", "bf16", "fp16"], Flag("--amp", RUN, "auto, none, bf16 or fp16.")] = "auto"
+    amp: Annotated[
+        Literal["auto", "none", "bf16", "fp16"],
+        Flag("--amp", RUN, "auto, none, bf16 or fp16.", metavar="PRECISION", common=True),
+    ] = "auto"
     """Autocast precision; a run remembers what `auto` was. `auto`: bf16 on CUDA (fp16 on GPUs without units for it), on
     a CPU bf16 if it has instructions for it and is faster, else none. Relations are always computed in float32."""
     channels_last: Annotated[bool, Flag("--channels-last", RUN, "Use the channels-last memory format.")] = False
@@ -128,7 +144,7 @@ class RuntimeConfig(Section):
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     """Mode of `torch.compile`; `reduce-overhead` records CUDA graphs, for small networks on a large GPU."""
     graph_scope: Annotated[
-        Literal["global", "local"], Flag("--graph-scope", RUN, "global, or local to each process.")
+        Literal["global", "local"], Flag("--graph-scope", RUN, "global, or local to each process.", metavar="SCOPE")
     ] = "global"
     """Images that relations span on several processes: those of all, or of each process alone."""
     sync_bn: Annotated[bool, Flag("--sync-bn", RUN, "Batch-norm statistics over all processes.")] = False
@@ -139,7 +155,7 @@ class RuntimeConfig(Section):
     """Updates between two samples of each term's share of the student's gradient norm; 0 is off."""
     loggers: Annotated[
         tuple[str, ...],
-        Flag("--log", RUN, "Logger ({names}); may be repeated.", completion="logger", repeated=True),
+        Flag("--log", RUN, "Logger ({names}); may be repeated.", completion="logger", repeated=True, metavar="LOGGER"),
         CHANGEABLE,
     ] = ()
     """Loggers that also get the records of metrics.jsonl: `tensorboard`, `wandb`."""
@@ -150,7 +166,9 @@ class RuntimeConfig(Section):
     ] = 0
     """Updates between two saves of the state, besides that at the end of every epoch; 0 is off."""
     save_every_minutes: Annotated[
-        NonNegative, Flag("--save-every-minutes", RUN, "Also save after this many minutes; 0 is off."), CHANGEABLE
+        NonNegative,
+        Flag("--save-every-minutes", RUN, "Also save after this many minutes; 0 is off.", metavar="MINUTES"),
+        CHANGEABLE,
     ] = 0
     """Minutes between two saves of the state, besides that at the end of every epoch; 0 is off."""
 
@@ -161,11 +179,18 @@ class Config(Section):
     method: Annotated[
         str,
         BeforeValidator(OneOf(METHODS)),
-        Flag("--method", METHOD, "auto, irg+kd+at, encoder, kd, none, ….", completion="method"),
+        Flag(
+            "--method",
+            METHOD,
+            "auto, irg+kd+at, encoder, kd, none, ….",
+            completion="method",
+            metavar="METHOD",
+            common=True,
+        ),
     ] = AUTO
     """Named set of loss weights. `auto`: `irg+kd+at` if the teacher has the data's classes, else `encoder`."""
     seed: Annotated[
-        int, Field(ge=0, lt=2**31), Flag("--seed", TRAINING, "Seed of weights, order and augmentation.")
+        int, Field(ge=0, lt=2**31), Flag("--seed", TRAINING, "Seed of weights, order and augmentation.", common=True)
     ] = 0
     """Seed of initial weights, data order and augmentation."""
     plugins: Annotated[
@@ -175,6 +200,7 @@ class Config(Section):
             RUN,
             "Python file that adds terms, methods, data sources or loggers; may be repeated.",
             repeated=True,
+            metavar="FILE",
         ),
     ] = ()
     """Python files that register terms, methods, data sources or loggers: paths, or a path with its sha256."""

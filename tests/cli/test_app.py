@@ -256,8 +256,9 @@ def test_data_that_moved_is_asked_for(run: Run, teacher: Path, folder: Path, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("distill",), "no student: give --student NAME"),
-        (("distill", "--student", "resnet18"), "no data: give --data"),
+        (("distill",), "missing --teacher, --student and --data; for example: --teacher resnet50 --student"),
+        (("distill", "--data", "digits", "--method", "none"), "no student: give --student NAME"),
+        (("distill", "--student", "resnet18", "--method", "none"), "no data: give --data"),
         (("distill", "--student", "resnet18", "--data", "digits"), "needs a teacher: give --teacher NAME"),
         (("distill", "--student", "resnt18", "--data", "digits", "--method", "none"), "did you mean resnet18"),
         (("distill", "--student", "resnet18", "--data", "digits", "--method", "nonne"), "did you mean none"),
@@ -354,7 +355,7 @@ def test_foreign_and_truncated_checkpoints(run: Run, teacher: Path, tmp_path: Pa
 USAGE_ERRORS = {
     "no option --nonsense": ["distill", "--nonsense"],
     "no command": ["nope"],
-    "no student": ["distill", "--data", "digits"],
+    "no student": ["distill", "--teacher", "resnet50", "--data", "digits"],
     "no data: give": ["distill", "--student", "resnet18", "--method", "none"],
     "no data folder": ["distill", "--student", "resnet18", "--method", "none", "--data", "nowhere"],
     "needs a teacher": ["distill", "--student", "resnet18", "--data", "digits"],

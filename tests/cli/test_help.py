@@ -20,6 +20,7 @@ from support.processes import Command
 
 from irgdistill.cli.app import app, commands
 from irgdistill.cli.completion import complete_network
+from irgdistill.config import options
 from irgdistill.io.console import Report, quiet_console, table
 
 COMMANDS: dict[str, Any] = commands()
@@ -66,17 +67,60 @@ def test_help_of_every_command_starts_without_torch() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_cuts_no_word_on_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setenv("COLUMNS", "64")
-    shown = run(command, "--help")
+    shown = run(command, "--help-all")
     assert shown.code == 0 and max(map(len, shown.out.splitlines())) <= 64
     options = [name for p in COMMANDS[command].params if p.param_type_name == "option" for name in p.opts]
-    assert all(name in shown.out for name in options)
+    assert all(name in shown.out for name in options) and " more options" not in shown.out
     assert not re.findall(r"\w…", shown.out)
+
+
+def listed(shown: str) -> list[str]:
+    """Options in the panels of a help."""
+    return re.findall(r"^│ +(--[a-z-]+)", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["distill", "train", "compare", "cache-teacher", "doctor", "inspect-graph"])
+def test_short_help_leaves_rare_options_to_help_all(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    short, whole = run(command, "--help").out, run(command, "--help-all").out
+    assert set(listed(short)) < set(listed(whole))
+    number = len(listed(whole)) - len(listed(short))
+    assert short.strip().splitlines()[-1].strip() == f"{number} more options: irgdistill {command} --help-all"
+    marked = {item.flag.name for item in options().values() if item.flag is not None and item.flag.common}
+    if command == "distill":
+        assert {*marked, "--output", "--resume", "--set", "--gpus"} < set(listed(short)) and len(listed(short)) < 30
+        assert "--backend" not in short and "--backend" in whole, "an option that is no setting may be rare too"
+
+
+def test_help_of_commands_with_the_options_of_distill_leaves_out_those_they_refuse(run: Run) -> None:
+    shown = listed(run("compare", "--help-all").out)
+    assert {"--methods", "--teacher", "--label-smoothing"} < set(shown)
+    assert not {"--method", "--resume", "--overwrite", "--gpus"} & set(shown) and shown.count("--output") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_each_value_is(command: str) -> None:
+    for parameter in COMMANDS[command].params:
+        if parameter.param_type_name == "argument":
+            assert parameter.metavar and parameter.metavar.isupper(), parameter.name
+        elif parameter.is_flag:
+            assert parameter.metavar == "", parameter.name
+        else:
+            assert re.fullmatch(r"[A-Z-]+|[A-Z|/=,]+|[a-zA-Z|]+", parameter.metavar), parameter.name
+
+
+def test_commands_are_listed_in_the_order_of_work(run: Run) -> None:
+    shown = run("--help").out
+    work = "train distill compare eval inspect-graph cache-teacher export embed predict models presets doctor"
+    assert re.findall(r"^│ ([a-z-]+) ", shown, re.MULTILINE) == work.split() == [*COMMANDS]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("distil",), "no command 'distil'; did you mean distill? (known: distill, train, compare,"),
+        (("distil",), "no command 'distil'; did you mean distill? (known: train, distill, compare,"),
+        (("cach",), "no command 'cach'; did you mean cache-teacher? (known: "),
+        (("distill", "--help-al"), "no option --help-al; did you mean --help-all"),
         (("distill", "--studnt", "x"), "no option --studnt; did you mean --student"),
         (("compare", "--sedes", "3"), "no option --sedes; did you mean --seed"),
         (("--vrsion",), "no option --vrsion; did you mean --version?"),
@@ -84,7 +128,12 @@ def test_help_cuts_no_word_on_a_narrow_terminal(run: Run, monkeypatch: pytest.Mo
         (("distill", "--epochs=1.5"), "--epochs 1.5: "),
         (("distill", "--epochs"), "'--epochs' requires an argument"),
         (("distill", "resnet18"), "unexpected extra argument"),
-        (("eval",), "missing argument 'targets'"),
+        (("eval",), "missing argument 'NETWORK'; for example: irgdistill eval runs/student\n"),
+        (("predict", "x"), "missing argument 'IMAGE'; for example: irgdistill predict runs/student ./photos"),
+        (("embed", "x"), "missing option '--output'; for example: irgdistill embed runs/student"),
+        (("distill", "--method", "none"), "missing --student and --data; for example: --teacher"),
+        (("train",), "missing --model and --data; for example: --model resnet50 --data ./flowers\n"),
+        (("cache-teacher",), "missing --teacher and --data; for example: --teacher resnet50 --data ./imagenet\n"),
     ],
 )
 def test_mistakes_are_one_line(run: Run, arguments: tuple[str, ...], message: str) -> None:

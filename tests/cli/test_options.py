@@ -88,8 +88,8 @@ def test_the_help_shows_the_default_of_the_schema(run: Run, monkeypatch: pytest.
     monkeypatch.setenv("COLUMNS", "200")
     shown = run("distill", "--help").out
     for line in (
-        "--lr                    <float>     Peak learning rate (default: 0.1).",
-        "--epochs",
+        "--lr                    RATE        Peak learning rate (default: 0.1).",
+        "--epochs    EPOCHS",
         "(default: 100)",
         "(default: auto)",
     ):

@@ -149,7 +149,7 @@ def test_weights_that_cannot_be_fetched_are_said_to_be_untried(run: Run) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--preset", "quickstart"), "no student"),
+        (("--preset", "quickstart"), "missing --teacher and --student; for example: --teacher resnet50"),
         ((*PLAN, "--batch-size", 5000), "larger than the 899 training images"),
         ((*PLAN, "--gpus", "x"), "--gpus x: expected a number"),
         ((*PLAN, "--gpus", 3), "--batch-size 64 is the batch of all 3 processes"),

@@ -299,6 +299,7 @@ def test_nothing_is_overwritten_unasked(run: Run, runs: Path, tmp_path: Path) ->
         (("nowhere.safetensors",), "no file nowhere.safetensors"),
         (("foreign.pth",), "foreign.pth was not written by irgdistill"),
         (("RUN", "--format", "onxx"), "expected hub, onnx, program or timm; did you mean onnx"),
+        (("RUN", "--check-images", 0), "--check-images 0: expected at least 1"),
         (("RUN", "--opset", 18), "--opset needs --format onnx, not with hub"),
         (("RUN", "--format", "timm", "--raw-input"), "--raw-input needs --format onnx or program, not with timm"),
         (("RUN", "--format", "onnx", "--push", "me/x"), "--push needs --format hub, not with onnx"),

@@ -73,7 +73,9 @@ class CrossEntropy(Term):
     class Settings(Section):
         weight: Weight = 1.0
         """Factor of its mean."""
-        label_smoothing: Annotated[Probability, Flag("--label-smoothing", METHOD, "Label smoothing.")] = 0.0
+        label_smoothing: Annotated[
+            Probability, Flag("--label-smoothing", METHOD, "Label smoothing.", metavar="SHARE")
+        ] = 0.0
         """Share of each target that is spread evenly over the classes."""
         class_weights: Literal["balanced", "none"] | tuple[Weight, ...] = "none"
         """Weights of the classes: `balanced` (inverse frequency, mean 1 over the training images), or one each."""
@@ -99,9 +101,13 @@ class SoftTargets(Term):
     """Soft targets (Hinton et al. 2015)."""
 
     class Settings(TermSettings):
-        weight: Annotated[Weight | None, Flag("--kd-weight", METHOD, "Weight of the soft targets.")] = None
+        weight: Annotated[
+            Weight | None, Flag("--kd-weight", METHOD, "Weight of the soft targets.", metavar="WEIGHT")
+        ] = None
         """Factor of this term's mean; default: the method's."""
-        temperature: Annotated[Positive, Flag("--temperature", METHOD, "Temperature of the soft targets.")] = 4.0
+        temperature: Annotated[
+            Positive, Flag("--temperature", METHOD, "Temperature of the soft targets.", metavar="T")
+        ] = 4.0
         """Divisor of the logits in both softmaxes; the term is multiplied by its square."""
         standardize: bool = False
         """Subtract from each image's logits their mean and divide by their standard deviation first (Sun et al. 2024,
@@ -132,7 +138,9 @@ class LogitRegression(Term):
     """
 
     class Settings(TermSettings):
-        weight: Annotated[Weight | None, Flag("--logits-weight", METHOD, "Weight of the logit regression.")] = None
+        weight: Annotated[
+            Weight | None, Flag("--logits-weight", METHOD, "Weight of the logit regression.", metavar="WEIGHT")
+        ] = None
         """Factor of this term's mean; default: the method's."""
 
     def __call__(self, batch: Batch) -> Tensor:

@@ -63,9 +63,11 @@ class Edges(Term):
     """
 
     class Settings(TermSettings):
-        weight: Annotated[Weight | None, Flag("--edges-weight", METHOD, "Weight of the edge matrices.")] = None
+        weight: Annotated[
+            Weight | None, Flag("--edges-weight", METHOD, "Weight of the edge matrices.", metavar="WEIGHT")
+        ] = None
         """Factor of this term's mean; default: the method's."""
-        blocks: Annotated[Count, Flag("--edge-blocks", METHOD, "1: one-to-one; K: one-to-many.")] = 1
+        blocks: Annotated[Count, Flag("--edge-blocks", METHOD, "1: one-to-one; K: one-to-many.", metavar="K")] = 1
         """1: one-to-one; K: the teacher's last block against each of the student's last K blocks of the last stage."""
         form: Literal["paper", "pearson", "softmax"] = "paper"
         """How edges are compared: `paper`: squared differences of the distances over their maximum; row by row,
@@ -130,7 +132,9 @@ class Transformations(Term):
     """
 
     class Settings(TermSettings):
-        weight: Annotated[Weight | None, Flag("--transform-weight", METHOD, "Weight of the transformations.")] = None
+        weight: Annotated[
+            Weight | None, Flag("--transform-weight", METHOD, "Weight of the transformations.", metavar="WEIGHT")
+        ] = None
         """Factor of this term's mean; default: the method's."""
         over: Literal["layers", "views"] = "layers"
         """`layers`: from the first to the last block of a stage, as in the paper; `views`: at the end of each stage,
