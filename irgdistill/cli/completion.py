@@ -28,7 +28,7 @@ def complete_method(context: typer.Context, incomplete: str) -> list[str]:
 
 def complete_source(context: typer.Context, incomplete: str) -> list[str]:
     _load_plugins(context)
-    return [name for name in source_names() if name.startswith(incomplete)]
+    return [name for name in source_names() if name.startswith(incomplete) and not name.startswith(".")]
 
 
 def complete_logger(context: typer.Context, incomplete: str) -> list[str]:
@@ -37,7 +37,7 @@ def complete_logger(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def source_names() -> list[str]:
-    """Values of `--data` beside paths, and their prefixes."""
+    """Values of `--data` beside folders, their prefixes, and endings of files."""
     from irgdistill.config import SOURCES
 
     return [word for word in SOURCES if word]

@@ -33,7 +33,8 @@ def predict(
     given: dict[str, Any],
     target: Annotated[str, typer.Argument(metavar="NETWORK", help="Run folder, checkpoint or timm name.")],
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE", help="Image files, and folders of them at any depth.")
+        list[str],
+        typer.Argument(metavar="IMAGE", help="Image files, folders of them at any depth, lists (.csv, .tsv, .txt)."),
     ],
     checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.", metavar="FILE")] = None,
     top: Annotated[

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from irgdistill.commands.image_requests import EmbedRequest
-from irgdistill.config import DataConfig
+from irgdistill.config import DataConfig, find_source
 from irgdistill.data import ImageFiles, ImageSearch, OnePass, Source, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import FORMAT, Report, save_tensors, write_atomically
@@ -56,8 +56,10 @@ def upright(metadata: CheckpointMetadata | None) -> bool:
 
 
 def _sources(data: DataConfig, report: Report) -> list[Source]:
-    """All images: those of a folder at any depth, ordered by path; else those for training, then for validation."""
-    root = Path(str(data.source))
+    """All images: of a folder at any depth, ordered by path; of a list; else for training, then for validation."""
+    root, entry = Path(str(data.source)), find_source(str(data.source))
+    if entry.paths is not None:
+        return [ImageFiles(entry.paths(data), data.exif_orientation)]
     if root.is_dir():
         search = ImageSearch(data.search_limit)
         paths = sorted(search.walk(root))

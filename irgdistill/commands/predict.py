@@ -16,6 +16,7 @@ import torch
 
 from irgdistill.commands.embed import upright
 from irgdistill.commands.image_requests import PredictRequest
+from irgdistill.config import DataConfig, find_source
 from irgdistill.data import ImageFiles, ImageSearch, OnePass
 from irgdistill.errors import UserError
 from irgdistill.io import Report, visible, write_atomically
@@ -34,7 +35,7 @@ def predict(request: PredictRequest) -> None:
         raise UserError(f"{network.name} has no classifier, so it predicts no classes; irgdistill embed embeds images")
     pretrained = metadata is None and request.checkpoint is None
     names = class_names(network, pretrained)
-    files = ImageFiles(_paths(request.images, config.data.search_limit, report), upright(metadata))
+    files = ImageFiles(_paths(request.images, config.data, report), upright(metadata))
     device = choose_device(config.runtime.device)
     keep_memory(device)
     limit = config.data.max_bad_images if "data.max_bad_images" in request.given else None
@@ -64,11 +65,14 @@ def _into(path: Path, write: Callable[[BinaryIO], None]) -> None:
         write(file)
 
 
-def _paths(given: Sequence[str], limit: int, report: Report) -> list[str]:
-    """The files, and the images in the folders by their paths. Raises UserError for what is neither."""
-    search, paths = ImageSearch(limit), list[str]()
+def _paths(given: Sequence[str], data: DataConfig, report: Report) -> list[str]:
+    """The files, those of lists, and the images in the folders by their paths. Raises UserError for what is neither."""
+    search, paths = ImageSearch(data.search_limit), list[str]()
     for path in given:
-        if os.path.isdir(path):
+        listed = find_source(path).paths
+        if listed is not None and os.path.isfile(path):
+            paths += listed(data.replaced({"source": path}))
+        elif os.path.isdir(path):
             found = sorted(search.walk(Path(path)))
             if not found:
                 raise UserError(f"no images in {path}")

@@ -48,7 +48,7 @@ class Probe:
         values: dict[str, Any] = {
             f"{self.kind}_top1": self._top1(network, splits, data),
             "images": len(splits.val_indices),
-            "training_images": len(splits.train_indices),
+            "training_images": len(splits.labelled_train_indices()),
         }
         record = None if metadata is None else metadata.teacher
         key = f"{teacher and id(teacher)} {record} {data}"
@@ -67,7 +67,7 @@ class Probe:
             return None
 
     def _top1(self, network: Network, splits: Splits, data: DataConfig) -> float:
-        train = self._embedded(network, splits.train, splits.train_indices, data)
+        train = self._embedded(network, splits.train, splits.labelled_train_indices(), data)
         return CLASSIFIERS[self.kind](*train, *self._embedded(network, splits.val, splits.val_indices, data))
 
     def _embedded(

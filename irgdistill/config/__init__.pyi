@@ -1,6 +1,7 @@
 from .checks import (
     check_files,
     check_missing,
+    check_partly_labelled,
     check_run,
     check_teacher,
     check_without_labels,
@@ -131,6 +132,7 @@ __all__ = [
     "check_files",
     "check_missing",
     "check_model_args",
+    "check_partly_labelled",
     "check_run",
     "check_source",
     "check_teacher",

@@ -25,7 +25,7 @@ def check_run(config: Config, begun: bool = False) -> None:
     elif not any(weight > 0 for weight in config.losses.weights().values()):
         raise UserError("no loss term has a weight: the student would learn nothing")
     if config.data.labelled_fraction is not None:
-        check_partly_labelled(config)
+        check_partly_labelled(config, f"data.labelled_fraction = {config.data.labelled_fraction:g}")
     check_source(config.data)
     check_views(config)
     if (config.uses_teacher and config.teacher.cache is None) or config.losses.comparing("booster"):
@@ -64,15 +64,15 @@ def check_teacher(config: Config, who: str) -> None:
     check_files(config.teacher.checkpoint)
 
 
-def check_partly_labelled(config: Config) -> None:
-    """Raises UserError that names every setting that needs a label for each image."""
+def check_partly_labelled(config: Config, reason: str) -> None:
+    """Raises UserError that names every setting that needs a label for each image; `reason`: why not all have one."""
     used = [f"losses.{name}" for name in config.losses.comparing("labels") if name != "ce"]
     used += ["losses.ce.class_weights"] * (config.losses.ce.class_weights != "none")
     used += ["--balanced"] * config.data.balanced
     used += ["--mixup"] * (config.augment.mixup > 0) + ["--cutmix"] * (config.augment.cutmix > 0)
     if used or not config.data.labels:
-        reason = f"{', '.join(used)} need{'s' * (len(used) == 1)} every label" if used else "no labels are used"
-        raise UserError(f"data.labelled_fraction = {config.data.labelled_fraction:g}: {reason}; leave one out")
+        need = f"{', '.join(used)} need{'s' * (len(used) == 1)} every label" if used else "no labels are used"
+        raise UserError(f"{reason}: {need}; leave one out")
 
 
 def check_without_labels(config: Config) -> None:

@@ -23,7 +23,8 @@ class SourceEntry:
     """A declared data source."""
 
     word: str
-    """The value of `--data`, or its beginning if it ends in `/`; empty for paths."""
+    """The value of `--data`; its beginning if this ends in `/`, the ending of a file if it begins with a dot; empty for
+    other paths."""
     open: Callable[..., Any]
     """(DataConfig, val_only) -> Splits. With `val_only`, the training images will not be used."""
     open_unlabelled: Callable[..., Any] | None
@@ -34,10 +35,18 @@ class SourceEntry:
     """Package that it needs, or an empty string."""
     install: str
     """What pip installs that package by."""
+    paths: Callable[..., list[str]] | None = None
+    """DataConfig -> the paths of all images, for commands that need no labels. None: those of its splits."""
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the value is the path of a file or folder."""
+        return not self.word or self.word.startswith(".")
 
     def matches(self, value: str) -> bool:
-        prefix = not self.word or self.word.endswith("/")
-        return value.startswith(self.word) if prefix else value == self.word
+        if self.is_path:
+            return value.lower().endswith(self.word)
+        return value.startswith(self.word) if self.word.endswith("/") else value == self.word
 
 
 SOURCES: Registry[SourceEntry] = Registry("data source", "irgdistill.data.sources")
@@ -51,28 +60,34 @@ def source(
     package: str = "",
     install: str = "",
     open_unlabelled: Callable[..., Any] | None = None,
+    paths: Callable[..., list[str]] | None = None,
 ) -> Callable[[Opener], Opener]:
     """Declare a function (DataConfig, val_only) -> Splits as the data source of `--data WORD`.
 
-    A word that ends in `/` is a prefix: `wds/` takes `--data wds/NAME`. The function needs `package`, imported when it
+    A word that ends in `/` is a prefix: `wds/` takes `--data wds/NAME`; one that begins with a dot is the ending of a
+    file: `.csv` takes `--data FILE.csv`. The function needs `package`, imported when it
     is called and installed by `pip install INSTALL` (default: its name). See `SourceEntry` for the rest.
     """
 
     def declare(function: Opener) -> Opener:
-        SOURCES.add(word, SourceEntry(word, function, open_unlabelled, local, package, install or package))
+        SOURCES.add(word, SourceEntry(word, function, open_unlabelled, local, package, install or package, paths))
         return function
 
     return declare
 
 
 def find_source(value: str) -> SourceEntry:
-    """The data source of a value of `--data`: the longest word that matches. The empty word matches any path."""
-    return max((entry for entry in SOURCES.values() if entry.matches(value)), key=lambda entry: len(entry.word))
+    """The data source of a value of `--data`: the longest word that matches, names and prefixes before endings.
+
+    The empty word matches any path.
+    """
+    matching = (entry for entry in SOURCES.values() if entry.matches(value))
+    return max(matching, key=lambda entry: (not entry.is_path, len(entry.word)))
 
 
 def source_words() -> list[str]:
-    """Values of `--data` beside paths, such as `digits` and `wds/NAME`."""
-    return [f"{word}NAME" if word.endswith("/") else word for word in SOURCES if word]
+    """Values of `--data` beside folders, such as `FILE.csv`, `digits` and `wds/NAME`."""
+    return [f"{'FILE' * word.startswith('.')}{word}{'NAME' * word.endswith('/')}" for word in SOURCES if word]
 
 
 def check_source(data: DataConfig) -> None:
@@ -80,16 +95,18 @@ def check_source(data: DataConfig) -> None:
     if not data.source:
         raise UserError("no data: give --data FOLDER, --data digits or a timm dataset string such as torch/cifar10")
     entry = find_source(data.source)
-    if not entry.word and not Path(data.source).exists():
+    if entry.is_path and not Path(data.source).exists():
         near = nearest(data.source, [word for word in SOURCES if word and not word.endswith("/")])
-        raise UserError(f"no data folder {data.source!r}{near} (a folder, or {', '.join(source_words())})")
+        kind = "file" if entry.word else "folder"
+        raise UserError(f"no data {kind} {data.source!r}{near} (a folder, or {', '.join(source_words())})")
     if entry.package and find_spec(entry.package) is None:
         raise UserError(f"--data {data.source} needs the package {entry.package}: pip install {entry.install}")
 
 
 def absolute_source(value: str) -> str:
     """The same data, from whatever folder the run is continued: paths become absolute."""
-    word = find_source(value).word
+    entry = find_source(value)
+    word = "" if entry.is_path else entry.word
     rest = value.removeprefix(word)
-    absolute = rest and find_source(value).local and Path(rest).exists()
+    absolute = rest and entry.local and Path(rest).exists()
     return word + str(Path(rest).resolve()) if absolute else value

@@ -8,23 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from irgdistill.data.decoding import open_image
+from irgdistill.data.unlabelled import ImageFiles
 from irgdistill.errors import UserError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from irgdistill.data.search import ImageSearch
 
 
-class ClassFolders:
+class ClassFolders(ImageFiles):
     """Images in the folders `classes` of `root`, ordered as timm orders them: 2.png before 10.png.
 
     Raises UserError if there are none, or if some lie deeper.
     """
 
     def __init__(self, root: Path, classes: Sequence[str], search: ImageSearch, exif_orientation: bool = True) -> None:
-        self.exif_orientation = exif_orientation
         if outside := sum(1 for _ in search.walk(root, below=False)):
             search.left_out["outside class folders"] += outside
         found: list[tuple[str, int]] = []
@@ -41,20 +38,7 @@ class ClassFolders:
         self.empty = [name for label, name in enumerate(classes) if label not in filled]
         """Classes whose folders hold no images."""
         found.sort(key=lambda item: (natural_key(item[0]), item[0]))
-        self.paths = [path for path, _ in found]
-        self.targets = [label for _, label in found]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        return open_image(self.paths[index], self.exif_orientation), self.targets[index]
-
-    def describe(self, index: int) -> str:
-        return self.paths[index]
-
-    def labels(self) -> list[int]:
-        return list(self.targets)
+        super().__init__([path for path, _ in found], exif_orientation, [label for _, label in found])
 
 
 def natural_key(text: str) -> list[str | int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from irgdistill.errors import UserError
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from PIL import Image
 else:
     np = lazy("numpy")
+
+
+VAL = ("val", "validation", "test")
+"""Usual names of the validation split, the preferred first."""
+
+
+UNLABELLED_FRACTION = 0.05
+"""Share of images without labels that is held out if nothing tells how many; at least one image."""
 
 
 class Source(Protocol):
@@ -85,6 +93,13 @@ class Splits:
         labels = self.train.labels()
         return [labels[i] for i in self.train_indices]
 
+    def labelled_train_indices(self) -> Sequence[int]:
+        """The training images that have a label."""
+        if self.labelled_count is None:
+            return self.train_indices
+        labels = self.train.labels()
+        return [i for i in self.train_indices if labels[i] >= 0]
+
 
 def _class_order(classes: Sequence[str]) -> str:
     """The order of classes that are named by whole numbers, in words; empty if it is the numeric one."""
@@ -119,10 +134,26 @@ def hold_out(source: Source, labels: Sequence[int], classes: list[str], fraction
     return Splits(source, source, classes, sorted(train), sorted(val))
 
 
+def hold_out_unlabelled(source: Source, name: str, fraction: float | None) -> Splits:
+    """Hold out a share of images without labels: `fraction`, else a small one. Raises UserError for one image.
+
+    `name` is what the message calls the source. The splits have no classes.
+    """
+    default = None
+    if fraction is None:
+        if len(source) == 1:
+            raise UserError(f"{name} holds one image: expected at least two, of which one is for validation")
+        fraction = default = max(UNLABELLED_FRACTION, 1 / len(source))
+    splits = hold_out(source, [0] * len(source), [name], fraction)
+    return replace(splits, classes=[], labelled=False, default_fraction=default)
+
+
 def balanced_subset(splits: Splits, count: int) -> list[int]:
     """`count` training images, classes as equal as possible; depends only on the order of images. Raises UserError."""
     if splits.streaming:
         raise UserError(f"data.train_images = {count}: a stream has no index to choose images from")
+    if splits.labelled_count is not None:
+        raise UserError(f"a balanced choice of {count} images needs every label, and some training images have none")
     if not len(splits.classes) <= count <= len(splits.train_indices):
         raise UserError(
             f"data.train_images = {count}: expected {len(splits.classes)} (one of each class) "

@@ -1,4 +1,4 @@
-"""Images without labels: in folders of any structure, or those of another source."""
+"""Image files by their paths, and images without labels: in folders of any structure, or those of another source."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ UNLABELLED = -1
 
 
 class ImageFiles:
-    """Image files by their paths."""
+    """Image files by their paths, with their labels if there are any."""
 
-    def __init__(self, paths: Sequence[str], exif_orientation: bool = True) -> None:
+    def __init__(
+        self, paths: Sequence[str], exif_orientation: bool = True, targets: Sequence[int] | None = None
+    ) -> None:
         self.paths, self.exif_orientation = paths, exif_orientation
+        self.targets = [UNLABELLED] * len(paths) if targets is None else list(targets)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        return open_image(self.paths[index], self.exif_orientation), UNLABELLED
+        return open_image(self.paths[index], self.exif_orientation), self.targets[index]
 
     def describe(self, index: int) -> str:
         return self.paths[index]
 
     def labels(self) -> list[int]:
-        return [UNLABELLED] * len(self)
+        return list(self.targets)
 
 
 class PlainImages(ImageFiles):

@@ -16,6 +16,7 @@ from irgdistill.config import (
     STAGE_KINDS,
     Config,
     InputSpec,
+    check_partly_labelled,
     check_run,
 )
 from irgdistill.data import Splits, UnreadableImages, balanced_weights, open_splits, train_images
@@ -192,6 +193,8 @@ def open_data(
     if config.data.labels:
         splits, networks = (open_splits(config.data) if inputs is None else inputs.splits(config)), teachers()
         config, note = _choose_method(config, networks, splits.classes)
+        if splits.labelled_count is not None and config.data.labelled_fraction is None:
+            check_partly_labelled(config, f"{config.data.source} has training images without a label")
         return config, splits, networks, note
     networks = teachers()
     first = networks[0]

@@ -389,6 +389,7 @@ def test_a_plugin_file_adds_a_source(run: Run, tmp_path: Path) -> None:
 def test_the_longest_word_that_matches_is_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths that only begin like a word are paths; folders are remembered by their absolute path."""
     words = {"digits": "digits", "digits2": "", "wds/x": "wds/", "wds": "", "hfds/a/b": "hfds/", "./wds/x": ""}
+    words |= {"photos.csv": ".csv", "a/b.TSV": ".tsv", "wds/x.csv": "wds/", "csv": "", "digits.txt": ".txt"}
     assert {value: sources.find_source(value).word for value in words} == words
     monkeypatch.chdir(tmp_path)
     for name in ("digits", "images", "cifar10"):
@@ -396,6 +397,8 @@ def test_the_longest_word_that_matches_is_the_source(tmp_path: Path, monkeypatch
     kept = ("digits", "torch/cifar10", "hfds/other", "other")
     assert [sources.absolute_source(value) for value in kept] == list(kept)
     assert sources.absolute_source("images") == str(tmp_path / "images")
+    (tmp_path / "a.csv").write_text("")
+    assert sources.absolute_source("a.csv") == str(tmp_path / "a.csv")
     assert sources.absolute_source("wds/images") == f"wds/{tmp_path / 'images'}"
 
 

@@ -252,7 +252,7 @@ def _draw_images(data: DataConfig, request: InspectRequest, seed: int, classes: 
         raise UserError(f"{data.source} is a stream, and inspect-graph needs images by index")
     source, indices = splits.val, splits.val_indices
     if request.split == "train":
-        source, indices = splits.train, splits.train_indices
+        source, indices = splits.train, splits.labelled_train_indices()
     if not (splits.labelled if request.split == "val" else data.labels):
         source, splits = Unlabelled(source, 0), replace(splits, classes=["unlabelled"], labelled=False)
     labels = source.labels()

@@ -11,19 +11,12 @@ from irgdistill.data.class_folders import ClassFolders
 from irgdistill.data.decoding import is_image_name
 from irgdistill.data.search import ImageSearch
 from irgdistill.data.sources import source
-from irgdistill.data.splits import Source, Splits, hold_out
+from irgdistill.data.splits import VAL, Source, Splits, hold_out, hold_out_unlabelled
 from irgdistill.data.unlabelled import PlainImages
 from irgdistill.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from irgdistill.config import DataConfig
-
-VAL = ("val", "validation", "test")
-"""Usual names of the validation split, the preferred first."""
-
-
-UNLABELLED_FRACTION = 0.05
-"""Share of images without labels that is held out if nothing tells how many; at least one image."""
 
 
 def open_unlabelled(config: DataConfig, val_only: bool, classes: Sequence[str] | int) -> Splits:
@@ -126,13 +119,8 @@ def _hold_out_unlabelled(
     if config.val_split:
         _held_out(root, config, f"train/ beside {config.val_split}")
     images = PlainImages(train_root, search, config.exif_orientation)
-    fraction, default = config.val_fraction, None
-    if fraction is None:
-        if len(images) == 1:
-            raise UserError(f"{train_root} holds one image: expected at least two, of which one is for validation")
-        fraction = default = max(UNLABELLED_FRACTION, 1 / len(images))
-    splits = hold_out(images, [0] * len(images), ["images"], fraction)
-    return replace(splits, classes=classes, labelled=False, left_out=str(search), default_fraction=default)
+    splits = hold_out_unlabelled(images, str(train_root), config.val_fraction)
+    return replace(splits, classes=classes, left_out=str(search))
 
 
 def _open_archives(root: Path, train_tar: Path, config: DataConfig) -> Splits:
