@@ -99,10 +99,10 @@ def start_or_resume(
     summary = None
     with quiet_console(quiet):
         if isinstance(request, ResumeRequest):
-            summary = run.resume(request, own_process=True)
+            summary = run.resume(request, own_process=True, outcome=not quiet)
         elif dry_run:
             run.dry_run(config, as_json)
         else:
-            summary = run.start(request, own_process=True)
+            summary = run.start(request, own_process=True, outcome=not quiet)
     if as_json and summary is not None:
         typer.echo(json.dumps(summary))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from irgdistill.commands.inspect.graph_images import RunLogger
+from irgdistill.commands.outcome import show_outcome
 from irgdistill.commands.requests import DistillRequest, ResumeRequest
 from irgdistill.config import AUTO, Config, assign, dump, validate
 from irgdistill.errors import Interrupted, UserError
@@ -74,13 +75,17 @@ def _print_plans(setup: Setup) -> None:
 
 
 def start(
-    request: DistillRequest, own_process: bool = False, inputs: SharedInputs | None = None
+    request: DistillRequest,
+    own_process: bool = False,
+    inputs: SharedInputs | None = None,
+    outcome: bool = False,
 ) -> dict[str, Any] | None:
     """Train from the beginning in a new folder, in `gpus` processes of this machine or those of torchrun.
 
     `own_process`: the process belongs to this run, so its settings may change for good. `inputs`: data and teacher that
-    other runs use too. Returns the summary and the `folder` in the first process, None in others. Raises
-    UserError for what cannot work, before training where possible.
+    other runs use too. `outcome`: print teacher and student side by side at the end. Returns the summary and the
+    `folder` in the first process, None in others. Raises UserError for what cannot work, before training where
+    possible.
     """
     restarted = restart_count() > 0
     config = on_backend(resolved(request.config), request.backend)
@@ -94,7 +99,7 @@ def start(
         with process_group(config.runtime.device, request.backend) as world:
             folder = RunFolder(world.broadcast(folder.path))
             if world.broadcast(restarted and folder.state.exists()):
-                return _resume(folder, setup, world, open_state(folder)[0], own_process=own_process)
+                return _resume(folder, setup, world, open_state(folder)[0], False, own_process, outcome)
             trainer = build_trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
             if world.main:
                 _print_plans(setup)
@@ -102,10 +107,10 @@ def start(
                 trainer.report.line(line)
             _report_world(trainer)
             trainer.start(request.overwrite or restarted)
-            return _train(trainer, folder, own_process)
+            return _train(trainer, folder, own_process, outcome)
 
 
-def resume(request: ResumeRequest, own_process: bool = False) -> dict[str, Any] | None:
+def resume(request: ResumeRequest, own_process: bool = False, outcome: bool = False) -> dict[str, Any] | None:
     """Resume the run in a folder from its saved state; takes and returns what `start` does. Raises UserError."""
     folder = RunFolder(request.path)
     with _explain_stop(folder, resuming=True):
@@ -118,7 +123,7 @@ def resume(request: ResumeRequest, own_process: bool = False) -> dict[str, Any] 
         if setup is None:
             return None
         with process_group(setup.config.runtime.device, request.backend) as world:
-            return _resume(folder, setup, world, state, request.previous, own_process)
+            return _resume(folder, setup, world, state, request.previous, own_process, outcome)
 
 
 def _resume(
@@ -126,8 +131,9 @@ def _resume(
     setup: Setup,
     world: World,
     state: SavedState,
-    previous: bool = False,
-    own_process: bool = False,
+    previous: bool,
+    own_process: bool,
+    outcome: bool,
 ) -> dict[str, Any] | None:
     if world.main:
         folder.lock()
@@ -136,7 +142,7 @@ def _resume(
     trainer.checkpointer.resume(state, previous)
     trainer.report.line(f"resuming {folder.path} at {state.position} of {trainer.components.batches}")
     _report_world(trainer)
-    return _train(trainer, folder, own_process)
+    return _train(trainer, folder, own_process, outcome)
 
 
 def _with_saved_precision(config: Config, state: SavedState) -> Config:
@@ -147,7 +153,7 @@ def _with_saved_precision(config: Config, state: SavedState) -> Config:
     return config.replaced({"runtime.amp": amp})
 
 
-def _train(trainer: Trainer, folder: RunFolder, own_process: bool) -> dict[str, Any] | None:
+def _train(trainer: Trainer, folder: RunFolder, own_process: bool, outcome: bool) -> dict[str, Any] | None:
     if own_process:
         keep_memory(trainer.components.device)
     if trainer.world.main and trainer.config.runtime.loggers:
@@ -158,7 +164,11 @@ def _train(trainer: Trainer, folder: RunFolder, own_process: bool) -> dict[str, 
         f"best {score(summary)} at epoch {summary['epoch']} of {summary['epochs']}, "
         f"{summary['seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s: {folder.best}"
     )
-    return {**summary, "folder": str(folder.path)} if trainer.world.main else None
+    if not trainer.world.main:
+        return None
+    if outcome:
+        show_outcome(trainer, folder.path)
+    return {**summary, "folder": str(folder.path)}
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], std
     heading = Text(visible(title), style="table.title") if title else None
     view = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
     for i, column in enumerate(columns):
-        number = all(row[i][:1].isdigit() or row[i][:1] in "–-" for row in rows)
+        number = all(row[i][:1].isdigit() or row[i][:1] in "–-+" for row in rows)
         view.add_column(Text(visible(column)), justify="right" if number and i else "left", overflow="fold")
     for row in rows:
         view.add_row(*(Text(visible(cell)) for cell in row))

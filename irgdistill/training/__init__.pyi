@@ -4,7 +4,7 @@ from .checkpointing import Checkpointer
 from .checks import check_classes, check_input_sizes, check_processes, difference
 from .components import RunComponents, build_components
 from .embeddings import embed
-from .evaluation import Metrics, evaluate, metric_name, score
+from .evaluation import Metrics, evaluate, metric_name, now, score
 from .observer import Observer
 from .probes import knn_top1, linear_top1
 from .progress import Progress
@@ -62,6 +62,7 @@ __all__ = [
     "manifest_path",
     "metric_name",
     "nearest_neighbours",
+    "now",
     "on_backend",
     "open_data",
     "open_state",

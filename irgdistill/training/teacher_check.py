@@ -79,7 +79,7 @@ def _check_teacher(run: RunComponents, teacher: Network, network: Tapped, report
     """Evaluate a teacher with its own preprocessing -> its record. Raises UserError if it is near chance."""
     loader = _loader(run, teacher, CHECK_IMAGES)
     metrics = evaluate(network, loader, run.autocast, world=run.world)
-    top1, chance = metrics.top1 or 0.0, 100 / len(run.setup.classes)
+    top1, chance = metrics.top1 or 0.0, 100 / len(run.setup.splits.classes)
     report.line(f"teacher {teacher.name}: top-1 {top1:.2f} on {metrics.images} validation images")
     near_chance = _is_near(top1, chance)
     remedies = list[Remedy]()

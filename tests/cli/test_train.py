@@ -72,7 +72,7 @@ def test_mistakes_are_one_line(run: Run, words: tuple[object, ...], message: str
 
 def test_it_takes_the_recipe_of_every_preset_without_its_teacher(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
-    monkeypatch.setattr("irgdistill.commands.distill.start", lambda request, own_process: started.append(request))
+    monkeypatch.setattr("irgdistill.commands.distill.start", lambda request, **_: started.append(request))
     for preset in presets():
         result = run("train", "--preset", preset, "--model", NAME, "--data", "digits")
         assert result.code == 0, result.err

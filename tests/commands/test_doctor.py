@@ -133,8 +133,9 @@ def test_a_slow_loader_is_told_how_many_workers_it_takes(run: Run, monkeypatch: 
     assert "more than there are cores" in run("doctor", *PLAN, "--batch-size", 8, "--workers", 1).out
 
 
-def test_a_run_without_labels_is_tried_too(run: Run) -> None:
-    shown = run("doctor", *PLAN[:2], *PLAN[4:], "--teacher", "cifar_resnet20", "--no-labels")
+@pytest.mark.parametrize("method", ["kd", "encoder"])
+def test_a_run_without_labels_is_tried_too(run: Run, method: str) -> None:
+    shown = run("doctor", *PLAN[:2], *PLAN[4:], "--teacher", "cifar_resnet20", "--no-labels", "--method", method)
     assert shown.code == 0 and "ok: it fits" in shown.out, shown.err
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from irgdistill.io import Report, RunFolder
 from irgdistill.runtime import keep_memory
-from irgdistill.training import CachedRows, Setup, Trainer, build_trainer
+from irgdistill.training import CachedRows, Setup, Trainer, build_trainer, now
 
 FEW = 2
 """Images of the first step."""
@@ -93,9 +93,9 @@ def _try_steps(trainer: Trainer, batch: int, most: int) -> list[tuple[int, int, 
     count = min(FEW, batch)
     _step(trainer, count)  # the first update creates the optimizer's state
     while True:
-        peak, begin = _peak(trainer, count), _now(trainer.components.device)
+        peak, begin = _peak(trainer, count), now(trainer.components.device)
         _step(trainer, count)
-        tried.append((count, peak, _now(trainer.components.device) - begin))
+        tried.append((count, peak, now(trainer.components.device) - begin))
         enough = len(tried) > 1 and (tried[-1][2] > STEP_SECONDS or 2 * peak > most)
         if count == batch or enough:
             return tried
@@ -106,7 +106,7 @@ def _step(trainer: Trainer, count: int) -> None:
     """One update on `count` images of noise, like the run's first one."""
     run, progress = trainer.components, trainer.progress
     images = torch.randint(0, 256, (count, 3, *run.setup.crop.size), dtype=torch.uint8, device=run.device)
-    labels = torch.randint(0, len(run.setup.classes), (count,), device=run.device)
+    labels = torch.randint(0, max(len(run.setup.classes), 1), (count,), device=run.device)
     caches = run.setup.caches
     cached = CachedRows(caches)([0] * count).to(run.device) if caches else None
     progress.batch = progress.update = 0
@@ -160,12 +160,6 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.now -= size
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _time_loader(trainer: Trainer) -> float:
