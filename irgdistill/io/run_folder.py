@@ -80,8 +80,8 @@ class RunFolder:
         """Make an empty run folder and lock it. Raises UserError as `check_overwrite` and `lock` do."""
         self.check_overwrite(overwrite)
         self.lock()
-        logs = [self.path / "wandb.json", *self.path.glob("tensorboard/events.out.tfevents.*")]
-        for path in [*self._own(), *logs]:
+        logs = [self.path / name for name in ("mlflow.json", "wandb.json")]
+        for path in [*self._own(), *logs, *self.path.glob("tensorboard/events.out.tfevents.*")]:
             path.unlink(missing_ok=True)
 
     def lock(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from irgdistill.config import ENCODER_METHOD, Config
 from irgdistill.data import Splits
 from irgdistill.errors import UserError
-from irgdistill.io import check_loggers
+from irgdistill.io import LOGGERS, check_loggers
 from irgdistill.matching import Level, Plan
 from irgdistill.models import Network
 
@@ -19,7 +19,7 @@ def check_logging(config: Config, splits: Splits) -> None:
         return
     asked = f"runtime.graph_images_every = {config.runtime.graph_images_every}"
     if not config.runtime.loggers:
-        raise UserError(f"{asked}: no logger receives the images; give --log tensorboard or --log wandb")
+        raise UserError(f"{asked}: no logger receives the images; give --log {' or --log '.join(LOGGERS)}")
     if not config.uses_teacher:
         raise UserError(f"{asked}: method {config.method!r} has no teacher whose graphs could be drawn")
     if config.teacher.cache is not None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Iterator
+import sys
+from collections import namedtuple
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -277,7 +280,7 @@ def test_pictures_that_fail_end_nothing(
     ("options", "message"),
     [
         (("--log", "tensorbord"), "did you mean tensorboard"),
-        (PICTURES, "no logger receives the images; give --log tensorboard or --log wandb"),
+        (PICTURES, "no logger receives the images; give --log mlflow or --log tensorboard or --log wandb"),
         ((*PICTURES, "--log", "tensorboard", "--method", "none"), "method 'none' has no teacher"),
     ],
 )
@@ -296,16 +299,16 @@ def test_a_plugin_file_adds_a_logger(run: Run, teacher: Path, folder: Path, tmp_
         result = run(*arguments(teacher, folder, tmp_path / "run", *plugin, "--log", "lines"))
         assert result.code == 0 and "warning" not in result.err, result.err
         wrong = run(*arguments(teacher, folder, tmp_path / "other", *plugin, "--log", "line"))
-        assert wrong.code == 2 and "expected lines or tensorboard or wandb; did you mean lines?" in wrong.err
+        assert wrong.code == 2 and "expected lines or mlflow or tensorboard or wandb; did you mean lines?" in wrong.err
     finally:
         restore()
     lines = map(json.loads, (tmp_path / "run" / "lines.jsonl").read_text().splitlines())
     assert {(name, step): value for name, step, value in lines} == expected(tmp_path / "run")
     again = run(*arguments(teacher, folder, tmp_path / "other", "--log", "wandbs"))
-    assert "expected tensorboard or wandb;" in again.err, "the plug-in is gone"
+    assert "expected mlflow or tensorboard or wandb;" in again.err, "the plug-in is gone"
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["mlflow", "tensorboard", "wandb"])
 def test_a_missing_package_is_named_before_training(
     run: Run, teacher: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -323,3 +326,93 @@ def test_of_two_processes_the_first_logs(teacher: Path, folder: Path, tmp_path: 
     assert code == 0, error
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     same(tensorboard(tmp_path / "run"), expected(tmp_path / "run"))
+
+
+# --- MLflow -----------------------------------------------------------------------------------------------------------
+
+
+class FakeClient:
+    """An `MlflowClient` whose server is a dictionary: metrics by name and step, each sent once."""
+
+    runs: ClassVar[dict[str, SimpleNamespace]] = {}
+
+    def get_experiment_by_name(self, name: str) -> None:
+        assert name == "irgdistill"
+
+    def create_experiment(self, name: str) -> str:
+        return "1"
+
+    def create_run(self, experiment: str, run_name: str) -> Any:
+        identity = f"{experiment}-{len(self.runs)}"
+        self.runs[identity] = SimpleNamespace(
+            name=run_name, params={}, metrics={}, images=[], texts={}, status=["RUNNING"]
+        )
+        return SimpleNamespace(info=SimpleNamespace(run_id=identity))
+
+    def log_batch(self, identity: str, metrics: Sequence[Any] = (), params: Sequence[Any] = ()) -> None:
+        assert len(params) <= 100
+        self.runs[identity].params |= dict(params)
+        for name, value, _, step in metrics:
+            assert (name, step) not in self.runs[identity].metrics, f"{name} doubled at {step}"
+            self.runs[identity].metrics[name, step] = value
+
+    def log_text(self, identity: str, text: str, name: str) -> None:
+        self.runs[identity].texts[name] = text
+
+    def log_image(self, identity: str, image: Any, key: str, step: int) -> None:
+        self.runs[identity].images.append((key, step))
+
+    def update_run(self, identity: str, status: str) -> None:
+        self.runs[identity].status.append(status)
+
+    def set_terminated(self, identity: str) -> None:
+        self.runs[identity].status.append("FINISHED")
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
+    """Runs of a stand-in for the package, which brings fifty others."""
+    entities = SimpleNamespace(
+        Metric=namedtuple("Metric", "key value timestamp step"), Param=namedtuple("Param", "key value")
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=FakeClient, entities=entities))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    monkeypatch.setattr(base, "find_spec", lambda package: package == "mlflow" or find_spec(package))
+    monkeypatch.setattr(FakeClient, "runs", {})
+    return FakeClient.runs
+
+
+@pytest.mark.usefixtures("blank")
+@pytest.mark.parametrize(("where", "every"), [("step", 2), ("evaluation", 3)])
+def test_mlflow_holds_what_metrics_jsonl_holds_of_a_run_that_died(
+    run: Run,
+    teacher: Path,
+    folder: Path,
+    tmp_path: Path,
+    mlflow: dict[str, SimpleNamespace],
+    where: str,
+    every: int,
+) -> None:
+    output = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        die(patch, where)
+        with pytest.raises(Killed):
+            run(*arguments(teacher, folder, output, "--log", "mlflow", "--save-every-steps", every, *PICTURES))
+    resumed = run("distill", "--resume", output)
+    assert resumed.code == 0 and "warning" not in resumed.err, resumed.err
+    ((identity, logged),) = mlflow.items()
+    assert json.loads((output / "mlflow.json").read_text())["id"] == identity and logged.name == "run"
+    same(logged.metrics, expected(output))
+    assert len(set(logged.images)) == len(logged.images) and ("graphs/stage-4", 6) in logged.images
+    assert logged.params["optim.lr"] == "0.1" and "student:" in logged.texts["config.yaml"]
+    assert logged.status == ["RUNNING", "FINISHED", "RUNNING", "FINISHED"]
+
+
+def test_overwriting_a_run_begins_another_in_mlflow(
+    run: Run, teacher: Path, folder: Path, tmp_path: Path, mlflow: dict[str, SimpleNamespace]
+) -> None:
+    for _ in range(2):
+        options = ("--log", "mlflow", "--epochs", 1, "--overwrite")
+        assert run(*arguments(teacher, folder, tmp_path / "run", *options)).code == 0
+    assert len(mlflow) == 2
+    same(mlflow["1-1"].metrics, expected(tmp_path / "run"))

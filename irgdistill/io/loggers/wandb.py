@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from irgdistill.io.loggers.base import logger
+from irgdistill.io.loggers.base import Sent, logger
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,20 +26,19 @@ class WeightsAndBiases:
         import wandb
 
         self.since = 0
-        self._path = folder / "wandb.json"
-        saved = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
-        self._id, self._sent = str(saved.get("id", uuid4().hex[:12])), dict(saved.get("given", {}))
+        self._sent = Sent(folder / "wandb.json")
+        self._sent.id = self._sent.id or uuid4().hex[:12]
         self._wandb = wandb
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "irgdistill"),
             name=folder.name,
             dir=str(folder),
-            id=self._id,
+            id=self._sent.id,
             resume="allow",
             config=dict(config),
             settings=wandb.Settings(console="off", quiet=True),
         )
-        self._save()
+        self._sent.save()
 
     def scalars(self, kind: str, values: Mapping[str, float], step: int) -> None:
         self._send(kind, {f"{kind}/{name}": value for name, value in values.items()}, step)
@@ -52,10 +50,6 @@ class WeightsAndBiases:
         self._run.finish()
 
     def _send(self, kind: str, values: Mapping[str, Any], step: int) -> None:
-        if step > self._sent.get(kind, -1):
+        if self._sent.is_new(kind, step):
             self._run.log(dict(values), step=step)
-            self._sent[kind] = step
-            self._save()
-
-    def _save(self) -> None:
-        self._path.write_text(json.dumps({"id": self._id, "given": self._sent}), encoding="utf-8")
+            self._sent.save(kind, step)
