@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from timm.data.mixup import mixup_target
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 from irgdistill.config.loading import load_config
@@ -110,6 +112,34 @@ def test_labels_alone_give_plain_cross_entropy_with_mixed_targets() -> None:
     loss = build_loss(load_config(flags={"method": "none"}).losses, None)
     expected = -(mixed * student.logits.log_softmax(1)).sum(1).mean()
     assert loss(Batch(student, mixed.float()))["ce"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_binary_cross_entropy_is_timms(threshold: float | None) -> None:
+    """With class indices, and with labels that timm's mixup has mixed and smoothed."""
+    settings = {"kind": "binary", "label_smoothing": 0.1, "target_threshold": threshold}
+    loss = build_loss(LossesConfig.model_validate({"ce": settings}), None)
+    student, labels = outputs()[0], torch.tensor([0, 1, 2, 9, 4, 5])
+    student = student._replace(logits=student.logits.float())
+    timms = BinaryCrossEntropy(smoothing=0.1, target_threshold=threshold)
+    assert loss(Batch(student, labels))["ce"].item() == pytest.approx(timms(student.logits, labels).item(), rel=1e-6)
+    mixed, smoothed = (mixup_target(labels, 10, lam=0.7, smoothing=s) for s in (0.0, 0.1))
+    expected = timms(student.logits, smoothed).item()
+    assert loss(Batch(student, mixed))["ce"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_binary_cross_entropy_weighs_images_by_their_classes() -> None:
+    student, labels = outputs(4, 3)[0], torch.tensor([0, 1, 2, 2])
+    config = LossesConfig.model_validate({"ce": {"kind": "binary"}})
+    alone = [build_loss(config, None)(Batch(_row(student, i), labels[i : i + 1]))["ce"] for i in range(4)]
+    weighed = build_loss(config, None, class_weights=torch.tensor([0.5, 2.0, 1.0]))(Batch(student, labels))["ce"]
+    assert weighed.item() == pytest.approx((0.5 * alone[0] + 2 * alone[1] + alone[2] + alone[3]).item() / 4, rel=1e-6)
+    partly = build_loss(config, None, labelled_share=0.25)(Batch(student, torch.tensor([-1, 1, -1, -1])))["ce"]
+    assert partly.item() == pytest.approx(alone[1].item(), rel=1e-6)
+
+
+def _row(output: Output, i: int) -> Output:
+    return Output(output.logits[i : i + 1], {})
 
 
 def test_transformations_need_two_taps_of_equal_width() -> None:

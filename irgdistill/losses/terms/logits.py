@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from irgdistill.config import METHOD, Fade, Flag, Positive, Probability, Section, Weight
+from pydantic import model_validator
+
+from irgdistill.config import METHOD, Fade, Flag, Positive, Probability, Section, Share, Weight
 from irgdistill.lazy import lazy
 from irgdistill.losses.base import Batch, Term, TermContext, TermSettings, term
 
 if TYPE_CHECKING:
     import torch
     import torch.nn.functional as F
-    from torch import Tensor
+    from timm import loss
+    from torch import Tensor, nn
 
     from irgdistill import graph
 else:
-    torch, F, graph = lazy("torch"), lazy("torch.nn.functional"), lazy("irgdistill.graph")
+    torch, F, graph, loss = map(lazy, ("torch", "torch.nn.functional", "irgdistill.graph", "timm.loss"))
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -65,6 +68,9 @@ def decoupled_targets(
 class CrossEntropy(Term):
     """Cross-entropy with the labels: class indices (B,) or mixed probabilities (B, K).
 
+    The kind `binary` is timm's `BinaryCrossEntropy`: each class against the others, a mean over images and classes
+    (Wightman et al. 2021, "ResNet strikes back", section 3).
+
     With class weights (K,), each image's loss is multiplied by the weight of its class and the mean is taken over the
     images: torch's own weighted mean would depend on how a batch is split among processes. For the same reason, if only
     a share of the images has labels, the sum over these is divided by that share of the batch.
@@ -77,23 +83,48 @@ class CrossEntropy(Term):
             Probability, Flag("--label-smoothing", METHOD, "Label smoothing.", metavar="SHARE")
         ] = 0.0
         """Share of each target that is spread evenly over the classes."""
+        kind: Literal["softmax", "binary"] = "softmax"
+        """`binary`: the binary cross-entropy of each class, as in timm's recipes with mixup. Its gradient is about K
+        times smaller for K classes: AdamW does not mind, SGD needs a larger `weight`."""
+        target_threshold: Share | None = None
+        """With `binary`: mixed labels with a larger share become 1 and the others 0, such as 0.2; default: they stay
+        shares."""
         class_weights: Literal["balanced", "none"] | tuple[Weight, ...] = "none"
         """Weights of the classes: `balanced` (inverse frequency, mean 1 over the training images), or one each."""
+
+        @model_validator(mode="after")
+        def _check_threshold(self) -> CrossEntropy.Settings:
+            if self.target_threshold is not None and self.kind != "binary":
+                raise ValueError("target_threshold is for kind = binary")
+            return self
 
     def __init__(self, settings: Settings, context: TermContext) -> None:
         self.label_smoothing, self.class_weights = settings.label_smoothing, context.class_weights
         self.labelled_share = context.labelled_share
+        self.binary: nn.Module | None = None
+        if settings.kind == "binary":
+            self.binary = loss.BinaryCrossEntropy(
+                smoothing=0.0, target_threshold=settings.target_threshold, reduction="none"
+            )
 
     def __call__(self, batch: Batch) -> Tensor:
-        logits, smoothing = graph.widen(batch.student.logits), self.label_smoothing
+        logits, targets = graph.widen(batch.student.logits), batch.targets
         if self.labelled_share < 1:
-            known, targets = batch.targets >= 0, batch.targets.clamp(min=0)
-            losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-            return (losses * known).mean() / self.labelled_share
-        if self.class_weights is None:
-            return F.cross_entropy(logits, batch.targets, label_smoothing=smoothing)
-        weights = self.class_weights.to(logits)
-        return F.cross_entropy(logits, batch.targets, weights, reduction="none", label_smoothing=smoothing).mean()
+            return (self.each(logits, targets.clamp(min=0)) * (targets >= 0)).mean() / self.labelled_share
+        if self.binary is None and self.class_weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        return self.each(logits, targets).mean()
+
+    def each(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each image (B,)."""
+        weights, smoothing = self.class_weights, self.label_smoothing
+        weights = None if weights is None else weights.to(logits)
+        if self.binary is None:
+            return F.cross_entropy(logits, targets, weights, reduction="none", label_smoothing=smoothing)
+        classes = logits.shape[1]
+        shares = F.one_hot(targets, classes).to(logits) if targets.ndim == 1 else targets.to(logits)
+        losses: Tensor = self.binary(logits, shares * (1 - smoothing) + smoothing / classes).mean(1)
+        return losses if weights is None else losses * (shares @ weights)
 
 
 @term("kd", compares="logits", source="Hinton et al. 2015", place=1)
