@@ -160,10 +160,13 @@ def _train(trainer: Trainer, folder: RunFolder, own_process: bool, outcome: bool
         setup, update = trainer.components.setup, trainer.progress.update
         trainer.observers = [RunLogger(setup, folder.path, trainer.report, update)]
     summary = trainer.fit()
-    trainer.report.result(
+    result = (
         f"best {score(summary)} at epoch {summary['epoch']} of {summary['epochs']}, "
-        f"{summary['seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s: {folder.best}"
+        f"{summary['seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s"
     )
+    if trainer.config.schedule.epochs == 0:
+        result = f"nothing trained (--epochs 0), {score(summary)} with the initial weights"
+    trainer.report.result(f"{result}: {folder.best}")
     if not trainer.world.main:
         return None
     if outcome:

@@ -158,7 +158,7 @@ class RuntimeConfig(Section):
         Flag("--log", RUN, "Logger ({names}); may be repeated.", completion="logger", repeated=True, metavar="LOGGER"),
         CHANGEABLE,
     ] = ()
-    """Loggers that also get the records of metrics.jsonl: `tensorboard`, `wandb`."""
+    """Loggers that also get the records of metrics.jsonl: `mlflow`, `tensorboard`, `wandb`."""
     graph_images_every: Annotated[int, Field(ge=0), CHANGEABLE] = 0
     """Epochs between two images of both networks' graphs for the loggers; 0 is off."""
     save_every_steps: Annotated[
@@ -228,6 +228,19 @@ class Config(Section):
         if self.method != AUTO:
             return self
         return self.replaced({"method": name, "losses": self.losses.filled(METHODS[name], self.data.labels)})
+
+    @property
+    def left_open(self) -> frozenset[str]:
+        """Keys of the settings that a run chooses when it starts: its precision, and the recipe by its student."""
+        optim = self.optim
+        is_open = {
+            "runtime.amp": self.runtime.amp == "auto",
+            "optim.name": optim.name == "auto",
+            "optim.lr": optim.lr is None,
+            "optim.weight_decay": optim.weight_decay is None,
+            "schedule.warmup_epochs": self.schedule.warmup_epochs is None,
+        }
+        return frozenset(key for key, value in is_open.items() if value)
 
     @property
     def all_teachers(self) -> tuple[TeacherConfig, ...]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from irgdistill.errors import UserError
+from irgdistill.io.loggers.base import LOGGERS
 
 try:
     import fcntl
@@ -80,7 +81,7 @@ class RunFolder:
         """Make an empty run folder and lock it. Raises UserError as `check_overwrite` and `lock` do."""
         self.check_overwrite(overwrite)
         self.lock()
-        logs = [self.path / name for name in ("mlflow.json", "wandb.json")]
+        logs = [self.path / f"{name}.json" for name in LOGGERS]
         for path in [*self._own(), *logs, *self.path.glob("tensorboard/events.out.tfevents.*")]:
             path.unlink(missing_ok=True)
 

@@ -90,8 +90,8 @@ class RunComponents:
 
     @property
     def updates(self) -> int:
-        """Updates of the whole run."""
-        return self.config.schedule.epochs * (self.batches // self.accumulate)
+        """Updates of the whole run, or of one epoch for a run of 0 epochs."""
+        return max(self.config.schedule.epochs, 1) * (self.batches // self.accumulate)
 
     @property
     def local_models(self) -> list[nn.Module]:

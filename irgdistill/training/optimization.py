@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.optim import Optimizer
@@ -17,15 +17,28 @@ from irgdistill.errors import UserError, nearest
 def build_optimizer(model: nn.Module, config: OptimConfig, adapters: nn.Module | None = None) -> Optimizer:
     """An optimizer of the student and of what is trained beside it.
 
-    There is no weight decay on biases and norms, unless `decay_all` is set. Raises UserError for an unknown name.
+    There is no weight decay on biases and norms, unless `decay_all` is set. With `layer_decay`, groups of earlier
+    layers have a smaller rate, which timm's schedules keep smaller. Raises UserError: an unknown name, or betas that
+    the optimizer does not have.
     """
     known = [str(name) for name in list_optimizers()]
     if config.name not in known:
         raise UserError(f"unknown optimizer {config.name!r}{nearest(config.name, known)}")
-    options = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    decay = config.weight_decay or 0.0
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": decay, "momentum": config.momentum}
+    if config.betas is not None:
+        info = get_optimizer_info(config.name)
+        if not info.has_betas or info.num_betas != len(config.betas):
+            has = f"has {info.num_betas}" if info.has_betas else "has none"
+            raise UserError(f"optim.betas gives {len(config.betas)} betas, and {config.name} {has}")
+        options["betas"] = config.betas
     try:
         optimizer: Optimizer = create_optimizer_v2(
-            model, opt=config.name, filter_bias_and_bn=not config.decay_all, **options
+            model,
+            opt=config.name,
+            filter_bias_and_bn=not config.decay_all,
+            layer_decay=config.layer_decay,
+            **options,
         )
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"optimizer {config.name!r} does not work here: {' '.join(str(error).split())[:160]}") from None
@@ -36,9 +49,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig, adapters: nn.Module |
 
 
 def _groups(adapters: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    decay = config.weight_decay or 0.0
     if config.decay_all:
-        return [{"params": list(adapters.parameters()), "weight_decay": config.weight_decay}]
-    groups: list[dict[str, Any]] = param_groups_weight_decay(adapters, config.weight_decay)
+        return [{"params": list(adapters.parameters()), "weight_decay": decay}]
+    groups: list[dict[str, Any]] = param_groups_weight_decay(adapters, decay)
     return groups
 
 
@@ -47,13 +61,13 @@ def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, updates_per_ep
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="multistep" if config.name == "none" else config.name,
-        num_epochs=config.epochs,
+        num_epochs=max(config.epochs, 1),
         decay_epochs=config.decay_epochs,
         decay_milestones=list(config.milestones) if config.name == "multistep" else [],
         decay_rate=config.decay_rate,
         min_lr=config.min_lr,
         warmup_lr=config.warmup_lr,
-        warmup_epochs=config.warmup_epochs,
+        warmup_epochs=config.warmup_epochs or 0.0,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
     )

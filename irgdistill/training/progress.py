@@ -52,15 +52,19 @@ class Progress:
         self.sums = {}
         return means
 
-    def end_epoch(self, metrics: Mapping[str, Any]) -> bool:
-        """Take the metrics of an evaluation and move to the next epoch -> whether they are the best so far."""
-        self.epoch, self.batch = self.epoch + 1, 0
+    def end_epoch(self, metrics: Mapping[str, Any], trained: bool = True) -> bool:
+        """Take the metrics of an evaluation -> whether they are the best so far. If it `trained`, the epoch is over."""
+        self.epoch, self.batch = self.epoch + trained, 0
         self.last = {"epoch": self.epoch, **metrics}
         name = metric_name(self.last)
         better = not self.best or self.last[name] > self.best[name]
         if better:
             self.best = self.last
         return better
+
+    def stalled(self, patience: int | None) -> bool:
+        """Whether the last `patience` epochs brought no better result; never without a `patience`."""
+        return patience is not None and bool(self.best) and self.epoch - self.best["epoch"] >= patience
 
     def state_dict(self) -> dict[str, Any]:
         """The part that all processes share, under the names of the state on disk."""

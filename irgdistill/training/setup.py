@@ -25,6 +25,7 @@ from irgdistill.matching import Plan, match
 from irgdistill.models import Network, build_booster, build_student, build_teacher
 from irgdistill.training.cached_views import with_cached_views
 from irgdistill.training.checks import called, check_classes, check_input_sizes, check_logging, difference
+from irgdistill.training.recipe import with_recipe
 from irgdistill.training.resolving import resolved
 from irgdistill.training.teacher_cache import TeacherCache, describe_data, describe_teacher, describe_views
 
@@ -65,6 +66,8 @@ class Setup:
     """Weights of the cross-entropy, by class index."""
     method_note: str = ""
     """The method that `auto` chose, and why; empty if it was given."""
+    recipe_note: str = ""
+    """The optimizer and learning rate that were chosen, likewise."""
     start_note: str = ""
     """The origin of the student's weights, in words, and of the teacher's if its file holds several."""
 
@@ -102,8 +105,8 @@ class Setup:
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the log: data, method, initial weights."""
-        lines = (str(self.splits), *self.splits.notes, self.method_note, self.start_note)
+        """Lines for the log: data, method, initial weights, recipe."""
+        lines = (str(self.splits), *self.splits.notes, self.method_note, self.start_note, self.recipe_note)
         return [line for line in lines if line]
 
 
@@ -155,6 +158,7 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
     classes = splits.classes if config.data.labels or config.losses.comparing("logits") else []
     random_seed(config.seed)  # right before the student is made, so that every method starts from the same weights
     student, start_note = build_student(config.student, classes, not resuming, fetch)
+    config, recipe_note = with_recipe(config, student.model)
     if config.student.grad_checkpointing:
         _checkpoint_blocks(student)
     matched = [
@@ -178,6 +182,7 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
         booster=booster,
         class_weights=class_weights,
         method_note=method_note,
+        recipe_note=recipe_note,
         start_note="; ".join(filter(None, (start_note, *(teacher.note for teacher in teachers)))),
     )
 

@@ -163,11 +163,9 @@ def _check_same_run(config: Config, remembered: Config, folder: RunFolder) -> No
 def changes(config: Config, remembered: Config) -> list[str]:
     """Settings that a run must keep and that differ between two of its configurations, in words.
 
-    The precision `auto` is what a run chooses when it starts, so it differs from none.
+    A setting that is left open is chosen when a run starts, so it differs from no value.
     """
-    changeable = changeable_on_resume()
-    if "auto" in (config.runtime.amp, remembered.runtime.amp):
-        changeable |= {"runtime.amp"}
+    changeable = changeable_on_resume() | config.left_open | remembered.left_open
     return [
         f"{key} = {_at(config, key)}, was {_at(remembered, key)}"
         for key in keys()

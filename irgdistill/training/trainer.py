@@ -151,6 +151,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch -> the run's summary. Raises TrainingError, or Interrupted once everything is saved.
 
+        With `--patience` it ends sooner where that many epochs bring no better result; with 0 epochs it only evaluates.
         The first SIGINT or SIGTERM stops it after the current update, a second one at once, by `Stopped`.
         """
         run, progress, epochs = self.components, self.progress, self.config.schedule.epochs
@@ -163,16 +164,28 @@ class Trainer:
         ):
             for observer in self.observers:
                 stack.enter_context(observer)
-            if progress.batch == 0:
+            if progress.batch == 0 and epochs > 0:
                 self._notify()
             self.world.wait()  # loggers and observers of the first process may have taken long
-            while progress.epoch < epochs:
+            if epochs == 0:
+                self.end_epoch(self.evaluate())
+            while not self._done():
                 if progress.batch < run.batches:
                     self.train_epoch()
                 self.end_epoch(self.evaluate())
-                if progress.epoch < epochs:
+                if not self._done():
                     self._pause()
+        if progress.epoch < epochs:
+            self.report.line(
+                f"stopped early: {self.config.schedule.patience} epochs without a better result than "
+                f"{score(progress.best)} of epoch {progress.best['epoch']} (--patience)"
+            )
         return self._finish()
+
+    def _done(self) -> bool:
+        """Whether the training is over: after the last epoch, or early."""
+        schedule = self.config.schedule
+        return self.progress.epoch >= schedule.epochs or self.progress.stalled(schedule.patience)
 
     def train_epoch(self) -> None:
         """Train on the batches that are left of the epoch."""
@@ -213,7 +226,8 @@ class Trainer:
     def end_epoch(self, metrics: Metrics) -> None:
         """Record the metrics of an epoch and save."""
         progress, epochs = self.progress, self.config.schedule.epochs
-        better = progress.end_epoch({key: value for key, value in asdict(metrics).items() if value is not None})
+        found = {key: value for key, value in asdict(metrics).items() if value is not None}
+        better = progress.end_epoch(found, trained=epochs > 0)
         self.report.record({"kind": "eval", **progress.last})
         self._notify()
         if better:
@@ -221,7 +235,8 @@ class Trainer:
         self.checkpointer.save_weights("last")
         self.checkpointer.save_state()
         best = "  (best)" if better else ""
-        self.report.line(f"epoch {progress.epoch}/{epochs}  {score(progress.last)}  {details(metrics)}{best}")
+        title = f"epoch {progress.epoch}/{epochs}" if epochs else "initial weights"
+        self.report.line(f"{title}  {score(progress.last)}  {details(metrics)}{best}")
 
     def _log(self, images: int, seconds: float) -> None:
         run, progress = self.components, self.progress
@@ -232,7 +247,7 @@ class Trainer:
             "kind": "train",
             "epoch": progress.epoch + 1,
             "update": progress.update,
-            "lr": run.optimizer.param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in run.optimizer.param_groups),
             "loss": means["loss"],
             "terms": {name: value for name, value in means.items() if name != "loss"},
             "images_per_second": images / seconds,
@@ -257,7 +272,8 @@ class Trainer:
             "teacher": None if setup.teacher is None else setup.teacher.name,
             **{key: best[key] for key in (*SELECTING, "top5", "epoch") if key in best},
             f"last_{metric_name(last)}": last[metric_name(last)],
-            "epochs": self.config.schedule.epochs,
+            **({"teacher_top1": progress.teacher_record["top1"]} if progress.teacher_record else {}),
+            "epochs": progress.epoch,
             "seconds": progress.seconds,
             "images_per_second": progress.images / max(progress.seconds, 1e-9),
             "seed": self.config.seed,

@@ -54,7 +54,8 @@ def test_python_takes_the_options_of_the_command_line(monkeypatch: pytest.Monkey
             "graph_scope": "local",
             "log": ["wandb"],
             "plugin": [tmp_path / "plugin.py"],
-            "ema": 0.5,
+            **{name: 0.5 for name in ("ema", "lr", "warmup_epochs", "weight_decay")},
+            "patience": 2,
             "clip_grad": 0.5,
             "data_root": "there",
             "kd_weight": 0.25,
@@ -88,7 +89,7 @@ def test_the_help_shows_the_default_of_the_schema(run: Run, monkeypatch: pytest.
     monkeypatch.setenv("COLUMNS", "200")
     shown = run("distill", "--help").out
     for line in (
-        "--lr                    RATE        Peak learning rate (default: 0.1).",
+        "--lr                    RATE        Peak learning rate; default: by the optimizer.",
         "--epochs    EPOCHS",
         "(default: 100)",
         "(default: auto)",

@@ -95,3 +95,49 @@ def test_it_has_every_option_of_distill_that_needs_no_teacher() -> None:
         for key in keys
     )
     assert "losses.ce.label_smoothing" not in keys
+
+
+def test_no_epochs_only_evaluate_teacher_and_student(run: Run, teacher: Path, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    start = ("--student-checkpoint", teacher, "--teacher-checkpoint", teacher, "--method", "kd")
+    result = run("distill", *start, "--data", folder, *SMALL, "--epochs", 0, "--output", output, "--json")
+    assert result.code == 0, result.err
+    summary, before = json.loads(result.out), json.loads((teacher / "summary.json").read_text())
+    assert summary["epochs"] == summary["epoch"] == 0 and summary["top1"] == pytest.approx(before["top1"])
+    assert summary["teacher_top1"] == pytest.approx(before["top1"])
+    assert "nothing trained (--epochs 0), top-1" in result.err and not records(output, "train")
+    one, other = (load_file(path / "best.safetensors") for path in (output, teacher))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert run("eval", output).code == 0 and run("export", output, "--format", "timm").code == 0
+    again = run("distill", "--resume", output)
+    assert again.code == 2 and "finished run" in again.err
+
+
+def test_a_run_ended_by_its_patience_is_finished(run: Run, folder: Path, tmp_path: Path) -> None:
+    """No weight moves, so no epoch is better than the first. The end is stopped once, before the summary."""
+    output = tmp_path / "run"
+    words = ("train", "--model", NAME, "--data", folder, *SMALL, "--epochs", 9, "--lr", 1e-30, "--patience", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("irgdistill.training.trainer.Trainer._finish", lambda self: self.stop(2))
+        assert run(*words, "--output", output).code == 130
+    resumed = run("train", "--resume", output)
+    assert resumed.code == 0 and "stopped early: 2 epochs without a better result than" in resumed.err, resumed.err
+    assert json.loads((output / "summary.json").read_text())["epochs"] == len(records(output, "eval"))
+    assert "finished run" in run("train", "--resume", output).err
+
+
+def test_binary_cross_entropy_with_mixup_and_rates_by_layer(run: Run, folder: Path, tmp_path: Path) -> None:
+    words = ("train", "--model", NAME, "--data", folder, *SMALL, "--epochs", 1, "--output", tmp_path / "run")
+    wrong = run(*words, "--set", "losses.ce.target_threshold=0.2")
+    assert wrong.code == 2 and wrong.err.count("\n") == 1 and "target_threshold is for kind = binary" in wrong.err
+    options = (
+        "losses.ce.kind=binary",
+        "losses.ce.target_threshold=0.2",
+        "optim.layer_decay=0.8",
+        "optim.betas=[0.9,0.95]",
+    )
+    sets = [word for option in options for word in ("--set", option)]
+    result = run(*words, "--opt", "adamw", "--mixup", 0.2, *sets)
+    assert result.code == 0, result.err
+    assert records(tmp_path / "run", "train")[0]["loss"] == pytest.approx(0.6931, abs=0.3), "log 2 per class at first"
+    assert records(tmp_path / "run", "train")[0]["lr"] == pytest.approx(0.75 * 5e-4 * (24 / 512) ** 0.5, rel=0.01)

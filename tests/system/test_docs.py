@@ -46,7 +46,7 @@ def test_the_page_of_settings_has_every_key_with_its_docstring() -> None:
         assert "Type: " in entry
         assert setting.flag is None or f"option: `{setting.flag.name}`" in entry
         assert ("a resumed run may change it" in entry) == setting.changeable
-    assert "Type: number > 0; default: `0.1`; option: `--lr`." in page
+    assert "Type: number > 0; default: `4`; option: `--temperature`." in page
     assert all(f"- `{old}`: `{new}`\n" in page for old, new in RENAMED_KEYS.items())
     assert "Type: one of `auto`, `none`, `bf16`, `fp16`; default: `auto`; option: `--amp`." in page
 

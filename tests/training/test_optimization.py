@@ -1,4 +1,4 @@
-"""Learning rates of every schedule, update by update, against their formulas."""
+"""Schedules, update by update, against their formulas; groups of parameters, against timm's."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 
 from irgdistill.config.schema import OptimConfig, ScheduleConfig
+from irgdistill.errors import UserError
 from irgdistill.training.optimization import build_optimizer, build_scheduler
 
 EPOCHS, UPDATES = 10, 7
@@ -76,3 +79,31 @@ def test_momentum_is_sgd_without_nesterov(name: str, nesterov: bool) -> None:
         optimizer.step()
     moved = [1 + 0.9 * 1, 1 + 0.9 * 1.9] if nesterov else [1, 1.9]
     assert model.weight.item() == pytest.approx(start - 0.1 * sum(moved), rel=1e-5)
+
+
+def test_layer_decay_gives_the_rates_of_timm_and_adapters_the_full_one() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=16, num_heads=2, patch_size=8, img_size=16)
+    adapters, schedule = network(), ScheduleConfig(epochs=4, name="cosine", warmup_epochs=1, warmup_lr=0.1)
+    config = OptimConfig(name="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5, betas=(0.8, 0.9))
+    optimizer = build_optimizer(model, config, adapters)
+    scheduler = build_scheduler(optimizer, schedule, updates_per_epoch=3)
+    skipped = model.no_weight_decay()
+    groups = param_groups_layer_decay(model, 0.05, layer_decay=0.5, no_weight_decay_list=skipped)
+    expected = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    expected |= {id(p): (1.0, 0.05 if p.ndim > 1 else 0.0) for p in adapters.parameters()}
+    for update, peak in ((0, 0.1), (3, 0.5 * (1 + math.cos(math.pi / 4)))):
+        scheduler.step_update(update)
+        found = {id(p): (g["lr"] / peak, g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        assert found.keys() == expected.keys()
+        assert all(found[key] == pytest.approx(values, rel=1e-6) for key, values in expected.items()), update
+    assert len({rate for rate, _ in expected.values()}) == 5, "embedding, three blocks, head"
+    assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("name", "betas", "message"),
+    [("sgd", (0.9, 0.99), "sgd has none"), ("adamw", (0.9, 0.99, 0.9), "gives 3 betas, and adamw has 2")],
+)
+def test_betas_that_an_optimizer_does_not_have_are_refused(name: str, betas: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_optimizer(network(), OptimConfig(name=name, lr=0.1, betas=betas))

@@ -78,6 +78,7 @@ class Train:
 class Report:
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
+        self.lines: list[str] = []
 
     @contextmanager
     def progress(self, total: int, done: int) -> Iterator[None]:
@@ -87,7 +88,9 @@ class Report:
         self.records.append(values)
 
     def advance(self, *_: Any) -> None: ...
-    def line(self, text: str) -> None: ...
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
     def warn(self, text: str) -> None: ...
 
 
@@ -258,6 +261,35 @@ def test_an_epoch_ends_with_weights_before_the_state(evaluation: list[float]) ->
     assert saves == [*best, "state 1:0", *best, "state 2:0", *last, "state 3:0", "summary"]
     assert (summary["top1"], summary["epoch"], summary["last_top1"]) == (70.0, 2, 60.0)
     assert fixture.train.epochs == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_a_run_ends_when_its_patience_does(evaluation: list[float]) -> None:
+    evaluation[:] = [50.0, 70.0, 60.0, 70.0, 90.0]
+    fixture = Fixture(epochs=9, batches=2, **{"schedule.patience": 2})
+    summary = fixture.trainer.fit()
+    assert (summary["top1"], summary["epoch"], summary["epochs"], summary["last_top1"]) == (70.0, 2, 4, 70.0)
+    assert "stopped early: 2 epochs without a better result than top-1 70.00 of epoch 2 (--patience)" in (
+        fixture.report.lines
+    )
+    assert fixture.events[-1] == "summary" and fixture.train.epochs[-1] == (3, 0)
+
+
+def test_a_run_that_was_stopped_after_its_last_epoch_only_ends() -> None:
+    fixture = Fixture(epochs=9, batches=2, **{"schedule.patience": 2})
+    fixture.progress.epoch, fixture.progress.best = 4, {"epoch": 2, "top1": 70.0}
+    fixture.progress.last = {"epoch": 4, "top1": 60.0}
+    assert fixture.trainer.fit()["epochs"] == 4 and not fixture.train.epochs
+    waiting = Fixture(epochs=5, batches=2, **{"schedule.patience": 3})
+    waiting.progress.epoch, waiting.progress.best = 4, {"epoch": 2, "top1": 70.0}
+    assert waiting.trainer.fit()["epochs"] == 5 and waiting.train.epochs == [(4, 0)], "one epoch is left to wait"
+
+
+def test_no_epochs_are_one_evaluation() -> None:
+    fixture = Fixture(epochs=0)
+    summary = fixture.trainer.fit()
+    assert fixture.events == ["weights best", "weights last", "state 0:0", "summary"] and not fixture.train.epochs
+    assert (summary["top1"], summary["epoch"], summary["epochs"]) == (50.0, 0, 0)
+    assert [record["epoch"] for record in fixture.report.records] == [0]
 
 
 def test_records_hold_means_over_the_steps_since_the_last_one() -> None:

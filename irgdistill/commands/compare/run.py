@@ -18,7 +18,7 @@ from pathlib import Path
 from irgdistill.commands.compare.table import Run, summary_of, write_table
 from irgdistill.commands.distill import resume, start
 from irgdistill.commands.requests import CompareRequest, DistillRequest, ResumeRequest
-from irgdistill.config import changeable_on_resume, dump, of_any_teacher, read_yaml, validate_saved
+from irgdistill.config import Config, changeable_on_resume, dump, of_any_teacher, read_yaml, validate_saved
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import SELECTING, Report, RunFolder, write_text
 from irgdistill.losses import build_loss
@@ -87,11 +87,10 @@ def _precision(request: CompareRequest) -> str:
 
 def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -> None:
     """Raises UserError for the folder of another comparison, and for runs that cannot start."""
-    for path in sorted(request.output.glob("*/*/config.yaml")):
-        there = validate_saved(read_yaml(path), f"{path}: ")
-        if different := changes(resolved(request.config(there.method, there.seed)), there):
-            what = "; ".join(different)
-            raise UserError(f"{request.output} holds a comparison with other settings ({what}); give another --output")
+    paths = sorted(request.output.glob("*/*/config.yaml"))
+    begun = [validate_saved(read_yaml(path), f"{path}: ") for path in paths]
+    for there in begun:
+        _check_same(request, resolved(request.config(there.method, there.seed)), there)
     teachers = _teachers(request.output)
     classified = dict[bool, str]()
     for config in {run.config.method: run.config for run in left}.values():
@@ -102,6 +101,9 @@ def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -
                 f"without labels {classified[True]} trains a classifier, which is compared with the teacher's, and "
                 f"{classified[False]} an encoder, whose neighbours are: compare them apart"
             )
+        for there in begun:  # another version may have chosen another recipe
+            recipe = {"optim": setup.config.optim, "schedule": setup.config.schedule}
+            _check_same(request, there.replaced(recipe), there)
         for path, weights in teachers.items():
             if setup.checksums not in (None, weights):
                 raise UserError(f"{path} learnt from a teacher with other weights; give another --output")
@@ -109,6 +111,13 @@ def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -
         widths = [teacher.embedding_widths for teacher in setup.teachers] or [None]
         for plan, width in zip(setup.plans, widths, strict=True):
             build_loss(config.losses, plan, None, booster, embedding_widths=width)
+
+
+def _check_same(request: CompareRequest, config: Config, there: Config) -> None:
+    """Raises UserError if a run that is there has other settings."""
+    if different := changes(config, there):
+        what = "; ".join(different)
+        raise UserError(f"{request.output} holds a comparison with other settings ({what}); give another --output")
 
 
 def _teachers(output: Path) -> dict[Path, str | list[str]]:

@@ -93,7 +93,9 @@ def write_table(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = Fa
         raise UserError(f"{output} holds runs that were validated by {' and '.join(sorted(metrics))}: no comparison")
     (metric,) = metrics
     result = _predicted(runs, scores) if metric == "top1" else {"rows": _rows(runs, scores, {}), "teacher": None}
-    epochs = f"{config.schedule.epochs} epoch" + "s" * (config.schedule.epochs > 1)
+    epochs = f"{config.schedule.epochs} epoch" + "s" * (config.schedule.epochs != 1)
+    if config.schedule.patience is not None:
+        epochs = f"at most {epochs}"
     device = choose_device(config.runtime.device)
     result |= {
         "metric": metric,

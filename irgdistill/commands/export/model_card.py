@@ -268,6 +268,8 @@ def _choice_of_epoch(student: Provenance) -> str:
     if not run.summary.exists():
         return "The run was not finished; these are the numbers of its last evaluation.\n" if run.state.exists() else ""
     summary = Summary.from_json(run.summary)
+    if summary.epochs == 0:
+        return "These are the initial weights: the run trained nothing.\n"
     if metrics["epoch"] == summary.epochs:
         return f"These are the weights after the last of {summary.epochs} epochs.\n"
     name = metric_name(metrics)

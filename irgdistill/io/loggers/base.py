@@ -42,7 +42,8 @@ class Logger(Protocol):
 
 
 class Sent:
-    """What was sent to a service that takes nothing back, in the file `path`: a resumed run continues there.
+    """What was sent to a service that takes nothing back, in the file `path`, RUN/NAME.json: a resumed run reads it, a
+    run that is begun anew deletes it.
 
     It holds the `id` of the service's run, None before there is one, and the last update of each kind of record.
     """
