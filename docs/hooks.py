@@ -1,8 +1,10 @@
-"""Pages made from the code when the documentation is built: the commands and the settings."""
+"""Pages made from the code: all commands, all settings. The gallery shows the pictures that are there."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -13,13 +15,21 @@ from irgdistill.config import RENAMED_KEYS, Config, Setting, settings
 
 if TYPE_CHECKING:
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
-SETTINGS = """# Settings
+COMMANDS = """This page lists every command with its options and examples. `compare`, `cache-teacher` and `doctor` take
+the options of `distill` too."""
 
-Everything that defines a run. A key is set in a YAML preset, with `--set key.path=value`, or with its option. A resumed
-run may change the keys marked so; the others define the result.
+SETTINGS = """# All settings
+
+This page lists every setting of a run, with its type, default and command-line option. A key is set in a YAML preset,
+with `--set key.path=value`, or with its option. A resumed run may change the keys marked so; the others define the
+result.
 """
 
+COUNTS = {2: "two", 3: "three"}
+
+PICTURE = re.compile(r"^!\[.*?\]\((images/.*?)\)", re.M)
 
 RENAMED = """
 ## Renamed keys
@@ -37,12 +47,25 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
+    return with_pictures(markdown, Path(config["docs_dir"])) if page.file.src_uri == "gallery.md" else markdown
+
+
+def with_pictures(markdown: str, folder: Path) -> str:
+    """A page without the sections whose pictures are not in `folder`."""
+    sections = re.split(r"^(?=## )", markdown, flags=re.M)
+    return "".join(text for text in sections if all((folder / name).exists() for name in PICTURE.findall(text)))
+
+
 def commands_page() -> str:
+    """Every command with its options; its examples as console blocks."""
     from typer.cli import get_docs_for_click  # private to typer
 
     command = typer.main.get_command(app)
     context = command.make_context("irgdistill", [], resilient_parsing=True)
-    return get_docs_for_click(obj=command, ctx=context, name="irgdistill", title="Commands")
+    page = get_docs_for_click(obj=command, ctx=context, name="irgdistill", title="All commands")
+    page = page.replace("# All commands\n", f"# All commands\n\n{COMMANDS}\n", 1)
+    return re.sub(r"^irgdistill .*$", r"```console\n\g<0>\n```", page, flags=re.M)
 
 
 def settings_page() -> str:
@@ -54,7 +77,7 @@ def settings_page() -> str:
 
 def _lines() -> Iterator[str]:
     section = None
-    for setting, schema in _described(Config, ""):
+    for setting, schema in sorted(_described(Config, ""), key=lambda described: "." in described[0].key):
         here = setting.key.partition(".")[0] if "." in setting.key else ""
         if here != section:
             section = here
@@ -64,13 +87,14 @@ def _lines() -> Iterator[str]:
 
 
 def _described(section: type[BaseModel], prefix: str) -> Iterator[tuple[Setting, dict[str, Any]]]:
-    """Settings with their JSON schemas; those of a list of sections follow it."""
+    """Settings with their JSON schemas; those of a list of sections follow it, and have no option of their own."""
     schema = section.model_json_schema()
     for setting in settings(section):
         properties = schema
         for name in setting.key.split("."):
             properties = _resolved(properties["properties"][name], schema)
-        yield Setting(prefix + setting.key, setting.field, setting.flag), {**properties, "$defs": schema.get("$defs")}
+        described = Setting(prefix + setting.key, setting.field, None if prefix else setting.flag)
+        yield described, {**properties, "$defs": schema.get("$defs")}
         if setting.section is not None:
             yield from _described(setting.section, f"{prefix}{setting.key}.")
 
@@ -114,7 +138,7 @@ def _type(schema: dict[str, Any]) -> str:
     kind = schema.get("type")
     if kind == "array":
         if "prefixItems" in schema:
-            return f"two values, {_type(schema['prefixItems'][0])}"
+            return f"{COUNTS[len(schema['prefixItems'])]} values, {_type(schema['prefixItems'][0])}"
         return f"list of {_type(schema['items'])}"
     words = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`", "string": "text"}
     if schema.get("format") == "path":

@@ -44,8 +44,8 @@ def input_spec(size: int, interpolation: str = "bilinear", crop_pct: float = 1.0
 
 
 def write_plugin(folder: Path) -> Path:
-    """The plug-in file in docs/data.md, which adds the data source `shades/` and the logger `lines`."""
-    page = (SUPPORT.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    """The plug-in file in docs/plugins.md that adds the data source `shades/` and the logger `lines`."""
+    page = (SUPPORT.parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8").partition("\n## A data source")[2]
     path = folder / "plugin.py"
     path.write_text(page.partition("```python\n")[2].partition("```")[0], encoding="utf-8")
     return path

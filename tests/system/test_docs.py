@@ -1,8 +1,9 @@
-"""The documentation builds without a warning and has every setting."""
+"""The documentation builds without a warning, and has every command and every setting."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from irgdistill.config import RENAMED_KEYS, Config, settings
+from irgdistill.cli.app import commands
+from irgdistill.config import RENAMED_KEYS, Config, keys, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -25,7 +27,9 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "WARNING" not in result.stderr
-    assert (tmp_path / "site" / "choosing" / "index.html").stat().st_size > 5000
+    for page in ("choosing", "commands", "settings"):
+        assert (tmp_path / "site" / page / "index.html").stat().st_size > 5000
+    assert (tmp_path / "site" / "search" / "search_index.json").exists()
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -33,6 +37,39 @@ def test_every_page_is_in_the_navigation() -> None:
     assert len(PAGES) > 8
     for page in PAGES:
         assert f": {page.relative_to(ROOT / 'docs')}\n" in navigation
+
+
+def test_links_of_the_readme_lead_to_pages() -> None:
+    links = re.findall(r"\]\((docs/[^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_page_of_commands_has_every_command_with_its_examples() -> None:
+    page = hooks().commands_page()
+    for name, command in commands().items():
+        assert f"\n## `irgdistill {name}`\n" in page
+        for example in re.findall(r"^irgdistill .*", command.epilog, re.M):
+            assert f"\n```console\n{example}\n```\n" in page
+
+
+def test_what_replaces_an_option_of_timm_exists() -> None:
+    """The second column of the tables names options of `distill` and keys."""
+    text = (ROOT / "docs" / "from_timm.md").read_text(encoding="utf-8")
+    cells = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| `--")]
+    options = {name for parameter in commands()["distill"].params for name in parameter.opts}
+    assert len(cells) > 40
+    for cell in cells:
+        assert set(re.findall(r"--[a-z-]+", cell)) <= options, cell
+        for key in re.findall(r"--set ([\w.]+)=", cell):
+            assert key in keys() or key.startswith("student.args."), cell
+
+
+def test_a_section_of_the_gallery_is_left_out_without_its_picture(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "here.png").touch()
+    head, here, gone = "# Gallery\n\n", "## One\n\n![a](images/here.png)\n\n", "## Two\n\n![b](images/gone.png)\n\n"
+    last = "## Three\n\nNo picture.\n"
+    assert hooks().with_pictures(head + here + gone + last, tmp_path) == head + here + last
 
 
 def test_the_page_of_settings_has_every_key_with_its_docstring() -> None:
