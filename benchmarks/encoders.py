@@ -43,10 +43,10 @@ FAMILIES = {
 }
 
 
-def two_steps(name: str, labelled: bool) -> str:
+def two_steps(name: str, labelled: bool, size: int | None) -> str:
     """Train for two steps under random weights of `name` -> "ok", or what went wrong."""
     torch.manual_seed(0)
-    teacher = build_network(name, num_classes=0)
+    teacher = build_network(name, num_classes=0, input_size=None if size is None else (size, size))
     student: Any = timm.create_model("mobilenetv3_small_050", num_classes=3 if labelled else 0)
     distiller = Distiller(teacher.model, student, settings={} if labelled else {"losses.ce.weight": 0})
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
@@ -66,10 +66,11 @@ def two_steps(name: str, labelled: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--only", help="names, with commas between")
+    parser.add_argument("--only", help="names, with commas between; the other rows of --output stay")
+    parser.add_argument("--input-size", type=int, help="of the teachers, in pixels; default: their own")
     options = parser.parse_args()
     families = FAMILIES | {name: name for name in timm.list_models("*_enc")}
-    rows = []
+    rows = json.loads(options.output.read_text())["rows"] if options.only and options.output else []
     for family, name in families.items():
         if options.only and name not in options.only.split(","):
             continue
@@ -77,13 +78,15 @@ def main() -> None:
         start = time.perf_counter()
         for labelled in (True, False):
             try:
-                row["labels" if labelled else "no labels"] = two_steps(name, labelled)
+                row["labels" if labelled else "no labels"] = two_steps(name, labelled, options.input_size)
             except UserError as error:
                 row["labels" if labelled else "no labels"] = f"refused: {error}"
             gc.collect()
         row["parameters"] = parameters(build_network(name, num_classes=0, meta=True).model)
         row["seconds"] = round(time.perf_counter() - start, 1)
-        rows.append(row)
+        if options.input_size is not None:
+            row["input_size"] = options.input_size
+        rows = [other for other in rows if other["name"] != name] + [row]
         print(json.dumps(row), flush=True)
     if options.output:
         versions = {"torch": torch.__version__, "timm": timm.__version__}

@@ -21,12 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BY_RUN = ("top1", "best", "curves", "agreement")
 """What a row has of each of its seeds."""
-SMALL = {
-    "small-cifar_resnet20_x0_5": "`cifar_resnet20` → `cifar_resnet20_x0_5`",
-    "small-cifar_resnet14_x0_5": "→ `cifar_resnet14_x0_5`",
-    "small-cifar_resnet56": "`cifar_resnet56` → `cifar_resnet20`",
-}
+SMALL = ("small-cifar_resnet20_x0_5", "small-cifar_resnet14_x0_5", "small-cifar_resnet56")
 FULL = "full-cifar_resnet20_x0_5"
+FRONT = {
+    "small-cifar_resnet20_x0_5": ("10,000", "`cifar_resnet20` → `cifar_resnet20_x0_5`"),
+    "small-cifar_resnet14_x0_5": ("10,000", "`cifar_resnet20` → `cifar_resnet14_x0_5`"),
+    "small-cifar_resnet56": ("10,000", "`cifar_resnet56` → `cifar_resnet20`"),
+    FULL: ("50,000", "`cifar_resnet20` → `cifar_resnet20_x0_5`"),
+}
+"""Record -> number of images and pair, in README's table."""
+PUBLISHED = ("kd", "logits", "fitnet", "at", "fsp", "rocket", "rkd", "sp", "pkt", "dkd", "irg", "mtk")
+OURS = ("kd+at", "irg+kd+at")
 Row = Mapping[str, Any]
 
 
@@ -87,7 +92,7 @@ def tables() -> dict[Path, dict[str, str]]:
     """File -> mark -> the table that stands between `<!-- MARK -->` and `<!-- end MARK -->` in it."""
     pages = {name.removeprefix("small-"): _page_table(record(name)["rows"]) for name in SMALL}
     pages["full"] = _page_table(record(FULL)["rows"])
-    return {ROOT / "README.md": {"small": _readme_table()}, ROOT / "docs" / "results.md": pages}
+    return {ROOT / "README.md": {"front": _readme_table()}, ROOT / "docs" / "results.md": pages}
 
 
 def with_tables(text: str, found: Mapping[str, str]) -> str:
@@ -114,12 +119,20 @@ def _page_table(rows: Sequence[Row]) -> str:
 
 
 def _readme_table() -> str:
-    records = [{row["method"]: row for row in record(name)["rows"]} for name in SMALL]
-    cells = [("method", *SMALL.values()), ("---",) * (1 + len(SMALL))]
-    for row in _by_accuracy(list(records[0].values())):
-        found = [rows.get(row["method"]) for rows in records]
-        cells.append((_name(row), *(f"{_top1(one)} ({len(one['seeds'])})" if one else "" for one in found)))
+    """A line for each pair: the student alone, the best published method, the default without and with relations."""
+    cells = [("images, teacher → student", "student alone", "strongest published", *(f"`{it}`" for it in OURS))]
+    cells.append(("---",) * len(cells[0]))
+    for name, (images, pair) in FRONT.items():
+        rows = {row["method"]: row for row in record(name)["rows"]}
+        best = max((row for method, row in rows.items() if method in PUBLISHED), key=lambda row: row["top1_mean"])
+        found = [_with_runs(rows["none"]), f"{_name(best)} {_with_runs(best)}"]
+        found += [_with_runs(rows[method]) if method in rows else "–" for method in OURS]
+        cells.append((f"{images}, {pair}", *found))
     return _markdown(cells)
+
+
+def _with_runs(row: Row) -> str:
+    return f"{_top1(row)} ({len(row['seeds'])})"
 
 
 def _name(row: Row) -> str:
