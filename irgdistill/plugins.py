@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from irgdistill.errors import UserError, nearest
@@ -76,18 +77,23 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 _REGISTRIES: list[Registry[Any]] = []
 
 _LOADED: dict[str, Path] = {}
-"""SHA-256 -> path of every plug-in of this process."""
+"""SHA-256 -> the latest path of every plug-in of this process."""
+
+_PATHS: dict[Path, str] = {}
+"""Path -> SHA-256, for every path by which a plug-in was asked for."""
 
 
 def snapshot() -> Callable[[], None]:
     """Return a function that takes back what was registered since, and the plug-ins imported since."""
-    entries, loaded = [registry.entries() for registry in _REGISTRIES], dict(_LOADED)
+    entries, loaded, paths = [registry.entries() for registry in _REGISTRIES], dict(_LOADED), dict(_PATHS)
 
     def restore() -> None:
         for registry, before in zip(_REGISTRIES, entries, strict=False):
             registry.replace(before)
         _LOADED.clear()
         _LOADED.update(loaded)
+        _PATHS.clear()
+        _PATHS.update(paths)
 
     return restore
 
@@ -103,6 +109,7 @@ def import_plugin(
     """
     path = Path(path).resolve()
     if not path.is_file() and sha256 in _LOADED:
+        _PATHS[path] = sha256
         return _LOADED[sha256], sha256
     if not path.is_file():
         raise UserError(f"--plugin {path}: no such file")
@@ -112,14 +119,26 @@ def import_plugin(
     if found not in _LOADED:
         restore = snapshot()
         try:
-            _import(path, f"irgdistill_plugin_{found[:16]}")
+            _import(path, _module_name(found))
             check()
         except Exception as error:
             restore()
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise UserError(f"--plugin {path}: {' '.join(why.split())}") from None
-        _LOADED[found] = path
+    _LOADED[found], _PATHS[path] = path, found
     return path, found
+
+
+def find_plugin(path: Path, sha256: str | None = None) -> tuple[ModuleType, str] | None:
+    """The imported plug-in and its SHA-256: of this content, else of this path, else the only one of this file name."""
+    same_name = {found for known, found in _PATHS.items() if known.name == path.name}
+    of_path = _PATHS.get(path.resolve(), next(iter(same_name)) if len(same_name) == 1 else None)
+    found = sha256 if sha256 in _LOADED else of_path
+    return None if found is None else (sys.modules[_module_name(found)], found)
+
+
+def _module_name(sha256: str) -> str:
+    return f"irgdistill_plugin_{sha256[:16]}"
 
 
 def _import(path: Path, name: str) -> None:

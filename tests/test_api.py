@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,29 @@ def digits() -> tuple[Tensor, Tensor]:
     pixels, labels = datasets.load_digits(return_X_y=True)
     images = torch.tensor(pixels[:256] / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8)
     return nn.functional.interpolate(images, SIZE[1:]).expand(-1, 3, -1, -1).contiguous(), torch.tensor(labels[:256])
+
+
+class Small(nn.Module):
+    """A network of nobody's library; with `fixed` for images of that size alone."""
+
+    def __init__(self, width: int = 8, fixed: int | None = None) -> None:
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width]
+        layers = [(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in pairwise(widths)]
+        self.layers = nn.Sequential(*(nn.Sequential(*layer) for layer in layers))
+        self.pool = nn.Flatten() if fixed else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.out = nn.Linear(4 * width * ((fixed or 8) // 8) ** 2, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.pool(self.layers(x)))
+        return out
+
+
+class Tables(nn.Module):
+    """Returns a dictionary."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": x.mean((2, 3))}
 
 
 def hooks(model: nn.Module) -> int:
@@ -168,7 +192,13 @@ def test_the_plan_of_two_models() -> None:
         (lambda: Distiller(network(), network(), settings={"optim.lr": 1}), "'optim.lr' does not define the loss"),
         (lambda: Distiller(None, network()), "method 'auto' needs a teacher"),
         (lambda: Distiller(network(), network(), "rocket"), "irgdistill distill --method rocket"),
-        (lambda: Distiller(nn.Linear(2, 2), network()), "the teacher, Linear, is not a timm model"),
+        (lambda: Distiller(nn.Linear(2, 2), network()), "the teacher: Linear does not run on images"),
+        (lambda: Distiller("resnet18", network()), "the teacher is a str, not a torch.nn.Module"),  # type: ignore[arg-type]
+        (lambda: Distiller(network(), nn.Identity()), r"the student: Identity returns \(1, 3, 224, 224\) for one of"),
+        (lambda: Distiller(network(), Small(fixed=16)), "another size: input_size=…"),
+        (lambda: match(network(), Tables()), "returns dict for one of images"),
+        (lambda: Distiller([], network()), "method 'auto' needs a teacher"),
+        (lambda: Distiller([network()], network(), teacher_weights=[1, 2]), "expected 1 positive numbers"),
         (lambda: Distiller(timm.create_model("cifar_resnet20", num_classes=7), network(), "kd"), "7 classes"),
         (lambda: distill(stduent="resnet18"), "no option 'stduent'; did you mean student"),
         (lambda: distill(load_config(), epochs=3), "not both: leave out epochs"),
@@ -188,6 +218,64 @@ def test_relations_alone_need_no_shared_classes(digits: tuple[Tensor, Tensor]) -
     assert set(terms) == {"ce", "edges", "transform", "positions", "embedding"}
     _, terms = Distiller(teacher, network(), "irg+kd+at", {"losses.kd.weight": 0})(digits[0][:8], digits[1][:8])
     assert set(terms) == {"ce", "edges", "transform", "attention"}
+
+
+@pytest.mark.parametrize("method", ["auto", "encoder", "fitnet"])
+def test_networks_of_torchvision_and_your_own(method: str, digits: tuple[Tensor, Tensor]) -> None:
+    """Two steps; every term is finite, and the student's first layer learns from the teacher too."""
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    pairs = [(models.resnet18(num_classes=10), models.mobilenet_v3_small(num_classes=10)), (Small(16), Small())]
+    images = nn.functional.interpolate(digits[0][:8], (64, 64))
+    for teacher, student in pairs:
+        before = {name: value.clone() for name, value in teacher.state_dict().items()}
+        distiller = Distiller(teacher, student, method, {"losses.ce.weight": 0})
+        optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
+        for _ in range(2):
+            loss, terms = distiller(images, digits[1][:8])
+            assert all(value.isfinite() for value in terms.values()) and len(terms) > 1
+            optimizer.zero_grad()
+            loss.backward()
+            first = next(student.parameters())
+            assert first.grad is not None and first.grad.isfinite().all() and first.grad.any()
+            optimizer.step()
+        assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+        assert hooks(student) == hooks(teacher) == 0
+
+
+def test_a_network_for_one_size_is_matched_at_that_size(digits: tuple[Tensor, Tensor]) -> None:
+    teacher, student = Small(16, fixed=16), Small(fixed=16)
+    plan = match(teacher, student, input_size=16, teacher_input_size=(16, 16))
+    assert [pair.student.exit.module for pair in plan.pairs] == ["layers.1.2", "layers.2.2"]
+    loss, terms = Distiller(teacher, student, input_size=16, teacher_input_size=16)(digits[0][:8], digits[1][:8])
+    assert loss.isfinite() and "edges" in terms
+
+
+def test_several_teachers_are_the_trainers_mean(digits: tuple[Tensor, Tensor]) -> None:
+    """Terms on stages are means over the teachers, logits means of probabilities; each has images of its own."""
+    images, labels = digits[0][:8], digits[1][:8]
+    larger = nn.functional.interpolate(images, (24, 24))
+    a, b, student = network("cifar_resnet20", 1), Small(16), network().eval()
+    settings = {"losses.ce.weight": 0, "losses.kd.weight": 0, "losses.logits.weight": 0}
+    _, of_a = Distiller(a, student, "irg+kd", settings)(images, labels)
+    _, of_b = Distiller(b, student, "irg+kd", settings)(images, labels, larger)
+    both = Distiller([a, b], student, "irg+kd", settings, teacher_weights=[3, 1])
+    _, terms = both(images, labels, [images, larger])
+    assert terms["edges"].item() == pytest.approx((3 * of_a["edges"] + of_b["edges"]).item() / 4, rel=1e-5)
+    assert len(both.plans) == 2 and both.plan is both.plans[0]
+    assert not {id(p) for p in both.parameters()} & {id(p) for teacher in (a, b) for p in teacher.parameters()}
+
+    hinton = {"losses.kd.temperature": 1}
+    _, terms = Distiller((a, b), student, "kd", hinton, teacher_weights=[3, 1])(images, labels)
+    with torch.no_grad():
+        mean = (3 * a(images).softmax(1) + b(images).softmax(1)) / 4
+        expected = nn.functional.kl_div(student(images).log_softmax(1), mean, reduction="batchmean")
+    assert terms["kd"].item() == pytest.approx(expected.item(), rel=1e-5)
+    _, twice = Distiller([a, a], student, "kd")(images, labels)
+    _, once = Distiller(a, student, "kd")(images, labels)
+    assert twice["kd"].item() == pytest.approx(once["kd"].item(), rel=1e-5)
+    with pytest.raises(UserError, match="teacher_images holds 3 tensors: expected one, or one for each of 2"):
+        both(images, labels, [images] * 3)
 
 
 def test_hints_fade_with_the_progress_that_is_told(digits: tuple[Tensor, Tensor]) -> None:

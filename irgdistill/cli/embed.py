@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from irgdistill.cli.options import Quiet, command, option, with_settings
+from irgdistill.cli.options import CODE, Quiet, command, option, with_settings
 from irgdistill.config import NETWORKS, RESULT, RUN, Flag
 
 
@@ -33,11 +33,12 @@ from irgdistill.config import NETWORKS, RESULT, RUN, Flag
         "teacher.pooling": Flag(
             "--pooling", NETWORKS, "Of tokens: cls, mean or cls+mean; default: the network's own.", metavar="POOLING"
         ),
+        "plugins": CODE,
     }
 )
 def embed(
     given: dict[str, Any],
-    target: Annotated[str, typer.Argument(metavar="NETWORK", help="Run folder, checkpoint or timm name.")],
+    target: Annotated[str, typer.Argument(metavar="NETWORK", help="Run, checkpoint, timm name or FILE.py:FUNCTION.")],
     output: Annotated[
         Path, option(RESULT, "--output", help="File to write: .safetensors or .parquet.", metavar="FILE")
     ],

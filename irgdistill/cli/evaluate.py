@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from irgdistill.cli.options import Json, command, option, with_settings
+from irgdistill.cli.options import CODE, Json, command, option, with_settings
 from irgdistill.config import METHOD, NETWORKS, RUN, Flag
 
 
@@ -45,17 +45,18 @@ from irgdistill.config import METHOD, NETWORKS, RUN, Flag
         "data.workers": Flag("--workers", RUN, "Loader processes."),
         "runtime.device": None,
         "runtime.amp": None,
+        "plugins": CODE,
     }
 )
 def evaluate(
     given: dict[str, Any],
     targets: Annotated[
         list[str],
-        typer.Argument(metavar="NETWORK", help="Checkpoint, run folder or timm name; several make a table."),
+        typer.Argument(metavar="NETWORK", help="Run, checkpoint, timm name or FILE.py:FUNCTION; several: a table."),
     ],
     checkpoint: Annotated[Path | None, option(NETWORKS, help="Weights for a timm name.", metavar="FILE")] = None,
     against: Annotated[
-        str | None, option(NETWORKS, help="Teacher: checkpoint, run folder or timm name.", metavar="NETWORK")
+        str | None, option(NETWORKS, help="Teacher: run, checkpoint, timm name or FILE.py:FUNCTION.", metavar="NETWORK")
     ] = None,
     against_checkpoint: Annotated[
         Path | None, option(NETWORKS, help="Weights for the teacher's timm name.", metavar="FILE")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from irgdistill.cli.options import command, option, with_settings
+from irgdistill.cli.options import CODE, command, option, with_settings
 from irgdistill.config import DATA, RESULT
 
 
@@ -16,7 +16,7 @@ from irgdistill.config import DATA, RESULT
     order=70,
     examples=["irgdistill export runs/student --format onnx", "irgdistill export runs/student --format hub"],
 )
-@with_settings({"data.source": "Default: the data set of the checkpoint.", "data.root": None})
+@with_settings({"data.source": "Default: the data set of the checkpoint.", "data.root": None, "plugins": CODE})
 def export(
     given: dict[str, Any],
     target: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A student's run or checkpoint.")],
@@ -68,7 +68,7 @@ def export(
         raw_input=raw_input,
         check_images=check_images,
         data=load_config(flags={**given, "data.workers": 0, "data.eval_batch_size": 64}).data,
-        given=frozenset(given),
+        given=frozenset(given) - {"plugins"},
     )
     from irgdistill.commands.export.run import export as run
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from irgdistill.cli.options import Json, command, option, with_settings
+from irgdistill.cli.options import CODE, Json, command, option, with_settings
 from irgdistill.config import DATA, NETWORKS, RESULT, RUN, Flag
 
 
@@ -21,14 +21,14 @@ from irgdistill.config import DATA, NETWORKS, RESULT, RUN, Flag
 )
 @with_settings(
     {
-        "teacher.name": "timm name.",
+        "teacher.name": "timm name, or FILE.py:FUNCTION.",
         "teacher.checkpoint": "The teacher's weights; default: pretrained.",
         "teacher.input_size": "224 or 256x192.",
         "teacher.preprocessing.mean": None,
         "teacher.preprocessing.std": None,
         "teacher.preprocessing.interpolation": None,
         "teacher.preprocessing.crop_pct": None,
-        "student.name": "timm name; untrained without weights.",
+        "student.name": "timm name, or FILE.py:FUNCTION; untrained without weights.",
         "student.checkpoint": "The student's weights.",
         "student.pretrained": "Use the student's pretrained weights.",
         "student.input_size": "Size of the student's input.",
@@ -48,6 +48,7 @@ from irgdistill.config import DATA, NETWORKS, RESULT, RUN, Flag
         "data.eval_batch_size": Flag("--batch-size", RUN, "Images per step (default: 64)."),
         "data.workers": Flag("--workers", RUN, "Loader processes."),
         "runtime.device": None,
+        "plugins": CODE,
     }
 )
 def inspect_graph(

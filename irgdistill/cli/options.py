@@ -99,6 +99,10 @@ def option(
 Quiet = Annotated[bool, option(RESULT, "--quiet", help="Print results, warnings and errors only.")]
 
 
+CODE = "Python file whose function made a network, or that adds a data source; may be repeated."
+"""Help of --plugin where a checkpoint is read: the function of a network runs only if its file is named."""
+
+
 Json = Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from irgdistill.cli.options import Quiet, command, option, with_settings
+from irgdistill.cli.options import CODE, Quiet, command, option, with_settings
 from irgdistill.config import NETWORKS, RESULT, RUN, Flag
 
 
@@ -27,11 +27,12 @@ from irgdistill.config import NETWORKS, RESULT, RUN, Flag
         "data.workers": Flag("--workers", RUN, "Loader processes."),
         "runtime.device": None,
         "runtime.amp": None,
+        "plugins": CODE,
     }
 )
 def predict(
     given: dict[str, Any],
-    target: Annotated[str, typer.Argument(metavar="NETWORK", help="Run folder, checkpoint or timm name.")],
+    target: Annotated[str, typer.Argument(metavar="NETWORK", help="Run, checkpoint, timm name or FILE.py:FUNCTION.")],
     images: Annotated[
         list[str],
         typer.Argument(metavar="IMAGE", help="Image files, folders of them at any depth, lists (.csv, .tsv, .txt)."),

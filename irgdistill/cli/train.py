@@ -34,7 +34,7 @@ from irgdistill.errors import UserError
         "student.name": Flag(
             "--model",
             NETWORKS,
-            "timm name, hf-hub:… or local-dir:….",
+            "timm name, hf-hub:…, local-dir:… or FILE.py:FUNCTION.",
             completion="network",
             metavar="TIMM-NAME",
             common=True,

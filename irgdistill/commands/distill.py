@@ -15,7 +15,7 @@ import torch
 from irgdistill.commands.inspect.graph_images import RunLogger
 from irgdistill.commands.outcome import show_outcome
 from irgdistill.commands.requests import DistillRequest, ResumeRequest
-from irgdistill.config import AUTO, Config, assign, dump, validate
+from irgdistill.config import AUTO, Config, architecture_of, assign, dump, split_function, validate
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import Report, RunFolder
 from irgdistill.matching import print_plan
@@ -239,7 +239,9 @@ def _explain_stop(folder: RunFolder, resuming: bool) -> Iterator[None]:
 
 def _next_folder(config: Config, last: bool = False) -> Path:
     """The first free name under runs/; `last`: the one before it."""
-    parts = [str(config.student.name)] + [config.method] * (config.method not in (AUTO, "none"))
+    student = str(config.student.name)
+    named = student if split_function(student) is None else architecture_of(student)
+    parts = [named] + [config.method] * (config.method not in (AUTO, "none"))
     name = "-".join(parts).replace("+", "-").replace("/", "-").replace(":", "-")
     number = 1
     while (path := Path("runs") / f"{name}-{number}").exists():

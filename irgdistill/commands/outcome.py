@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from irgdistill.io import SELECTING, table
-from irgdistill.models import Network, build_network, fold_batch_norm, parameters
+from irgdistill.models import Network, NetworkRecord, fold_batch_norm, parameters, rebuild_network
 from irgdistill.training import Trainer, metric_name, now
 
 SECONDS = 0.2
@@ -46,9 +46,14 @@ def show_outcome(trainer: Trainer, folder: Path) -> None:
         which = f"teacher 1 of {len(setup.teachers)}" if len(setup.teachers) > 1 else "teacher"
         title = f"{setup.teacher.name} → {setup.student.name}{note}"
         table(title, ["", which, "student", "difference"], rows, stdout=False)
-    where = shlex.quote(str(folder))
+    where, form = shlex.quote(str(folder)), ""
+    if setup.student.code is not None:
+        files = {plugin.sha256: plugin.path for plugin in setup.config.plugins}
+        code = setup.student.code
+        where += f" --plugin {shlex.quote(str(files.get(code.sha256, code.path)))}"
+        form = " --format onnx"
     trainer.report.line(f"next: irgdistill eval {where}{'' if setup.classes else ' --probe knn'}")
-    trainer.report.line(f"      irgdistill export {where}")
+    trainer.report.line(f"      irgdistill export {where}{form}")
 
 
 def _teachers_score(trainer: Trainer, name: str) -> tuple[float | None, str]:
@@ -62,14 +67,7 @@ def _teachers_score(trainer: Trainer, name: str) -> tuple[float | None, str]:
 
 def _size(network: Network) -> dict[str, float]:
     """Parameters, and megabytes of the weights and buffers as they are saved, before any folding."""
-    args = {key: value for key, value in network.args.items() if key != "img_size"}  # set by the input size
-    model = build_network(
-        network.architecture,
-        num_classes=network.num_classes,
-        input_size=network.input.size,
-        args=args,
-        meta=True,
-    ).model
+    model = rebuild_network(NetworkRecord.model_validate(network.describe()), meta=True).model
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     return {"parameters": parameters(model), "size in MB": size / 1e6}
 

@@ -30,6 +30,7 @@ from .loading import (
     assign,
     data_of,
     dump,
+    import_function,
     load_config,
     load_plugin,
     preset_files,
@@ -55,6 +56,7 @@ from .methods import (
     term,
 )
 from .model_args import check_model_args
+from .network_files import architecture_of, join_function, public_name, split_function
 from .networks import Pooling, Preprocessing, StudentConfig, TeacherConfig
 from .recipe import AugmentConfig, OptimConfig, ScheduleConfig
 from .renamed import BEFORE, RENAMED_KEYS, RenamedKeyWarning
@@ -127,6 +129,7 @@ __all__ = [
     "TermSpec",
     "Weight",
     "absolute_source",
+    "architecture_of",
     "assign",
     "changeable_on_resume",
     "check_files",
@@ -142,6 +145,8 @@ __all__ = [
     "data_of",
     "dump",
     "find_source",
+    "import_function",
+    "join_function",
     "keys",
     "load_config",
     "load_plugin",
@@ -150,10 +155,12 @@ __all__ = [
     "options",
     "preset_files",
     "presets",
+    "public_name",
     "read_yaml",
     "settings",
     "source",
     "source_words",
+    "split_function",
     "term",
     "validate",
     "validate_saved",

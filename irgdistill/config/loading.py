@@ -13,16 +13,20 @@ import yaml
 from pydantic import ValidationError
 
 from irgdistill.config.explain import explain
+from irgdistill.config.network_files import check_function, join_function, split_function
 from irgdistill.config.plain_yaml import load_yaml
 from irgdistill.config.renamed import current_key, current_keys, with_earlier_defaults
 from irgdistill.config.schema import Config, DataConfig, PluginConfig, refresh
-from irgdistill.config.settings import keys
+from irgdistill.config.settings import keys, of_any_teacher
 from irgdistill.config.sources import find_source
 from irgdistill.errors import UserError, nearest, one_line
 from irgdistill.plugins import import_plugin
 
 FURTHER = "teachers"
 """The section that is a list."""
+
+
+NETWORK_NAMES = ("teacher.name", "student.name")
 
 
 def load_config(
@@ -33,6 +37,7 @@ def load_config(
     Raises UserError; warns about keys that have another name now.
     """
     tree: dict[str, Any] = load_preset(preset) if preset else {}
+    files = list[PluginConfig]()
     for setting in settings or []:
         path, equals, text = setting.partition("=")
         if not equals:
@@ -41,10 +46,37 @@ def load_config(
             value = load_yaml(text)
         except yaml.YAMLError:
             value = text
-        assign(tree, path.strip(), value)
+        assign(tree, path.strip(), _imported(path.strip(), value, files))
     for path, value in (flags or {}).items():
+        value = _imported(path, value, files)
         assign(tree, path, [*_listed(tree.get(path)), *_listed(value)] if path == "plugins" else value)
+    if files:
+        assign(tree, "plugins", [*_listed(tree.get("plugins")), *(file.model_dump(mode="json") for file in files)])
     return validate(tree)
+
+
+def _imported(path: str, value: Any, files: list[PluginConfig]) -> Any:
+    """The value of the key `path`. If it is a network FILE.py:FUNCTION, import the file and add it to `files`.
+
+    For what the user typed alone: no file names another one to be run. Raises UserError as `import_function`.
+    """
+    if of_any_teacher(path) not in NETWORK_NAMES or not isinstance(value, str) or split_function(value) is None:
+        return value
+    name, file = import_function(value)
+    files.append(file)
+    return name
+
+
+def import_function(name: str) -> tuple[str, PluginConfig]:
+    """Import the file of FILE.py:FUNCTION -> the name with the absolute path, and the file as a plug-in.
+
+    Raises UserError: no such file, or one that does not import.
+    """
+    path, function = check_function(name)
+    try:
+        return join_function(path, function), load_plugin(path)
+    except UserError as error:
+        raise UserError(str(error).replace("--plugin ", "", 1)) from None
 
 
 def validate(tree: Mapping[str, Any], where: str = "") -> Config:
@@ -195,7 +227,8 @@ def data_of(
     names = {key.removeprefix("data.") for key in given if key.startswith("data.")}
     names |= {"eval_batch_size", "workers"}
     data = own.replaced({name: getattr(asked, name) for name in names})
-    if data.source and not find_source(data.source).word and not Path(data.source).exists():
+    named = data.source and not find_source(data.source).word and not Path(data.source).is_absolute()
+    if named and not Path(str(data.source)).exists():
         for plugin in plugins:  # the source may be one of theirs
             load_plugin(plugin.path, plugin.sha256)
     if data.source and "/" in data.source and Path(data.source).is_absolute() and not Path(data.source).exists():

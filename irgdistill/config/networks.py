@@ -64,14 +64,15 @@ class TeacherConfig(Section):
         Flag(
             "--teacher",
             NETWORKS,
-            "timm name, hf-hub:… or local-dir:…; may be repeated, as all options of teachers.",
+            "timm name, hf-hub:…, local-dir:… or FILE.py:FUNCTION; may be repeated, as all options of teachers.",
             completion="network",
             repeated=True,
             metavar="TIMM-NAME",
             common=True,
         ),
     ] = None
-    """timm name, `hf-hub:…` or `local-dir:…`. An irgdistill checkpoint knows its architecture and needs no name."""
+    """timm name, `hf-hub:…`, `local-dir:…`, or `FILE.py:FUNCTION`, a function that returns any `nn.Module`. An
+    irgdistill checkpoint knows its architecture and needs no name."""
     checkpoint: Annotated[
         Path | None,
         Flag(
@@ -135,13 +136,14 @@ class StudentConfig(Section):
         Flag(
             "--student",
             NETWORKS,
-            "timm name of the network to train.",
+            "To train: timm name or FILE.py:FUNCTION.",
             completion="network",
             metavar="TIMM-NAME",
             common=True,
         ),
     ] = None
-    """timm name of the network to train. An irgdistill checkpoint knows its architecture and needs no name."""
+    """Network to train: timm name, or `FILE.py:FUNCTION` as for the teacher; the function may take `num_classes`. An
+    irgdistill checkpoint knows its architecture and needs no name."""
     pretrained: Annotated[
         bool, Flag("--student-pretrained", NETWORKS, "Start from timm's pretrained weights.", common=True)
     ] = False
@@ -166,4 +168,4 @@ class StudentConfig(Section):
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass instead of keeping them; batch norm then counts each batch twice."""
     args: Annotated[dict[str, Any], AfterValidator(_model_args)] = Field(default_factory=dict)
-    """Further arguments of `timm.create_model`, such as drop_path_rate, that no other setting decides."""
+    """Further arguments of `timm.create_model` (or of FUNCTION), as drop_path_rate, that no other setting decides."""

@@ -1,7 +1,7 @@
 from .adapters import Learner
 from .base import Batch, Counterpart, Skip, Term, TermContext, TermSettings, method, term
 from .objective import DistillLoss, StepLosses, build_loss, compared_maps, gradient_shares
-from .several import mean_logits
+from .several import mean_logits, with_mean_logits
 from .terms.logits import soft_targets
 from .terms.maps import attended
 from .terms.positions import position_loss
@@ -27,4 +27,5 @@ __all__ = [
     "position_loss",
     "soft_targets",
     "term",
+    "with_mean_logits",
 ]

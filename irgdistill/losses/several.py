@@ -28,6 +28,18 @@ def mean_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return (stacked - levels + shares.log()).logsumexp(0) + (shares * levels).sum(0)
 
 
+def with_mean_logits(outputs: Sequence[Output], weights: Sequence[float], answers: Sequence[bool]) -> list[Output]:
+    """The outputs of all teachers, each with the mean of the logits of those in `answers` (see `mean_logits`).
+
+    Without any, each keeps its own.
+    """
+    own = [(output.logits, weight) for output, weight, known in zip(outputs, weights, answers, strict=True) if known]
+    if len(outputs) == 1 or not own:
+        return list(outputs)
+    logits = own[0][0] if len(own) == 1 else mean_logits(*zip(*own, strict=True))
+    return [output._replace(logits=logits) for output in outputs]
+
+
 class PerTeacher(nn.ModuleDict):
     """The adapters of a term by the number of the teacher, with which the names of their tensors begin."""
 

@@ -18,17 +18,20 @@ class EmbeddingHook:
     """Keeps the embedding (B, D) of each forward pass of `model`.
 
     `auto` takes the network's own: the input of its classifier, which timm names; in other modules, of the last linear
-    layer whose output is the network's output; the output itself if there is none. `cls` and `mean` read the tokens
+    layer whose output is the network's output; the output itself if there is none, or if the module's `num_classes` is
+    0. `cls` and `mean` read the tokens
     after the last norm of a transformer, `cls+mean` joins both. Raises UserError if the network has no such tokens.
     """
 
     def __init__(self, model: nn.Module, pooling: Pooling = "auto") -> None:
         self._kept: Tensor | None = None
         self._output: Any = None
+        self._headless = False
         if pooling != "auto":
             self.handles = [_hook_tokens(model, pooling, self._keep)]
             return
         known = hasattr(model, "get_classifier")
+        self._headless = not known and getattr(model, "num_classes", None) == 0
         classifier = model.get_classifier() if known else None  # type: ignore[operator]
         if isinstance(classifier, (tuple, list, nn.ModuleList)):  # several heads on one embedding
             classifier = next(iter(classifier), None)
@@ -41,7 +44,8 @@ class EmbeddingHook:
     def take(self, output: Tensor) -> Tensor:
         """The embedding (B, D) of the pass that returned `output`, float32 (float64 stays). Forgets it."""
         kept, last, self._kept, self._output = self._kept, self._output, None, None
-        embedding = _flat(output) if kept is None or (last is not None and last is not output) else kept
+        whole = kept is None or (last is not None and last is not output) or (self._headless and output.shape[1] > 0)
+        embedding = _flat(output) if kept is None or whole else kept
         return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
 
     def remove(self) -> None:

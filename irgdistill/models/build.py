@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in `__all__`
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from irgdistill.config import check_model_args
+from irgdistill.config import check_model_args, split_function
 from irgdistill.errors import UserError, nearest, one_line
+from irgdistill.models.functions import build_from_function
 from irgdistill.models.network import Network, NetworkRecord
 from irgdistill.models.weights import LOCAL, SOURCES, Weights, classes_of, load_weights
 
@@ -41,8 +41,18 @@ def build_network(
 
     `preprocessing` may hold mean, std, interpolation and crop_pct that override the network's own; `meta` builds
     shapes without weights, even of the largest networks.
+    A network FILE.py:FUNCTION has the weights that its function returns, or `weights`.
     Raises UserError: unknown name (nearest ones), weights that do not fit or cannot be fetched.
     """
+    if split_function(name) is not None:
+        return build_from_function(
+            name,
+            weights=weights,
+            num_classes=num_classes,
+            input_size=input_size,
+            args=args,
+            preprocessing=preprocessing,
+        )
     _check_name(name)
     args = dict(args or {})
     try:
@@ -86,13 +96,24 @@ def rebuild_network(
 
     Raises UserError as `build_network` does.
     """
+    size, preprocessing = input_size or record.input_size, {**record.preprocessing, **(preprocessing or {})}
+    if record.code is not None:
+        return build_from_function(
+            record.name,
+            weights=weights,
+            num_classes=record.num_classes,
+            input_size=size,
+            args=record.args,
+            preprocessing=preprocessing,
+            sha256=record.code.sha256,
+        )
     return build_network(
         record.architecture,
         weights=weights,
         num_classes=record.num_classes,
-        input_size=input_size or record.input_size,
+        input_size=size,
         args=record.args_without_size,
-        preprocessing={**record.preprocessing, **(preprocessing or {})},
+        preprocessing=preprocessing,
         meta=meta,
     )
 
@@ -116,14 +137,8 @@ def parameters(model: nn.Module) -> int:
 
 def multiply_adds(network: Network) -> int:
     """Multiply-adds for one image, counted on the meta device."""
-    tensors = {**dict(network.model.named_parameters()), **dict(network.model.named_buffers())}
-    meta = {key: value.detach().to("meta") for key, value in tensors.items()}
-    image = torch.empty(1, *network.input.shape, device="meta")
-    training = network.model.training
-    network.model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        torch.func.functional_call(network.model, meta, (image,))
-    network.model.train(training)
+    with FlopCounterMode(display=False) as counter:
+        network.run_on_meta(network.model)
     return int(counter.get_total_flops()) // 2
 
 
@@ -134,6 +149,8 @@ def _check_name(name: str) -> None:
         if name.startswith(LOCAL) and not (Path(name.removeprefix(LOCAL)) / "config.json").is_file():
             raise UserError(f"{name}: no config.json in that folder")
         return
+    if Path(name).suffix == ".py":
+        raise UserError(f"{name}: expected {name}:FUNCTION, with a function of that file that returns the network")
     if not timm.is_model(name):
         elsewhere = ", and no folder or file here" if "/" in name or Path(name).suffix else ""
         known = [m.split(".")[0] for m in known_models()]

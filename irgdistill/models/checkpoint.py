@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from irgdistill.config import Pixels, PluginConfig, Pooling
+from irgdistill.config import Pixels, PluginConfig, Pooling, architecture_of
 from irgdistill.errors import UserError
 from irgdistill.io import FORMAT, Evaluation, Record, read_metadata, read_tensors
 from irgdistill.models.build import build_network, rebuild_network
@@ -108,6 +108,11 @@ class CheckpointMetadata(NetworkRecord):
     """Plug-ins of the run, one of which may provide its data source."""
     versions: Mapping[str, str] = Field(default_factory=dict)
 
+    @property
+    def file(self) -> Path | None:
+        known = (plugin.path for plugin in self.plugins if self.code and plugin.sha256 == self.code.sha256)
+        return next(known, super().file)
+
     @classmethod
     def read(cls, path: Path) -> Self | None:
         """The metadata of a checkpoint; None for weights that irgdistill did not write.
@@ -132,7 +137,7 @@ class CheckpointMetadata(NetworkRecord):
 
     def check_name(self, path: Path, name: str | None, option: str) -> None:
         """Raises UserError if `name`, given with `option`, is another architecture."""
-        if name is not None and name.split(".")[0] != self.architecture:
+        if name is not None and architecture_of(name) != self.architecture:
             raise UserError(f"{path} holds a {self.architecture}, not a {name}; leave {option} out")
 
 
@@ -142,9 +147,9 @@ def describe(network: Network, classes: list[str]) -> dict[str, Any]:
 
 
 def timm_config(network: Network, classes: list[str]) -> dict[str, Any]:
-    """config.json of a timm `local-dir:`."""
-    cfg: Any = network.model.pretrained_cfg
-    keep = {key: cfg[key] for key in ("first_conv", "classifier", "fixed_input_size", "pool_size") if cfg.get(key)}
+    """config.json of a timm `local-dir:`, for a network of timm."""
+    cfg, kept = network.cfg, ("first_conv", "classifier", "fixed_input_size", "pool_size")
+    keep = {key: cfg[key] for key in kept if cfg.get(key)}
     return {
         "architecture": network.architecture,
         "num_classes": network.num_classes,

@@ -14,10 +14,10 @@ def class_names(network: Network, pretrained: bool = False) -> list[str]:
 
     `pretrained`: it has timm's own weights, whose names timm knows for the subsets of ImageNet by their size.
     """
-    recorded: Any = network.classes or network.model.pretrained_cfg.get("label_names")  # type: ignore[union-attr,operator]
+    recorded: Any = network.classes or network.cfg.get("label_names")
     if recorded is not None and len(recorded) == network.num_classes:
         return list(map(str, recorded))
-    subset = infer_imagenet_subset(network.model) if pretrained else None
+    subset = infer_imagenet_subset(network.model) if pretrained and network.from_timm else None
     if subset is not None:
         known = ImageNetInfo(subset)
         return [known.index_to_description(i) for i in range(network.num_classes)]

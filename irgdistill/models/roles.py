@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from irgdistill.config import Config, StudentConfig, TeacherConfig
+from irgdistill.config import Config, StudentConfig, TeacherConfig, import_function, split_function
 from irgdistill.errors import UserError
 from irgdistill.io import Report, RunFolder, find_checkpoint
 from irgdistill.models.build import build_network
 from irgdistill.models.checkpoint import CheckpointMetadata, read_checkpoint, restore
 from irgdistill.models.foreign import Role
-from irgdistill.models.network import Network
+from irgdistill.models.network import Network, pretrained_cfg
 from irgdistill.models.weights import Weights, load_weights
 
 
@@ -30,6 +30,7 @@ def build_teacher(spec: TeacherConfig, fetch: bool = True) -> Network:
         assert spec.name is not None
         given = spec.preprocessing.given
         teacher = build_network(spec.name, pretrained=fetch, input_size=spec.input_size, preprocessing=given)
+        teacher.foreign = teacher.code is not None
     teacher.pooling = spec.pooling
     return teacher
 
@@ -37,9 +38,11 @@ def build_teacher(spec: TeacherConfig, fetch: bool = True) -> Network:
 def build_booster(config: Config, num_classes: int) -> Network:
     """Build the network that `rocket` trains beside the student: the teacher's architecture with random weights.
 
-    Raises UserError as `build_teacher` does.
+    Raises UserError as `build_teacher` does, and for a network that a function makes, whose weights it decides.
     """
     spec = config.teacher
+    if split_function(spec.name) is not None:
+        raise UserError(f"rocket trains the teacher's architecture from random weights: {spec.name} is none of timm's")
     if spec.checkpoint is None and spec.name is not None:
         given = spec.preprocessing.given
         return build_network(spec.name, num_classes=num_classes, input_size=spec.input_size, preprocessing=given)
@@ -71,7 +74,7 @@ def resolve_student(spec: StudentConfig) -> StudentConfig:
     metadata.check_name(path, spec.name, option)
     return spec.replaced(
         {
-            "name": metadata.architecture,
+            "name": spec.name if spec.name is not None and metadata.code is not None else metadata.name,
             "args": {**metadata.args_without_size, **spec.args},
             "input_size": spec.input_size or metadata.input_size,
             "preprocessing": spec.preprocessing.replaced({**metadata.preprocessing, **spec.preprocessing.given}),
@@ -88,6 +91,8 @@ def build_student(
     downloading. Raises UserError: unknown name, weights that are missing or do not fit, no classifier.
     """
     assert spec.name is not None
+    if spec.pretrained and split_function(spec.name) is not None:
+        raise UserError(f"{spec.name} decides its weights itself: leave out --student-pretrained (train: --pretrained)")
     pretrained = spec.pretrained and weights and fetch
     student = build_network(
         spec.name,
@@ -98,12 +103,17 @@ def build_student(
         preprocessing=spec.preprocessing.given,
     )
     if student.num_classes != len(classes):  # without classes, the student returns its embedding
+        if student.code is not None:
+            raise UserError(
+                f"{student.name} returns {student.num_classes} logits, and the data have {len(classes)} classes: "
+                "let the function take num_classes"
+            )
         raise UserError(f"{student.name} has no classifier to train on {len(classes)} classes")
-    note = ""
+    note = "" if student.code is None or not weights else f"{student.name} starts as its function returns it"
     if spec.checkpoint is not None and weights:
         note = _load_initial(student, _checkpoint_file(spec.checkpoint), classes)
     elif pretrained:
-        own = student.model.pretrained_cfg.get("num_classes")  # type: ignore[union-attr,operator]
+        own = int(student.cfg.get("num_classes") or 0)
         note = f"{student.name} starts from its pretrained weights" + _classifier_note(own, classes)
     return student, note
 
@@ -137,8 +147,7 @@ def _classifier_note(count: int, classes: list[str]) -> str:
 
 def _classifier_keys(model: nn.Module) -> list[str]:
     """Keys of the classifier in the state dict, as timm's configuration names them; none if it does not."""
-    cfg: Any = model.pretrained_cfg
-    heads = cfg.get("classifier") or ()
+    heads = pretrained_cfg(model).get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     state: Mapping[str, Tensor] = model.state_dict()
     return [key for key in state if key.startswith(prefixes)] if prefixes else []
@@ -151,11 +160,14 @@ def open_network(
     role: Role = "student",
     preprocessing: Mapping[str, Any] | None = None,
 ) -> tuple[Network, CheckpointMetadata | None]:
-    """Open a checkpoint, a run folder or a timm name (pretrained, or with the weights of `checkpoint`).
+    """Open what the user named: a checkpoint, a run folder, a timm name (pretrained, or with the weights of
+    `checkpoint`), or FILE.py:FUNCTION.
 
     `preprocessing` replaces what is given of the network's own.
     The second value is the checkpoint's metadata, None for weights that irgdistill did not write. Raises UserError.
     """
+    if split_function(target) is not None:
+        target, _ = import_function(target)
     path = find_checkpoint(target)
     if path is not None:
         if checkpoint is not None:

@@ -202,11 +202,12 @@ class Checkpointer:
         }
 
     def _describe(self) -> None:
-        """Write config.yaml, unless the user has one there, and timm's config.json."""
+        """Write config.yaml, unless the user has one there, and timm's config.json of a network of timm."""
         if not self.folder.config.exists():
             write_text(self.folder.config, dump(self.components.config))
         setup = self.components.setup
-        write_text(self.folder.timm_config, json.dumps(timm_config(setup.student, setup.classes), indent=2) + "\n")
+        if setup.student.from_timm:
+            write_text(self.folder.timm_config, json.dumps(timm_config(setup.student, setup.classes), indent=2) + "\n")
 
     def _record_teacher(self) -> None:
         if self.progress.teacher_record is not None:
@@ -291,7 +292,7 @@ def _teacher_record(teacher: TeacherSetup, spec: TeacherConfig) -> dict[str, Any
         "architecture": teacher.network.architecture,
         **spec.model_dump(mode="json", include={"checkpoint", "input_size", "pooling", "weight"}),
         "preprocessing": spec.preprocessing.given,
-        "name": teacher.network.name,
+        "name": teacher.network.name if teacher.network.code is None else spec.name or teacher.network.name,
         "weights": teacher.checksum,
     }
 

@@ -16,6 +16,7 @@ from irgdistill.config import (
     STAGE_KINDS,
     Config,
     InputSpec,
+    architecture_of,
     check_partly_labelled,
     check_run,
 )
@@ -240,7 +241,7 @@ def _teachers(
         if spec.checkpoint is not None:
             cache.check_same("teacher", describe_teacher(build_teacher(spec)))
         elif spec.name not in (None, cache.manifest.name):
-            cache.check_same("teacher", {"architecture": spec.name.split(".")[0]})
+            cache.check_same("teacher", {"architecture": architecture_of(spec.name)})
         cache.check_same("teacher", spec.preprocessing.model_dump(mode="json", exclude_none=True))
         networks.append(cache.teacher())
     return networks

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from irgdistill.losses import mean_logits
+from irgdistill.losses import with_mean_logits
 from irgdistill.matching import Output, Tapped
 from irgdistill.training.teacher_cache import TeacherCache
 
@@ -54,13 +54,11 @@ class CachedTeacher:
 class Teachers:
     """All teachers of a run, in its order. The loader brings the rows of their caches side by side.
 
-    `answers`: which have the data's classes. The logits of each output are the mean of theirs (`mean_logits`), weighted
-    by `weights`; without any, each keeps its own.
+    `answers`: which have the data's classes. The logits of each output are the mean of theirs, weighted by `weights`.
     """
 
     def __init__(self, members: Sequence[Teacher], weights: Sequence[float], answers: Sequence[bool]) -> None:
-        self.members, self.weights = members, weights
-        self.answering = [number for number, known in enumerate(answers) if known]
+        self.members, self.weights, self.answers = members, weights, answers
 
     @property
     def network(self) -> Tapped | None:
@@ -78,13 +76,7 @@ class Teachers:
             end = start + member.row_bytes
             outputs.append(member(images, None if rows is None else rows[:, start:end]))
             start = end
-        if len(outputs) == 1 or not self.answering:
-            return outputs
-        logits = outputs[self.answering[0]].logits
-        if len(self.answering) > 1:
-            answers = [outputs[number].logits for number in self.answering]
-            logits = mean_logits(answers, [self.weights[number] for number in self.answering])
-        return [output._replace(logits=logits) for output in outputs]
+        return with_mean_logits(outputs, self.weights, self.answers)
 
 
 class CachedRows:

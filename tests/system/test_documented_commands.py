@@ -133,6 +133,7 @@ def furnish(place: Path, run: Run) -> None:
         write_images(place / data / "train", dict.fromkeys(colours, 88))
         write_images(place / data / "val", dict.fromkeys(colours, 8), seed=1)
     write_images(place / "photos", {"album": 140})
+    (place / "my_nets.py").write_text(EXAMPLES["choosing"][0])
     tens = [f"class{i}" for i in range(10)]
     write_images(place / "cifar10" / "train", dict.fromkeys(tens, 13), size=32)
     write_images(place / "cifar10" / "val", dict.fromkeys(tens, 4), size=32, seed=1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from irgdistill.commands.compare.curves import curves_figure
 from irgdistill.commands.compare.statistics import mean_and_deviation, paired_interval
 from irgdistill.commands.inspect.figures import render
-from irgdistill.config import Config
+from irgdistill.config import Config, public_name
 from irgdistill.data import Loader, UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import (
@@ -99,14 +99,14 @@ def write_table(output: Path, runs: Sequence[Run], jobs: int, as_json: bool = Fa
     device = choose_device(config.runtime.device)
     result |= {
         "metric": metric,
-        "student": config.student.name,
+        "student": public_name(config.student.name),
         "data": config.data.source,
         "epochs": config.schedule.epochs,
         "command": f"irgdistill {shlex.join(sys.argv[1:])}",
         "device": f"{device}, {jobs} at once",
         "versions": {"irgdistill": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
-    _save(output, result, f"{config.student.name} on {Path(str(config.data.source)).name}, {epochs}", as_json)
+    _save(output, result, f"{result['student']} on {Path(str(config.data.source)).name}, {epochs}", as_json)
 
 
 def _predicted(runs: Sequence[Run], scores: Mapping[Run, Scores]) -> dict[str, Any]:

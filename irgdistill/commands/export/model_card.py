@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from irgdistill.commands.export.records import Comparison, TeacherCheck
-from irgdistill.config import SKIPPED, Config, DataConfig, TeacherConfig, dump, read_yaml, validate_saved
+from irgdistill.config import SKIPPED, Config, DataConfig, TeacherConfig, dump, public_name, read_yaml, validate_saved
 from irgdistill.errors import UserError
 from irgdistill.io import RunFolder, Summary, code_span, markdown, markdown_table, records, visible
 from irgdistill.models import CheckpointMetadata, Network, PlanRecord, TermRecord, multiply_adds, parameters
@@ -124,12 +124,6 @@ def write_card(folder: Path, student: Provenance, license: str, repository: str 
     header = _header(student, license).to_yaml()
     text = _text(student, license, repository or "USER/NAME")
     ModelCard(f"---\n{header}\n---\n\n{text}").save(folder / "README.md")
-
-
-def public_name(network: str | None) -> str | None:
-    """A network's name; of a `local-dir:` without the path to it."""
-    kind, colon, path = (network or "").partition("local-dir:")
-    return f"local-dir:{Path(path).name}" if colon and not kind else network
 
 
 def _header(student: Provenance, license: str) -> ModelCardData:

@@ -40,11 +40,17 @@ ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 CHECK_BATCH = 16
 
 
+GRAPHS = "give --format onnx or program (the weights alone: safetensors.torch.load_file reads the checkpoint)"
+"""What a network can be exported as that timm does not make."""
+
+
 def export(request: ExportRequest) -> Path:
     """Write the student in the requested format and return its path. Raises UserError, leaving everything as it was."""
     _check_requirements(request)
     checkpoint = find_checkpoint(request.target) or Path(request.target)
     network, metadata = _open(checkpoint)
+    if request.format in ("hub", "timm") and not network.from_timm:
+        raise UserError(f"{network.name} is no network of timm, which --format {request.format} needs: {GRAPHS}")
     path = _free_path(request, network, checkpoint)
     check = _Check(network, *_check_images(request, network, metadata), request.raw_input)
     path.parent.mkdir(parents=True, exist_ok=True)

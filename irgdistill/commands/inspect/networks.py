@@ -10,7 +10,16 @@ from timm.utils import random_seed
 
 from irgdistill.commands.inspect.measures import draw_evenly
 from irgdistill.commands.requests import ADVICE, InspectRequest
-from irgdistill.config import Config, DataConfig, MatchingConfig, data_of, validate
+from irgdistill.config import (
+    Config,
+    DataConfig,
+    MatchingConfig,
+    architecture_of,
+    data_of,
+    public_name,
+    split_function,
+    validate,
+)
 from irgdistill.data import Source, Splits, Unlabelled, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import Report, find_checkpoint, visible
@@ -81,17 +90,19 @@ def _complete(target: str, request: InspectRequest, config: Config) -> Config:
     recorded = _recorded_config(path, metadata)
     own, architecture = recorded.teacher, None if metadata.teacher is None else metadata.teacher.architecture
     given_teacher = config.teacher
-    if own.name is not None and ":" in own.name and given_teacher.name is None and given_teacher.checkpoint is None:
+    fetched = own.name is not None and ":" in own.name and split_function(own.name) is None
+    if fetched and given_teacher.name is None and given_teacher.checkpoint is None:
         raise UserError(f"{path} names its teacher {own.name}, which a file cannot have looked up: give --teacher")
     if given_teacher.checkpoint is not None and given_teacher.checkpoint.exists():
         theirs = CheckpointMetadata.read(_checkpoint(str(given_teacher.checkpoint)))
         if theirs is not None:
             _check_teacher(target, metadata, theirs.architecture)
-    if given_teacher.name is not None and ":" not in given_teacher.name:  # hf-hub:… is known after the download
-        _check_teacher(target, metadata, given_teacher.name.split(".")[0])
+    asked = given_teacher.name
+    if asked is not None and (":" not in asked or split_function(asked)):  # hf-hub:… is known after the download
+        _check_teacher(target, metadata, architecture_of(asked))
     return config.replaced(
         {
-            "student.name": metadata.architecture,
+            "student.name": metadata.name,
             "student.args": metadata.args_without_size,
             "student.input_size": config.student.input_size or metadata.input_size,
             "matching": recorded.matching if config.matching == MatchingConfig() else config.matching,
@@ -143,7 +154,7 @@ def show_plan(request: InspectRequest) -> None:
 def _name(name: str | None, checkpoint: Path | None, flag: str) -> str:
     """A network's name, or the one that its checkpoint records."""
     if name is None:
-        name = _own_metadata(_checkpoint(str(checkpoint)), flag).architecture
+        name = _own_metadata(_checkpoint(str(checkpoint)), flag).name
     return name
 
 
@@ -172,8 +183,9 @@ def open_networks(request: InspectRequest, config: Config) -> Inspection:
         if splits.labelled and tested.network.classes is not None and tested.network.classes != splits.classes:
             raise UserError(f"the class names of {data.source} are not those that {tested.label} was trained on")
     checkpoint = config.teacher.checkpoint
+    own = "pretrained" if teacher.code is None else "as its function returns it"
     return Inspection(
-        NetworkUnderTest(teacher.architecture, teacher, "pretrained" if checkpoint is None else str(checkpoint)),
+        NetworkUnderTest(teacher.architecture, teacher, own if checkpoint is None else str(checkpoint)),
         students,
         plan,
         splits,
@@ -201,11 +213,11 @@ def _student(config: Config, request: InspectRequest, path: Path | None, classes
     assert name is not None
     if request.student_pretrained:
         network = build_network(name, pretrained=True, input_size=size, preprocessing=given)
-        return network, f"{name} pretrained", "pretrained"
+        return network, f"{public_name(name)} pretrained", "pretrained"
     random_seed(config.seed)  # the same weights as a run with this seed starts from
     args = config.student.args
     network = build_network(name, num_classes=classes, input_size=size, args=args, preprocessing=given)
-    return network, f"{name} untrained", f"untrained, seed {config.seed}"
+    return network, f"{public_name(name)} untrained", f"untrained, seed {config.seed}"
 
 
 def _other(target: str, first: NetworkUnderTest, teacher: Network, plan: Plan, config: Config) -> NetworkUnderTest:
