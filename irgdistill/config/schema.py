@@ -131,7 +131,7 @@ class RuntimeConfig(Section):
         Flag("--amp", RUN, "auto, none, bf16 or fp16.", metavar="PRECISION", common=True),
     ] = "auto"
     """Autocast precision; a run remembers what `auto` was. `auto`: bf16 on CUDA (fp16 on GPUs without units for it), on
-    a CPU bf16 if it has instructions for it and is faster, else none. Relations are always computed in float32."""
+    a CPU bf16 if it has instructions for it and the networks are faster with it. Relations are always in float32."""
     channels_last: Annotated[bool, Flag("--channels-last", RUN, "Use the channels-last memory format.")] = False
     """Keep both networks' maps in channels-last format: faster for most convolutional networks."""
     fold_batch_norm: bool = True

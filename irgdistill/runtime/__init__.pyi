@@ -4,7 +4,7 @@ from .device import choose_device, gpu_settings, keep_memory, read_later
 from .distributed import World, process_group, running_statistics
 from .environment import is_worker, report_failure, restart_count, world_size
 from .parent import end_with_parent, lifeline
-from .precision import autocast, bf16_speed, instructions, resolve_precision, slow_precision
+from .precision import autocast, bf16_speed, instructions, may_have_bf16, resolve_precision, slow_precision
 from .signals import Signals, Stopped, ignore_signals
 from .workers import cores, run_workers
 
@@ -24,6 +24,7 @@ __all__ = [
     "is_worker",
     "keep_memory",
     "lifeline",
+    "may_have_bf16",
     "process_group",
     "read_later",
     "renew_statistics",

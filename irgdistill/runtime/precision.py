@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,7 @@ from torch.nn.functional import conv2d
 
 CPUINFO = Path("/proc/cpuinfo")
 
-AMX = {"amx_bf16"}
-"""Tile instructions: with them bf16 is certain to be faster."""
-
-
-UNITS = AMX | {"avx512_bf16", "bf16", "svebf16"}
+UNITS = {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}
 """Instructions for bf16 products of x86 and ARM processors, as Linux names them."""
 
 
@@ -27,6 +24,14 @@ WIDE = ("avx2", "avx512f", "avx512_vnni", "avx512_fp16", "asimd", "sve", "sve2",
 
 WITHOUT_UNITS = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 """Values of ONEDNN_MAX_CPU_ISA that keep oneDNN, which computes torch's convolutions, from the bf16 instructions."""
+
+
+GAIN = 1.1
+"""How many times as fast bf16 must be for `auto`: a tie is float32, which has more digits."""
+
+
+ENOUGH = 1.0
+"""Seconds after which a measurement repeats nothing more."""
 
 
 def instructions() -> list[str] | None:
@@ -41,11 +46,18 @@ def instructions() -> list[str] | None:
     return [name for name in WIDE if name in flags and not (name in UNITS and limit in WITHOUT_UNITS)]
 
 
-def resolve_precision(amp: str, device: torch.device) -> str:
+def may_have_bf16() -> bool:
+    """Whether this CPU has instructions for bf16, or the system does not say."""
+    found = instructions()
+    return found is None or bool(UNITS & set(found))
+
+
+def resolve_precision(amp: str, device: torch.device, step: Callable[[], object] | None = None) -> str:
     """What a precision of `RuntimeConfig.amp` is on a device: none, bf16 or fp16.
 
-    `auto` is what the device multiplies fastest. On GPUs bf16, or fp16 where they have no units for it. On a CPU
-    without bf16 instructions none, with AMX bf16; on others the faster of both in a short measurement.
+    `auto` on GPUs is bf16, or fp16 where they have no units for it; on a CPU without bf16 instructions none, on others
+    the faster of both in a short measurement: of `step`, or of a convolution. Depthwise convolutions have slow
+    gradients in bf16, so that only a step of the networks tells which precision is faster for a run.
     """
     if amp != "auto":
         return amp
@@ -54,10 +66,10 @@ def resolve_precision(amp: str, device: torch.device) -> str:
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type != "cpu":
         return "none"
-    found = instructions()
-    if found is not None and not UNITS & set(found):
+    if not may_have_bf16():
         return "none"
-    return "bf16" if (found is not None and AMX & set(found)) or bf16_speed() > 1 else "none"
+    speed = bf16_speed() if step is None else compare_precisions(step)
+    return "bf16" if speed > GAIN else "none"
 
 
 def slow_precision(amp: str, device: torch.device) -> str | None:
@@ -78,24 +90,27 @@ def autocast(amp: str, device: torch.device) -> Any:
 
 @cache
 def bf16_speed() -> float:
-    """Time of a 3×3 convolution with its backward pass in float32, over that in bf16, on this CPU: some 20 to 100 ms.
-
-    Measured once in a process, in turn, the best of four, or of one where that leaves no doubt. No generator of the
-    process is touched.
-    """
+    """`compare_precisions` of a 3×3 convolution with its backward pass: some 20 to 100 ms, once in a process."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 64, 16, 16, generator=generator)
     weight = torch.randn(64, 64, 3, 3, generator=generator).requires_grad_()
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    with torch.enable_grad():
-        for turn in range(5):
-            for dtype in best:
+    return compare_precisions(lambda: torch.autograd.grad(conv2d(x, weight, padding=1).float().sum(), weight))
+
+
+def compare_precisions(step: Callable[[], object]) -> float:
+    """Time of `step` in float32 over that in bf16, on this CPU.
+
+    Taken in turn, the best of four, or of fewer once they took a second. The generator of the process is left as it
+    was.
+    """
+    single, half = list[float](), list[float]()
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        for _ in range(5):
+            for times in (single, half):
                 since = time.perf_counter()
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-                    y = conv2d(x, weight, padding=1)
-                torch.autograd.grad(y.float().sum(), weight)
-                if turn:  # the first prepares the kernels
-                    best[dtype] = min(best[dtype], time.perf_counter() - since)
-            if turn and 3 * best[torch.float32] < best[torch.bfloat16]:
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=times is half):
+                    step()
+                times.append(time.perf_counter() - since)
+            if sum(single) + sum(half) > ENOUGH:
                 break
-    return best[torch.float32] / best[torch.bfloat16]
+    return min(single[1:] or single) / min(half[1:] or half)  # the first of several prepares the kernels

@@ -6,6 +6,7 @@ from .components import RunComponents, build_components
 from .embeddings import embed
 from .evaluation import Metrics, evaluate, metric_name, now, score
 from .observer import Observer
+from .precision import precision_of
 from .probes import knn_top1, linear_top1
 from .progress import Progress
 from .resolving import on_backend, resolved
@@ -69,6 +70,7 @@ __all__ = [
     "pack_logits",
     "pearson",
     "position",
+    "precision_of",
     "prepare",
     "read_manifest",
     "resolved",

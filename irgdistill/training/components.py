@@ -25,12 +25,12 @@ from irgdistill.runtime import (
     choose_device,
     gpu_settings,
     renew_statistics,
-    resolve_precision,
     slow_precision,
     sync_batch_norm,
 )
 from irgdistill.training.held_out import HELD_OUT_IMAGES, HeldOutGraph
 from irgdistill.training.optimization import build_mixup, build_optimizer, build_scheduler
+from irgdistill.training.precision import precision_of
 from irgdistill.training.setup import Setup
 from irgdistill.training.state import SavedState
 from irgdistill.training.teachers import CachedRows, CachedTeacher, LiveTeacher, Teacher, Teachers
@@ -128,7 +128,7 @@ def build_components(setup: Setup, world: World, report: Report) -> RunComponent
 
 
 def _build_components(setup: Setup, device: torch.device, world: World, report: Report) -> RunComponents:
-    setup = replace(setup, config=_with_precision(setup.config, device, world, report))
+    setup = replace(setup, config=_with_precision(setup, device, world, report))
     config = setup.config
     loss = _build_loss(setup, device, world, report)
     networks = _build_networks(setup, loss, device, world)
@@ -152,10 +152,10 @@ def _build_components(setup: Setup, device: torch.device, world: World, report: 
     )
 
 
-def _with_precision(config: Config, device: torch.device, world: World, report: Report) -> Config:
+def _with_precision(setup: Setup, device: torch.device, world: World, report: Report) -> Config:
     """The configuration with the precision that `auto` is here, the same in all processes."""
-    asked = config.runtime.amp
-    amp = world.broadcast(resolve_precision(asked, device) if world.main else asked)
+    config, asked = setup.config, setup.config.runtime.amp
+    amp = world.broadcast(precision_of(setup, device) if world.main else asked)
     if amp != asked and amp != "none":
         report.line(f"precision {amp}, the fastest of {device.type} here (--amp auto)")
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,8 +14,18 @@ import yaml
 from support import SMALL, Run
 
 from irgdistill.config import dump
+from irgdistill.config.loading import load_config
 from irgdistill.runtime import precision
-from irgdistill.runtime.precision import autocast, bf16_speed, instructions, resolve_precision, slow_precision
+from irgdistill.runtime.precision import (
+    autocast,
+    bf16_speed,
+    compare_precisions,
+    instructions,
+    resolve_precision,
+    slow_precision,
+)
+from irgdistill.training.precision import precision_of
+from irgdistill.training.setup import prepare
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 AVX2, AVX512, AMX, ARM = (
@@ -33,11 +44,12 @@ def cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
             path.write_text(f"processor\t: 0\n{flags}\n\nprocessor\t: 1\n{flags}\n")
         monkeypatch.setattr(precision, "CPUINFO", path)
 
-        def measured() -> float:
+        def measured(*_: object) -> float:
             assert speed is not None, "nothing to be measured"
             return speed
 
-        monkeypatch.setattr(precision, "bf16_speed", measured)
+        for name in ("bf16_speed", "compare_precisions"):
+            monkeypatch.setattr(precision, name, measured)
 
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     yield become
@@ -47,8 +59,10 @@ def cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     ("flags", "speed", "expected"),
     [
         (AVX2, None, "none"),  # certain, so not measured
-        (AMX, None, "bf16"),
+        (AMX, 2.5, "bf16"),
+        (AMX, 0.7, "none"),
         (AVX512, 1.6, "bf16"),
+        (AVX512, 1.05, "none"),  # a tie
         (AVX512, 0.7, "none"),
         (ARM, 1.9, "bf16"),
         (None, 0.1, "none"),  # not Linux: measured
@@ -102,7 +116,41 @@ def test_the_measurement_touches_no_generator() -> None:
     before = torch.get_rng_state()
     with torch.no_grad():
         assert 0 < bf16_speed() < 100
+        assert 0 < compare_precisions(lambda: torch.rand(3)) < 100
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_measured_step_is_faster_in_one_precision() -> None:
+    slow = lambda bf16: lambda: time.sleep(0.02 * (torch.is_autocast_enabled("cpu") == bf16))  # noqa: E731
+    assert compare_precisions(slow(True)) < 0.5 and compare_precisions(slow(False)) > 2
+
+
+@pytest.mark.parametrize(("enough", "times"), [(60, 5), (0, 1)])
+def test_a_long_step_is_not_repeated(monkeypatch: pytest.MonkeyPatch, enough: float, times: int) -> None:
+    monkeypatch.setattr(precision, "ENOUGH", enough)
+    seen: list[bool] = []
+    compare_precisions(lambda: seen.append(torch.is_autocast_enabled("cpu")))
+    assert seen == [False, True] * times
+
+
+def test_auto_measures_the_networks_of_the_run(cpu: Any, monkeypatch: pytest.MonkeyPatch, teacher: Path) -> None:
+    """Once: student and teacher together, which stay as they were."""
+    cpu(AVX512)
+    seen: list[tuple[bool, bool]] = []
+
+    def measured(step: Any) -> float:
+        setup.student.model.register_forward_hook(lambda model, *_: seen.append((True, model.training)))
+        setup.teachers[0].network.model.register_forward_hook(lambda model, *_: seen.append((False, model.training)))
+        step()
+        return 1.6
+
+    monkeypatch.setattr(precision, "compare_precisions", measured)
+    flags = {"teacher.checkpoint": teacher, "student.name": "cifar_resnet14_x0_5", "data.source": "digits"}
+    setup = prepare(load_config(None, flags=flags))
+    before = {name: value.clone() for name, value in setup.student.model.state_dict().items()}
+    assert precision_of(setup, CPU) == "bf16" and seen == [(True, True), (False, False)]
+    assert all(torch.equal(value, before[name]) for name, value in setup.student.model.state_dict().items())
+    assert all(weight.grad is None for weight in setup.student.model.parameters())
 
 
 def test_a_run_remembers_what_auto_was(cpu: Any, run: Run, folder: Path, tmp_path: Path) -> None:

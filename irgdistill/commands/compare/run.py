@@ -24,8 +24,8 @@ from irgdistill.io import SELECTING, Report, RunFolder, write_text
 from irgdistill.losses import build_loss
 from irgdistill.matching import Tapped
 from irgdistill.models import CheckpointMetadata
-from irgdistill.runtime import Stopped, choose_device, cores, lifeline, resolve_precision
-from irgdistill.training import SharedInputs, changes, prepare, resolved
+from irgdistill.runtime import Stopped, choose_device, cores, lifeline
+from irgdistill.training import SharedInputs, changes, precision_of, prepare, resolved
 
 POLL = 0.2
 """Seconds between two checks of the running processes."""
@@ -47,7 +47,8 @@ def compare(request: CompareRequest) -> None:
         runs, left = [run for run in runs if run not in left], []
         if not runs:
             raise UserError(f"--finished: {request.output} has no finished run of these methods and seeds")
-    _check(request, left, inputs)
+    amp = _check(request, left, inputs) or runs[0].config.runtime.amp
+    runs, left = ([run.with_precision(amp) for run in them] for them in (runs, left))
     try:
         if request.jobs == 1:
             for number, run in enumerate(left):
@@ -77,21 +78,24 @@ def _planned_runs(request: CompareRequest) -> list[Run]:
 
 
 def _precision(request: CompareRequest) -> str:
-    """The precision of all runs: the one asked for; for `auto` that of runs that are there, or what is best here."""
-    asked = request.config(request.methods[0]).runtime
+    """The precision of all runs: the one asked for; for `auto` that of runs that are there, if there are any."""
+    asked = request.config(request.methods[0]).runtime.amp
     paths = sorted(request.output.glob("*/*/config.yaml"))
     there = [validate_saved(read_yaml(path), f"{path}: ").runtime.amp for path in paths]
     known = [amp for amp in there if amp != "auto"]
-    return known[0] if asked.amp == "auto" and known else resolve_precision(asked.amp, choose_device(asked.device))
+    return known[0] if asked == "auto" and known else asked
 
 
-def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -> None:
-    """Raises UserError for the folder of another comparison, and for runs that cannot start."""
+def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -> str | None:
+    """Return what the precision of the first run is here; None if none is left.
+
+    Raises UserError for the folder of another comparison, and for runs that cannot start.
+    """
     paths = sorted(request.output.glob("*/*/config.yaml"))
     begun = [validate_saved(read_yaml(path), f"{path}: ") for path in paths]
     for there in begun:
         _check_same(request, resolved(request.config(there.method, there.seed)), there)
-    teachers = _teachers(request.output)
+    teachers, amp = _teachers(request.output), None
     classified = dict[bool, str]()
     for config in {run.config.method: run.config for run in left}.values():
         setup = prepare(config, inputs=inputs)
@@ -111,6 +115,8 @@ def _check(request: CompareRequest, left: Sequence[Run], inputs: SharedInputs) -
         widths = [teacher.embedding_widths for teacher in setup.teachers] or [None]
         for plan, width in zip(setup.plans, widths, strict=True):
             build_loss(config.losses, plan, None, booster, embedding_widths=width)
+        amp = amp or precision_of(setup, choose_device(config.runtime.device))
+    return amp
 
 
 def _check_same(request: CompareRequest, config: Config, there: Config) -> None:

@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.config.method}, seed {self.config.seed}"
+
+    def with_precision(self, amp: str) -> Run:
+        return replace(self, config=self.config.replaced({"runtime.amp": amp}))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from irgdistill.commands.requests import DoctorRequest
 from irgdistill.errors import UserError
 from irgdistill.io import Report, table, visible
 from irgdistill.models import build_network
-from irgdistill.runtime import bf16_speed, choose_device, cores, instructions, resolve_precision
+from irgdistill.runtime import bf16_speed, choose_device, cores, instructions, may_have_bf16
 from irgdistill.training import Setup, check_processes, on_backend, prepare
 from irgdistill.version import __version__
 
@@ -128,10 +128,11 @@ def _machine(found: Findings, output: Path) -> None:
     )
     found.values |= {"threads": threads, "memory": there}
     has, speed = instructions(), bf16_speed()
+    auto = "measures the networks of a run" if may_have_bf16() else "is none"
     found.row(
         "cpu precision",
-        f"a convolution in bf16 takes {1 / speed:.2g} of its time in float32; --amp auto is "
-        f"{resolve_precision('auto', torch.device('cpu'))}; instructions: {' '.join(has or ['unknown'])}",
+        f"a convolution in bf16 takes {1 / speed:.2g} of its time in float32; --amp auto {auto}; "
+        f"instructions: {' '.join(has or ['unknown'])}",
         instructions=has,
         bf16_speed=round(speed, 3),
     )
@@ -209,6 +210,7 @@ def _memory_verdict(trial: Trial, share: int, there: int, device: torch.device, 
     margin = MARGIN.get(device.type, 1.1)
     needed = int(margin * trial.memory(share))
     found.row("weights", f"{size(trial.weights)}, optimizer {size(trial.optimizer)}")
+    found.row("precision", trial.precision)
     found.row("step", f"{size(trial.per_image)} an image and {size(trial.fixed)} for gradients")
     found.row("memory", f"about {size(needed)} of {size(there)} on {device}", needed=needed, available=there)
     if needed <= there:

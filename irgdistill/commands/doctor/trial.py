@@ -32,8 +32,10 @@ STEP_SECONDS, LOADER_SECONDS = 1.0, 5.0
 
 @dataclass(frozen=True)
 class Trial:
-    """Memory of one process of a run in bytes, and its speed."""
+    """Memory of one process of a run in bytes, its precision, and its speed."""
 
+    precision: str
+    """`none`, `bf16` or `fp16`: what `--amp auto` is for these networks here."""
     weights: int
     """All networks."""
     optimizer: int
@@ -75,6 +77,7 @@ def try_run(setup: Setup, batch: int, available: int) -> Trial:
     student = _size(_tensors([components.student]))
     optimizer = _size(tree_leaves(components.optimizer.state_dict()["state"]))
     return Trial(
+        precision=components.config.runtime.amp,
         weights=_size(_tensors([components.trained, *teachers, components.ema, booster])),
         optimizer=optimizer,
         fixed=int(peak - images * per_image),
