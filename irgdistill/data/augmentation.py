@@ -95,7 +95,7 @@ def train_transform(config: AugmentConfig, input_spec: InputSpec, setting: str =
             f"(rand-m9-mstd0.5, augmix-m5-w4, original-mstd0.5, …) {error}".rstrip()
         ) from None
     steps = compose.transforms
-    _keep_one_bit(steps)
+    _posterize_to_black(steps)
     if crop in ("pad", "none"):
         resize = resize_to(input_spec)
         steps[:1] = [resize] if crop == "none" else [resize, transforms.RandomCrop(size, padding_of(config, size))]
@@ -105,17 +105,17 @@ def train_transform(config: AugmentConfig, input_spec: InputSpec, setting: str =
     return transforms.Compose(steps)
 
 
-def _keep_one_bit(steps: Sequence[Any]) -> None:
-    """Let timm's posterize keep at least one bit: at some magnitudes it asks Pillow for none, which it refuses."""
+def _posterize_to_black(steps: Sequence[Any]) -> None:
+    """Let timm's posterize return a black image where it keeps no bits, as Pillow did before it refused that."""
     for step in steps:
         for entry in (*getattr(step, "ops", ()), *getattr(step, "policy", ())):
             for op in entry if isinstance(entry, list) else [entry]:
                 if op.name.startswith("Posterize"):
-                    op.level_fn = partial(_one_bit_or_more, op.level_fn)
+                    op.aug_fn = partial(_posterize, op.aug_fn)
 
 
-def _one_bit_or_more(bits_of: Any, magnitude: float, hparams: Any) -> tuple[int, ...]:
-    return tuple(max(1, bits) for bits in bits_of(magnitude, hparams))
+def _posterize(keep: Any, image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    return Image.new(image.mode, image.size) if bits < 1 else keep(image, bits, **options)
 
 
 def resize_to(input_spec: InputSpec) -> Any:

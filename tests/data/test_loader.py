@@ -17,6 +17,7 @@ from torchvision import datasets
 
 from irgdistill.config.input_spec import InputSpec
 from irgdistill.config.schema import AugmentConfig, DataConfig
+from irgdistill.data import augmentation
 from irgdistill.data.augmentation import train_transform, transform_seeded
 from irgdistill.data.dataset import Images, UnreadableImages
 from irgdistill.data.image_cache import fits
@@ -247,11 +248,28 @@ def test_a_second_view_of_each_image_follows_the_first_ones(folder: Path, worker
 
 @pytest.mark.parametrize("policy", ["rand-m1-n9", "rand-m10-n9-inc1", "v0"])
 def test_every_policy_runs_at_every_magnitude(policy: str) -> None:
-    """timm asks for posters of 0 bits. Assumes its attributes `ops`, `policy`, `name` and `level_fn`."""
+    """timm asks for posters of 0 bits. Assumes its attributes `ops`, `policy`, `name` and `aug_fn`."""
     transform = train_transform(AugmentConfig(crop="none", auto_augment=policy), input_spec(16))
     image = Image.new("RGB", (16, 16), (200, 100, 50))
     for key in range(60):
         assert transform_seeded(0, key, transform, image).shape == (3, 16, 16)
+
+
+def test_posters_of_no_bits_are_black_as_before_pillow_13(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same batches as with Pillow's own function up to version 12, which masked any number of bits."""
+
+    def old(image: Image.Image, bits: int) -> Image.Image:
+        return image.point([i & ~(2 ** (8 - bits) - 1) for i in range(256)] * 3)
+
+    def batches() -> torch.Tensor:
+        train = loader(DataConfig(source=str(folder), batch_size=24), crop="none", auto_augment="rand-m2-n1")
+        return torch.cat([images for epoch in range(3) for images, _ in train.epoch(epoch)])
+
+    ours = batches()
+    monkeypatch.setattr(augmentation, "_posterize_to_black", lambda steps: None)
+    monkeypatch.setattr("timm.data.auto_augment.ImageOps.posterize", old)
+    assert torch.equal(ours, batches())
+    assert (ours == 0).flatten(1).all(1).any(), "some poster had no bits"
 
 
 def test_a_second_view_that_cannot_be_is_refused(folder: Path) -> None:
