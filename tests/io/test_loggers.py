@@ -267,6 +267,25 @@ def test_a_logger_that_fails_ends_nothing(
     assert len([key for key in expected(tmp_path / "run") if key[0] == "train/loss"]) == 3
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "is damaged: it is not JSON"),
+        ("[]", "has values that do not fit"),
+        ('{"id": 5}', "id: input should be a valid string"),
+        ('{"id": "x", "given": {"train": "never"}}', "given.train: input should be a valid integer"),
+    ],
+)
+def test_a_damaged_wandb_json_is_one_warning(tmp_path: Path, text: str, reason: str) -> None:
+    """No new W&B run takes the place of the one whose name is lost."""
+    pytest.importorskip("wandb")
+    path, warnings = tmp_path / "wandb.json", list[str]()
+    path.write_text(text)
+    loggers = base.Loggers(["wandb"], tmp_path, 0, {}, "", [], warnings.append)
+    assert not loggers and len(warnings) == 1 and f"({path} " in warnings[0] and reason in warnings[0]
+    assert path.read_text() == text and not wandb_files(tmp_path)
+
+
 def test_pictures_that_fail_end_nothing(
     run: Run, teacher: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,6 @@ To add one, write a file with a class like `Logger` under `@logger("NAME")` into
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -39,30 +38,6 @@ class Logger(Protocol):
         """Pictures (H, W, 3) by name."""
 
     def close(self) -> None: ...
-
-
-class Sent:
-    """What was sent to a service that takes nothing back, in the file `path`, RUN/NAME.json: a resumed run reads it, a
-    run that is begun anew deletes it.
-
-    It holds the `id` of the service's run, None before there is one, and the last update of each kind of record.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self.id: str | None = saved.get("id")
-        self._last: dict[str, int] = dict(saved.get("given", {}))
-
-    def is_new(self, kind: str, step: int) -> bool:
-        """Whether the records of this kind and update are still to be sent."""
-        return step > self._last.get(kind, -1)
-
-    def save(self, kind: str | None = None, step: int = 0) -> None:
-        """Write the file, after records of this `kind` and update were sent. Raises OSError."""
-        if kind is not None:
-            self._last[kind] = step
-        self._path.write_text(json.dumps({"id": self.id, "given": self._last}), encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irgdistill.io.loggers.base import Sent, logger
+from irgdistill.io.loggers.base import logger
+from irgdistill.io.loggers.sent import Sent
 
 if TYPE_CHECKING:
     import numpy as np

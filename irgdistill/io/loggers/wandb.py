@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from irgdistill.io.loggers.base import Sent, logger
+from irgdistill.io.loggers.base import logger
+from irgdistill.io.loggers.sent import Sent
 
 if TYPE_CHECKING:
     import numpy as np
