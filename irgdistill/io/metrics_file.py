@@ -8,18 +8,33 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError
 
 from irgdistill.io.atomic import sync
+from irgdistill.io.record import Number, Record
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class MetricsRecord(Record):
+    """Numbers of one kind, such as `train` or `eval`, by name or in groups."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+    __pydantic_extra__: dict[str, Number | dict[str, Number]]
+    kind: str
+    epoch: Count = 0
+    update: Count = 0
 
 
 def records(path: Path) -> list[dict[str, Any]]:
     """Records of a file; [] if it is missing. Damaged lines are skipped."""
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return [record for record in found if isinstance(record, dict) and "kind" in record]
+        with suppress(ValidationError):
+            found.append(MetricsRecord.model_validate_json(line).model_dump(exclude_unset=True))
+    return found
 
 
 class MetricsFile:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from support import Run, command, interrupted
 from support.processes import Command
 
+from irgdistill.commands.compare.curves import curves_figure
 from irgdistill.commands.compare.statistics import mean_and_deviation, paired_interval, t_975
 from irgdistill.io.tensors import read_metadata, save_tensors
 from irgdistill.training import setup
@@ -117,8 +118,12 @@ def test_a_comparison_is_run_told_and_not_run_again(
     assert float(rows[1]["difference"]) == pytest.approx(kd["difference"])
 
     shutil.rmtree(output / "none" / "4")
+    damaged = output / "kd" / "4" / "metrics.jsonl"
+    damaged.write_text(damaged.read_text().replace('"top1"', '"top"'))
     unequal = run(*command, "--finished")
     assert unequal.code == 0, unequal.err
+    assert f"warning: {damaged} lacks the top-1 of 1 of 1 epochs: its curve has gaps" in unequal.err
+    assert json.loads((output / "compare.json").read_text())["rows"][1]["curves"][1] == [None]
     assert "as far as they are finished" in unequal.out and "paired over images" in unequal.out
     none, kd = json.loads((output / "compare.json").read_text())["rows"]
     assert none["seeds"] == [3] and kd["seeds"] == [3, 4] and kd["top1"] == last["kd"]
@@ -263,3 +268,11 @@ def test_another_teacher_is_refused(run: Run, teacher: tuple[object, ...], tmp_p
     (output / "kd" / "0" / "summary.json").write_text("{")
     broken = run("compare", "--methods", "none,kd", *options, *teacher)
     assert broken.code == 2 and f"{output / 'kd' / '0' / 'summary.json'} is damaged" in broken.err
+
+
+def test_curves_of_runs_with_gaps_and_different_lengths() -> None:
+    """By hand: the mean over the seeds that have a value."""
+    axes = curves_figure("runs", {"kd": [[10.0, None, 30.0], [20.0, 40.0]], "none": [[], []]}).axes[0]
+    kd, none = axes.get_lines()
+    assert kd.get_xdata().tolist() == [1, 2, 3] and kd.get_ydata().tolist() == [15, 40, 30]
+    assert len(none.get_xdata()) == 0

@@ -67,6 +67,8 @@ class Scores:
     """After the last epoch."""
     best: float
     """Of the best epoch."""
+    epochs: int
+    """Epochs trained."""
     seconds: float
     images_per_second: float
 
@@ -79,7 +81,8 @@ def summary_of(run: Run) -> Scores:
         for metric in SELECTING:
             last, best = getattr(summary, f"last_{metric}"), getattr(summary, metric)
             if last is not None and best is not None:
-                return Scores(metric, last, best, summary.seconds, summary.images_per_second)
+                epochs = min(summary.epochs, run.config.schedule.epochs)
+                return Scores(metric, last, best, epochs, summary.seconds, summary.images_per_second)
         raise UserError(f"{path} is damaged: expected one of {', '.join(SELECTING)}, and last_ of the same")
     except UserError as error:
         raise UserError(f"{error}; delete {run.folder.path} to train it again") from None
@@ -204,7 +207,11 @@ def _rows(runs: Sequence[Run], scores: Mapping[Run, Scores], right: Mapping[Run,
             row |= _difference(members, by_method[BASELINE], scores, right)
         for key in ("seconds", "images_per_second"):
             row[key] = mean_and_deviation([getattr(scores[run], key) for run in members])[0]
-        row["curves"] = [_curve(run, scores[run].metric) for run in members]
+        row["curves"] = [_curve(run, scores[run]) for run in members]
+        for run, curve in zip(members, row["curves"], strict=True):
+            if None in curve:
+                lacks = f"the {SELECTING[scores[run].metric]} of {curve.count(None)} of {len(curve)} epochs"
+                Report().warn(f"{run.folder.metrics} lacks {lacks}: its curve has gaps")
         rows.append(row)
     return rows
 
@@ -228,8 +235,12 @@ def _difference(
     return {"difference": difference, "half_width_95": paired_interval(values)[1], "paired_over": over}
 
 
-def _curve(run: Run, metric: str) -> list[float]:
-    return [record[metric] for record in records(run.folder.metrics) if record["kind"] == "eval" and metric in record]
+def _curve(run: Run, scores: Scores) -> list[float | None]:
+    """The metric after each epoch; None where metrics.jsonl does not tell."""
+    evaluations = (record for record in records(run.folder.metrics) if record["kind"] == "eval")
+    found = {record.get("epoch"): record.get(scores.metric) for record in evaluations}
+    values = (found.get(epoch) for epoch in range(1, scores.epochs + 1))
+    return [value if isinstance(value, (int, float)) and 0 <= value <= 100 else None for value in values]
 
 
 def _cells(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[str], list[list[str]]]:
