@@ -19,8 +19,8 @@ from irgdistill.data.decoding import open_image, to_rgb
 from irgdistill.data.splits import Splits, hold_out
 from irgdistill.errors import UserError, nearest, one_line
 
-KEEP_MODE = {"input_img_mode": ""}
-"""Argument by which a streaming reader leaves the conversion to RGB to us; timm drops arguments that are None."""
+Decode = Callable[[Any, bool], Image.Image]
+"""What a reader hands out, and whether photos are turned upright -> RGB."""
 
 
 TRAIN, VAL = ("train", "training"), ("val", "validation", "test", "valid", "dev", "eval")
@@ -71,12 +71,18 @@ class TimmSource:
 
 
 class Stream(IterableDataset[Any]):
-    """A streamed timm data set. An epoch's images do not depend on how far earlier epochs were read."""
+    """A streamed timm data set. An epoch's images do not depend on how far earlier epochs were read.
 
-    def __init__(self, dataset: Any, classes: int, name: str, exif_orientation: bool = True) -> None:
-        self.dataset, self.classes, self.name = dataset, classes, name
-        self.exif_orientation = exif_orientation
+    `prepare` is called with timm's reader before each epoch, in the process that reads.
+    """
+
+    def __init__(
+        self, dataset: Any, classes: int, config: DataConfig, decode: Decode, prepare: Callable[[Any], object] | None
+    ) -> None:
+        self.dataset, self.classes, self.name = dataset, classes, str(config.source)
+        self.exif_orientation = config.exif_orientation
         self.transform: Any = None
+        self._decode, self._prepare = decode, prepare
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -84,9 +90,11 @@ class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         reader = self.dataset.reader
         reader.ds = reader.worker_info = None  # makes timm rebuild the pipeline, with fresh generators
+        if self._prepare is not None:
+            self._prepare(reader)
         for image, label in self.dataset:
             try:
-                rgb = to_rgb(image, self.exif_orientation)
+                rgb = self._decode(image, self.exif_orientation)
             except (OSError, ValueError) as error:
                 logging.getLogger(__name__).warning("unreadable image skipped: %s", one_line(error))
                 continue
@@ -122,9 +130,16 @@ def open_indexed(config: DataConfig, splits: Sequence[str], open_split: Callable
 
 
 def open_stream(
-    config: DataConfig, splits: Sequence[str], open_split: Callable[[str, bool], tuple[Any, int]]
+    config: DataConfig,
+    splits: Sequence[str],
+    open_split: Callable[[str, bool], tuple[Any, int]],
+    decode: Decode = to_rgb,
+    prepare: Callable[[Any], object] | None = None,
 ) -> Splits:
-    """As `open_indexed`, for a data set without an index. `open_split` also returns the number of classes, or 0."""
+    """As `open_indexed`, for a data set without an index. `open_split` also returns the number of classes, or 0.
+
+    `decode` and `prepare` are those of `Stream`; default: the reader hands out images of Pillow.
+    """
     train_split, val_split = _choose_splits(config, splits)
     if val_split is None:
         raise UserError(f"{config.source} is a stream and no part of it can be held out: --set data.val_split=NAME")
@@ -133,7 +148,7 @@ def open_stream(
     if not classes:
         raise UserError(f"the number of classes of {config.source} is not known: give --set data.num_classes=N")
     train, val = (
-        Stream(opened, classes, str(config.source), config.exif_orientation)
+        Stream(opened, classes, config, decode, prepare)
         for opened in (dataset, open_split(val_split, val_split == train_split)[0])
     )
     names = _class_names(dataset) or [str(i) for i in range(classes)]
@@ -149,7 +164,7 @@ def create(
 ) -> Any:
     """timm's data set of one split in `root`. Raises UserError if it cannot be opened.
 
-    `columns` are the arguments `input_key` and `target_key` of readers that have columns or fields, and KEEP_MODE.
+    `columns` are the arguments `input_key` and `target_key` of readers that have columns or fields, and others.
     """
     with explained(config, split):
         return create_dataset(

@@ -258,23 +258,67 @@ def test_a_stream_is_validated_once(shards: Path, workers: int) -> None:
         assert torch.bincount(labels).tolist() == [8, 8, 8]
 
 
-def test_images_of_shards_are_read_whatever_their_ending_and_depth(tmp_path: Path) -> None:
-    """A 16-bit PNG, a TIFF and a transparent GIF, streamed as they would be read from folders."""
+def odd_images() -> list[tuple[bytes, str]]:
+    """Files and their endings: a 16-bit PNG, a TIFF, a transparent GIF, a photo on its side, a program."""
     deep = Image.fromarray(np.full((16, 16), 32896, np.uint16))
     clear = Image.new("RGBA", (16, 16), (9, 9, 9, 0))
-    for split in ("train", "val"):
-        with tarfile.open(tmp_path / f"{split}-000.tar", "w") as file:
-            for number, (image, ending) in enumerate(
-                ((deep, "png"), (Image.new("L", (16, 16), 40), "tif"), (clear, "gif"))
-            ):
-                content = io.BytesIO()
-                image.save(content, {"tif": "TIFF"}.get(ending, ending))
-                add(file, f"{number}.{ending}", content.getvalue())
-                add(file, f"{number}.cls", str(number % 2).encode())
-    config = DataConfig(source=f"wds/{tmp_path}", batch_size=2, workers=0)
+    side, exif = Image.new("L", (32, 16), 60), Image.Exif()
+    side.paste(180, (16, 0, 32, 16))
+    exif[0x0112] = 6
+    files = []
+    for image, ending in ((deep, "png"), (Image.new("L", (16, 16), 40), "tif"), (clear, "gif"), (side, "jpg")):
+        content = io.BytesIO()
+        image.save(content, {"tif": "TIFF", "jpg": "JPEG"}.get(ending, ending), exif=exif if ending == "jpg" else b"")
+        files.append((content.getvalue(), ending))
+    return [*files, (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "png")]
+
+
+def check_odd_images(config: DataConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """They are those that a folder would give; the last is skipped. The upper half of the turned photo is darker."""
     loader = eval_loader(open_splits(config), config, input_spec(16), torch.device("cpu"), UnreadableImages(0))
     ((images, labels),) = list(loader.epoch())
-    assert images.float().mean((1, 2, 3)).tolist() == [128, 40, 255] and labels.tolist() == [0, 1, 0]
+    means = images.float().mean((1, 3))
+    assert images.float().mean((1, 2, 3)).round().tolist() == [128, 40, 255, 120] and labels.tolist() == [0, 1, 0, 1]
+    assert (means[3, :4].round() == 60).all() and (means[3, -4:].round() == 180).all()
+    assert caplog.text.count("unreadable image skipped") == 1
+    config = config.replaced({"exif_orientation": False})
+    loader = eval_loader(open_splits(config), config, input_spec(16), torch.device("cpu"), UnreadableImages(0))
+    ((images, _),) = list(loader.epoch())
+    assert (images[3, :, :, :4] < 70).all(), "the photo as it is stored: its left half is darker"
+
+
+def test_images_of_shards_are_read_as_those_of_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}-000.tar", "w") as file:
+            for number, (content, ending) in enumerate(odd_images()):
+                add(file, f"{number}.{ending}", content)
+                add(file, f"{number}.cls", str(number % 2).encode())
+    check_odd_images(DataConfig(source=f"wds/{tmp_path}", batch_size=2, workers=0), caplog)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_images_of_a_hugging_face_stream_are_read_as_those_of_folders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, inside: bool
+) -> None:
+    """Whether the table holds their bytes or their paths."""
+    values = []
+    for number, (content, ending) in enumerate(odd_images()):
+        path = tmp_path / f"{number}.{ending}"
+        path.write_bytes(content)
+        values.append({"bytes": content, "path": None} if inside else {"bytes": None, "path": str(path)})
+    features = huggingface.Features(image=huggingface.Image(), label=huggingface.ClassLabel(names=["a", "b"]))
+    table = huggingface.Dataset.from_dict({"image": values, "label": [0, 1, 0, 1, 0]}, features=features)
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for split in ("train", "test"):
+        path = tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet"
+        if inside:
+            table.to_parquet(path)
+        else:
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(table.data.table, path)
+    options = {"root": tmp_path / "cache", "download": True, "batch_size": 2, "workers": 0}
+    check_odd_images(DataConfig(source=f"hfids/{tmp_path / 'set'}", **options), caplog)  # type: ignore[arg-type]
 
 
 def test_shard_errors_are_one_line(run: Run, shards: Path, tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from irgdistill.data.sources import source
 from irgdistill.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from irgdistill.config import DataConfig
     from irgdistill.data.splits import Splits
 
@@ -28,10 +32,31 @@ def open_hugging_face(config: DataConfig, val_only: bool = False) -> Splits:
 @source("hfids/", local=True, package="datasets", install="'irgdistill[hf]'")
 def stream_hugging_face(config: DataConfig, val_only: bool = False) -> Splits:
     """Raises UserError for a missing data set, an unknown split or an unknown number of classes."""
-    from irgdistill.data.timm_dataset import KEEP_MODE, create, open_stream
+    from irgdistill.data.timm_dataset import create, open_stream
 
-    columns = {**_columns(config), **KEEP_MODE}
-    return open_stream(config, _splits(config), lambda split, training: (create(config, split, training, columns), 0))
+    columns = {**_columns(config), "input_img_mode": ""}  # no conversion
+    open_split = lambda split, training: (create(config, split, training, columns), 0)  # noqa: E731
+    return open_stream(config, _splits(config), open_split, decode, hand_out_bytes)
+
+
+def hand_out_bytes(reader: Any) -> None:
+    """Let timm's streaming reader leave the decoding to us: its images become their bytes or paths."""
+    import datasets
+
+    reader._lazy_init()
+    reader.ds = reader.ds.cast_column(reader.input_key, datasets.Image(decode=False))
+
+
+def decode(value: Mapping[str, Any], exif_orientation: bool) -> Image.Image:
+    """RGB of an image that is not decoded: its bytes, else the file at its path or URL."""
+    from irgdistill.data.decoding import open_image
+
+    if value["bytes"] is not None:
+        return open_image(io.BytesIO(value["bytes"]), exif_orientation)
+    import fsspec
+
+    with fsspec.open(value["path"]) as file:
+        return open_image(file, exif_orientation)
 
 
 def _columns(config: DataConfig) -> dict[str, str | None]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import IO, TYPE_CHECKING, Any
 
 from irgdistill.data.sources import source
 from irgdistill.errors import UserError, one_line
@@ -28,13 +30,15 @@ INFO = ("_info.json", "info.json")
 @source("wds/", local=True, package="webdataset", install="'irgdistill[webdataset]'")
 def stream_shards(config: DataConfig, val_only: bool = False) -> Splits:
     """Raises UserError for missing or unreadable shards, an unknown split or an unknown number of classes."""
-    from irgdistill.data.timm_dataset import KEEP_MODE, create, open_stream
+    from irgdistill.data.decoding import open_image
+    from irgdistill.data.timm_dataset import create, open_stream
 
-    folder = shard_folder(config)
+    folder = shard_folder(config).resolve()  # an absolute path is never taken for a URL
 
     def open_split(split: str, training: bool) -> tuple[Any, int]:
         split, classes = _counted(folder, split, config)
-        columns = {"input_key": config.image_key or ";".join(_endings()), "target_key": config.label_key, **KEEP_MODE}
+        columns = {"input_key": config.image_key or ";".join(_endings()), "target_key": config.label_key}
+        columns["input_img_mode"] = ""  # no conversion
         with _no_warning_about_info():
             dataset = create(config, split, training, columns, folder)
         shards = len(dataset.reader.split_info.filenames)
@@ -42,7 +46,23 @@ def stream_shards(config: DataConfig, val_only: bool = False) -> Splits:
             raise UserError(f"--workers {config.workers}: the {shards} training shards feed at most as many")
         return dataset, classes
 
-    return open_stream(config, list(_shards(folder)), open_split)
+    return open_stream(config, list(_shards(folder)), open_split, open_image, hand_out_bytes)
+
+
+class Encoded(io.BytesIO):
+    """An image file as timm's reader found it, which it takes for a decoded image."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file.read())
+
+    def load(self) -> None: ...
+
+
+def hand_out_bytes(reader: Any) -> None:
+    """Let timm's reader of shards leave the decoding to us: it calls `Image.open(file)`, then `load()`."""
+    from timm.data.readers import reader_wds
+
+    reader_wds.Image = SimpleNamespace(open=Encoded)
 
 
 def shard_folder(config: DataConfig) -> Path:
