@@ -15,7 +15,7 @@ import torch
 from irgdistill.commands.inspect.graph_images import RunLogger
 from irgdistill.commands.outcome import show_outcome
 from irgdistill.commands.requests import DistillRequest, ResumeRequest
-from irgdistill.config import AUTO, Config, architecture_of, assign, dump, split_function, validate
+from irgdistill.config import AUTO, Config, architecture_of, assign, dump, is_remote, split_function, validate
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.io import Report, RunFolder
 from irgdistill.matching import print_plan
@@ -23,6 +23,7 @@ from irgdistill.runtime import (
     Stopped,
     World,
     choose_device,
+    is_worker,
     keep_memory,
     process_group,
     restart_count,
@@ -111,7 +112,11 @@ def start(
 
 
 def resume(request: ResumeRequest, own_process: bool = False, outcome: bool = False) -> dict[str, Any] | None:
-    """Resume the run in a folder from its saved state; takes and returns what `start` does. Raises UserError."""
+    """Resume the run in a folder from its saved state; takes and returns what `start` does. Raises UserError.
+
+    The state is trusted as the options typed at its start are: data and networks that it names are looked up on the
+    network where they are not here, data after a line that says so. A folder from elsewhere needs `--data`.
+    """
     folder = RunFolder(request.path)
     with _explain_stop(folder, resuming=True):
         state, config = open_state(folder, request.previous)
@@ -119,6 +124,8 @@ def resume(request: ResumeRequest, own_process: bool = False, outcome: bool = Fa
         for key, value in request.changes.items():
             assign(tree, key, value)
         config = on_backend(validate(tree), request.backend)
+        if config.data.source and is_remote(config.data.source):
+            Report(quiet=is_worker()).line(f"{request.path} reads {config.data.source} from the network")
         setup = _checked_setup(config, request.gpus, request.backend, resuming=True)
         if setup is None:
             return None

@@ -69,7 +69,7 @@ from .schema import (
     RuntimeConfig,
 )
 from .settings import SKIPPED, Setting, changeable_on_resume, keys, of_any_teacher, options, settings, values_of
-from .sources import SOURCES, SourceEntry, absolute_source, check_source, find_source, source, source_words
+from .sources import SOURCES, SourceEntry, absolute_source, check_source, find_source, is_remote, source, source_words
 
 __all__ = [
     "AUTO",
@@ -146,6 +146,7 @@ __all__ = [
     "dump",
     "find_source",
     "import_function",
+    "is_remote",
     "join_function",
     "keys",
     "load_config",

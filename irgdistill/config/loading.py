@@ -18,7 +18,7 @@ from irgdistill.config.plain_yaml import load_yaml
 from irgdistill.config.renamed import current_key, current_keys, with_earlier_defaults
 from irgdistill.config.schema import Config, DataConfig, PluginConfig, refresh
 from irgdistill.config.settings import keys, of_any_teacher
-from irgdistill.config.sources import find_source
+from irgdistill.config.sources import find_source, is_remote
 from irgdistill.errors import UserError, nearest, one_line
 from irgdistill.plugins import import_plugin
 
@@ -214,8 +214,9 @@ def data_of(
 ) -> DataConfig:
     """The data set that a checkpoint records, with the keys in `given` taken from `asked`.
 
-    Raises UserError: no data set is recorded or it is gone, or `--val-fraction` would hold out training images; or as
-    `load_plugin`, if the data source is none that this process knows.
+    What a file records never makes the tool reach for the network: that takes a typed `--data` or `--download`.
+    Raises UserError: no data set is recorded, it is gone or would be looked up, or `--val-fraction` would hold out
+    training images; or as `load_plugin`, if the data source is none that this process knows.
     """
     if recorded is None:
         if asked.source is None:
@@ -231,6 +232,13 @@ def data_of(
     if named and not Path(str(data.source)).exists():
         for plugin in plugins:  # the source may be one of theirs
             load_plugin(plugin.path, plugin.sha256)
+    if data.source and "data.source" not in given and is_remote(data.source):
+        raise UserError(
+            f"{target} records the data set {data.source}, which is looked up on the network: allow that with "
+            f"--data {data.source}, or give other --data"
+        )
+    if data.source and "data.download" not in given and not find_source(data.source).local:
+        data = data.replaced({"download": False})
     if data.source and "/" in data.source and Path(data.source).is_absolute() and not Path(data.source).exists():
         raise UserError(f"the data set of {target} is no longer at {data.source}; give its place with --data")
     return data

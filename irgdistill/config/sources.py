@@ -31,6 +31,8 @@ class SourceEntry:
     """(DataConfig, val_only, classes of the teacher) -> Splits. None: `open`, then hide the training labels."""
     local: bool
     """Whether the rest of the value may be a folder, which a saved run keeps as an absolute path."""
+    remote: bool
+    """Whether a rest that is no folder is looked up on the network."""
     package: str
     """Package that it needs, or an empty string."""
     install: str
@@ -57,6 +59,7 @@ def source(
     word: str,
     *,
     local: bool = False,
+    remote: bool = False,
     package: str = "",
     install: str = "",
     open_unlabelled: Callable[..., Any] | None = None,
@@ -70,7 +73,8 @@ def source(
     """
 
     def declare(function: Opener) -> Opener:
-        SOURCES.add(word, SourceEntry(word, function, open_unlabelled, local, package, install or package, paths))
+        entry = SourceEntry(word, function, open_unlabelled, local, remote, package, install or package, paths)
+        SOURCES.add(word, entry)
         return function
 
     return declare
@@ -101,6 +105,12 @@ def check_source(data: DataConfig) -> None:
         raise UserError(f"no data {kind} {data.source!r}{near} (a folder, or {', '.join(source_words())})")
     if entry.package and find_spec(entry.package) is None:
         raise UserError(f"--data {data.source} needs the package {entry.package}: pip install {entry.install}")
+
+
+def is_remote(value: str) -> bool:
+    """Whether the data set is looked up on the network: a name that is no folder here."""
+    entry = find_source(value)
+    return entry.remote and not Path(value.removeprefix(entry.word)).is_dir()
 
 
 def absolute_source(value: str) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from irgdistill.data.splits import Splits
 
 
-@source("hfds/", local=True, package="datasets", install="'irgdistill[hf]'")
+@source("hfds/", local=True, remote=True, package="datasets", install="'irgdistill[hf]'")
 def open_hugging_face(config: DataConfig, val_only: bool = False) -> Splits:
     """Raises UserError for a missing data set, an unknown split or column, or labels that are not classes."""
     from irgdistill.data.timm_dataset import create, open_indexed
@@ -29,7 +29,7 @@ def open_hugging_face(config: DataConfig, val_only: bool = False) -> Splits:
     return open_indexed(config, _splits(config), open_split)
 
 
-@source("hfids/", local=True, package="datasets", install="'irgdistill[hf]'")
+@source("hfids/", local=True, remote=True, package="datasets", install="'irgdistill[hf]'")
 def stream_hugging_face(config: DataConfig, val_only: bool = False) -> Splits:
     """Raises UserError for a missing data set, an unknown split or an unknown number of classes."""
     from irgdistill.data.timm_dataset import create, open_stream

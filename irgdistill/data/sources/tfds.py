@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from irgdistill.data.splits import Splits
 
 
-@source("tfds/", package="tensorflow_datasets", install="tensorflow tensorflow-datasets")
+@source("tfds/", remote=True, package="tensorflow_datasets", install="tensorflow tensorflow-datasets")
 def stream_tensorflow(config: DataConfig, val_only: bool = False) -> Splits:
     """Raises UserError for a missing data set or an unknown number of classes."""
     from irgdistill.data.timm_dataset import create, open_stream
