@@ -21,7 +21,7 @@ def test_what_cannot_be_read_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is truncated or not a safetensors file"):
         read_tensors(tmp_path / "a.safetensors")
     unreadable = UnreadableImages(0)
-    unreadable.queue.put("a.png")
+    unreadable.queue.put(("", "a.png", "cut off"))
     with pytest.raises(DataError, match="1 unreadable images, 0 allowed"):
         unreadable.collect()
 

@@ -15,7 +15,7 @@ from irgdistill.data.augmentation import transform_seeded
 from irgdistill.data.decoding import RESCALED
 from irgdistill.data.image_cache import ImageCache
 from irgdistill.data.splits import Source
-from irgdistill.errors import DataError
+from irgdistill.errors import DataError, one_line
 
 
 class UnreadableImages:
@@ -23,7 +23,8 @@ class UnreadableImages:
 
     A process reports no more than end the run: what it writes must fit into the queue until that is read. `limit` -1:
     none is reported.
-    The queue also takes notes about readable images, as (kind, text); the first of each kind is shown.
+    The queue takes (kind, name, text): an empty kind for an unreadable image and the reason, another for a note about a
+    readable one, of which the first of each kind is shown.
     """
 
     def __init__(self, limit: int, warn: Callable[[str], None] = lambda line: None) -> None:
@@ -36,12 +37,11 @@ class UnreadableImages:
     def collect(self) -> None:
         """Warn about images reported since the last call. Raises DataError if there are more than `limit` in all."""
         while not self.queue.empty():
-            name = self.queue.get()
-            if isinstance(name, tuple):
-                kind, text = name
+            kind, name, text = self.queue.get()
+            if kind:
                 if kind not in self.noted:
                     self.noted.add(kind)
-                    self._warn(text)
+                    self._warn(f"{name} {text}")
                 continue
             if name in self.names:
                 continue
@@ -51,7 +51,7 @@ class UnreadableImages:
                     f"{len(self.names)} unreadable images, {self.limit} allowed (--max-bad-images): "
                     + ", ".join(self.names[-3:])
                 )
-            self._warn(f"unreadable image skipped ({len(self.names)} of {self.limit} allowed): {name}")
+            self._warn(f"unreadable image skipped ({len(self.names)} of {self.limit} allowed): {name} ({text})")
 
 
 class Images(Dataset[Any]):
@@ -157,16 +157,16 @@ class Images(Dataset[Any]):
     def _read(self, position: int, transform: Any) -> tuple[Tensor, int] | None:
         try:
             image, label = self.source.load(self.indices[position])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if self.reported <= self.limit:
                 self.reported += 1
-                self.queue.put(self.source.describe(self.indices[position]))
+                self.queue.put(("", self.source.describe(self.indices[position]), one_line(error, 100)))
             return None
         if RESCALED in image.info and not self.noted:
             self.noted = True
             name = self.source.describe(self.indices[position])
-            text = f"{name} holds {image.info[RESCALED]}: such an image is scaled by its own range to 0 to 255"
-            self.queue.put((RESCALED, text))
+            text = f"holds {image.info[RESCALED]}: such an image is scaled by its own range to 0 to 255"
+            self.queue.put((RESCALED, name, text))
         return transform(image), label
 
 

@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import IO, TYPE_CHECKING, Any
 
+from PIL import UnidentifiedImageError
+
 from irgdistill.errors import one_line
 from irgdistill.lazy import lazy
 
@@ -72,6 +74,8 @@ def open_image(file: str | os.PathLike[str] | IO[bytes], exif_orientation: bool 
             return to_rgb(image, exif_orientation)
     except MemoryError:
         raise
+    except UnidentifiedImageError:
+        raise UnreadableImageError("its content is in none of the formats that are read") from None
     except Exception as error:
         raise UnreadableImageError(one_line(error)) from error
 

@@ -183,7 +183,7 @@ def test_other_formats_are_never_tried(name: str, monkeypatch: pytest.MonkeyPatc
         raise AssertionError("this decoder ran")
 
     monkeypatch.setitem(Image.OPEN, name, (trap, accept))
-    with pytest.raises(UnreadableImageError, match="cannot identify"):
+    with pytest.raises(UnreadableImageError, match="its content is in none of the formats"):
         open_image(file)
 
 
