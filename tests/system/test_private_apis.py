@@ -137,3 +137,13 @@ def test_a_streaming_reader_builds_its_pipeline_if_it_has_none(reader: str, pack
     assert "self.worker_info = None" in inspect.getsource(cls.__init__), "the reader begins without them"
     assert "if self.ds is None:" in inspect.getsource(cls.__iter__), "an epoch builds the pipeline if there is none"
     assert "if self.worker_info is None:" in inspect.getsource(cls), "and with it the share of the worker"
+
+
+def test_streaming_readers_can_leave_images_encoded() -> None:
+    """data/sources: webdataset.py replaces the `Image` of a reader, hugging_face.py calls `_lazy_init` of another."""
+    pytest.importorskip("datasets")
+    shards, stream = (import_module(f"timm.data.readers.reader_{name}") for name in ("wds", "hfids"))
+    text = inspect.getsource(shards._decode)
+    assert text.count("Image.") == 1 and "img = Image.open(b)" in text and "img.load()" in text
+    text = inspect.getsource(stream.ReaderHfids)
+    assert "if self.ds is None:\n            self._lazy_init()" in text and "input_data: Image.Image = sample[" in text
