@@ -60,7 +60,7 @@ def test_a_messy_folder_trains_and_the_log_says_what_was_done(run: Run, tmp_path
     reason = warning.removeprefix(f"warning: unreadable image skipped (1 of 10 allowed): {first}/cut.jpg ")
     assert "truncated" in reason.lower() and len(reason) < 60
     assert "hidden" not in result.err and "._turned" not in result.err
-    assert log[5].startswith("epoch 1/1  top-1 "), "before it: these three, the run folder, the warning"
+    assert any(line.startswith("epoch 1/1  top-1 ") for line in log[5:8]), "only a few lines come before it"
     assert json.loads((tmp_path / "run/summary.json").read_text())["bad_images"] == [f"{first}/cut.jpg"]
     predicted = run("predict", tmp_path / "run", root, "--workers", 0)
     assert predicted.code == 0 and "28 of 29 images predicted, 1 unreadable" in predicted.err
