@@ -141,6 +141,11 @@ def _module_name(sha256: str) -> str:
     return f"irgdistill_plugin_{sha256[:16]}"
 
 
+def imported_plugins() -> list[tuple[Path, str]]:
+    """Path and SHA-256 of every plug-in of this process, as `import_plugin` takes them in another one."""
+    return [(path, sha256) for sha256, path in _LOADED.items()]
+
+
 def _import(path: Path, name: str) -> None:
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

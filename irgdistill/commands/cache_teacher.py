@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,22 @@ from torch.utils.data import DataLoader
 
 from irgdistill.commands.requests import CacheRequest
 from irgdistill.config import Config, Pooling
-from irgdistill.data import Images, UnreadableImages, no_collate, start_method, train_images
+from irgdistill.data import Images, UnreadableImages, no_collate, train_images
 from irgdistill.errors import Interrupted, UserError
 from irgdistill.graph import unit
 from irgdistill.io import Report, read_tensors, save_tensors, write_text
 from irgdistill.losses import compared_maps
 from irgdistill.matching import MAP_LAYOUTS, Output, Tap, Tapped, ends, match, tap_name
 from irgdistill.models import Network, build_network, build_teacher, fold_batch_norm
-from irgdistill.runtime import Stopped, autocast, choose_device, ignore_signals, keep_memory, slow_precision
+from irgdistill.runtime import (
+    Stopped,
+    autocast,
+    choose_device,
+    ignore_signals,
+    keep_memory,
+    loader_context,
+    slow_precision,
+)
 from irgdistill.training import (
     CACHE_FORMAT,
     DTYPES,
@@ -204,38 +213,48 @@ class ShardWriter:
         precision = autocast(self.config.runtime.amp, self.device)
         if slow := slow_precision(self.config.runtime.amp, self.device):
             report.warn(slow)
+        shards = [range(number * SHARD, min((number + 1) * SHARD, rows)) for number in missing]
+        batches = self._batches(shards)
         with report.progress(rows, rows - len(missing) * SHARD):
-            for done, number in enumerate(missing):
-                keys = range(number * SHARD, min((number + 1) * SHARD, rows))
+            for done, (number, keys) in enumerate(zip(missing, shards, strict=True)):
                 since = time.perf_counter()
-                shard = self._shard(keys, precision)
+                shard = self._shard(keys, batches, precision)
                 save_tensors(shard_path(self.folder, number), shard, {"format": 2, "cache": checksum})
                 rate = len(keys) / (time.perf_counter() - since)
                 report.advance(rows - (len(missing) - done - 1) * SHARD, f"file {number + 1}/{count}", {}, rate)
         report.line(f"cached {count} files in {self.folder}: irgdistill distill --teacher-cache {self.folder} …")
 
-    @torch.no_grad()
-    def _shard(self, keys: range, precision: AbstractContextManager[Any]) -> dict[str, Tensor]:
-        """The rows of these keys, in order. Raises UserError if too many images are unreadable."""
-        data, parts = self.config.data, []
+    def _batches(self, shards: Sequence[range]) -> Iterator[tuple[Tensor, ...] | None]:
+        """The batches of all shards in turn; none belongs to two of them."""
+        data = self.config.data
+        keys: list[Any] = [own for shard in shards for own in _cut(shard, data.eval_batch_size)]
         loader = DataLoader(
             self.images,
-            batch_size=data.eval_batch_size,
-            sampler=keys,
+            batch_sampler=keys,
             num_workers=data.workers,
             collate_fn=no_collate,
             worker_init_fn=ignore_signals,
-            multiprocessing_context=start_method(self.images.cache is not None) if data.workers else None,
+            multiprocessing_context=loader_context() if data.workers else None,
             pin_memory=self.device.type == "cuda",
         )
-        for pixels, *_ in loader:
+        return iter(loader)
+
+    @torch.no_grad()
+    def _shard(
+        self, keys: range, batches: Iterator[tuple[Tensor, ...] | None], precision: AbstractContextManager[Any]
+    ) -> dict[str, Tensor]:
+        """The rows of these keys, in order. Raises UserError if too many images are unreadable."""
+        data, parts = self.config.data, []
+        views = 1 if self.manifest.views.second_view is None else 2
+        for own, batch in zip(_cut(keys, data.eval_batch_size), batches, strict=False):
+            if batch is None or len(batch[0]) != views * len(own):
+                raise UserError(
+                    f"more consecutive unreadable images than --max-bad-images {data.max_bad_images} allows"
+                )
             with precision:
-                output = self.network(pixels.to(self.device, non_blocking=True))
+                output = self.network(batch[0].to(self.device, non_blocking=True))
             parts.append(self._rows(output))
-        shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        if any(len(value) != len(keys) for value in shard.values()):
-            raise UserError(f"more consecutive unreadable images than --max-bad-images {data.max_bad_images} allows")
-        return shard
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _rows(self, output: Output) -> dict[str, Tensor]:
         known = self.manifest.teacher.num_classes > 0
@@ -250,6 +269,11 @@ class ShardWriter:
         if self.manifest.views.second_view is not None:  # first views, then second ones -> a row of both for each image
             rows = {name: value.unflatten(0, (2, -1)).transpose(0, 1).contiguous() for name, value in rows.items()}
         return {name: value.cpu() for name, value in rows.items()}
+
+
+def _cut(keys: range, size: int) -> list[range]:
+    """Batches of `size` keys, the last with the rest."""
+    return [keys[start : start + size] for start in range(0, len(keys), size)]
 
 
 def _intact(path: Path, checksum: str) -> bool:

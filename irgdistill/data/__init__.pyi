@@ -1,7 +1,6 @@
 from .augmentation import crop_of, padding_of
 from .dataset import Images, UnreadableImages
 from .decoding import UnreadableImageError, open_image
-from .image_cache import start_method
 from .loader import Loader, eval_loader, no_collate, train_images, train_loader
 from .one_pass import OnePass
 from .open import open_splits
@@ -32,7 +31,6 @@ __all__ = [
     "open_splits",
     "padding_of",
     "source",
-    "start_method",
     "train_images",
     "train_loader",
 ]

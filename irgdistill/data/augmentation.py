@@ -32,21 +32,21 @@ class CropFlip:
 
     def __init__(self, size: tuple[int, int], padding: int, hflip: float, seed: int) -> None:
         self.size, self.padding, self.hflip, self.seed = size, padding, hflip, seed
-        self.generator = torch.Generator()
 
     def __call__(self, pixels: Tensor, keys: Sequence[int]) -> Tensor:
         """(B, 3, H, W) uint8 and the B keys -> (B, 3, H, W) uint8."""
         height, width = self.size
         padded = F.pad(pixels, [self.padding] * 4).numpy() if self.padding else pixels.numpy()
         result = np.empty(pixels.shape, dtype=np.uint8)
+        generator = torch.Generator()
         for number, key in enumerate(keys):
-            top, left, flip = self._draw(key)
+            top, left, flip = self._draw(key, generator)
             crop = padded[number, :, top : top + height, left : left + width]
             result[number] = crop[:, :, ::-1] if flip else crop
         return torch.from_numpy(result)
 
-    def _draw(self, key: int) -> tuple[int, int, bool]:
-        generator = self.generator.manual_seed(int(image_seeds(self.seed, key)[0]))
+    def _draw(self, key: int, generator: torch.Generator) -> tuple[int, int, bool]:
+        generator.manual_seed(int(image_seeds(self.seed, key)[0]))
         top = left = 0
         if self.padding:
             top, left = (int(torch.randint(0, 2 * self.padding + 1, (1,), generator=generator)) for _ in range(2))
@@ -138,11 +138,6 @@ def eval_transform(input_spec: InputSpec) -> Any:
         interpolation=input_spec.interpolation,
         crop_pct=input_spec.crop_pct,
     )
-
-
-def to_uint8(transform: Any) -> Any:
-    """`transform`, PIL -> PIL, then conversion to uint8 (3, H, W)."""
-    return lambda image: to_tensor(transform(image))
 
 
 def image_seeds(seed: int, key: int, second: bool = False) -> Any:

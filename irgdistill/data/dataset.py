@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,6 +16,7 @@ from irgdistill.data.decoding import RESCALED
 from irgdistill.data.image_cache import ImageCache
 from irgdistill.data.splits import Source
 from irgdistill.errors import DataError, one_line
+from irgdistill.runtime import sharing_context
 
 
 class UnreadableImages:
@@ -31,7 +32,7 @@ class UnreadableImages:
         self.limit = limit
         self.names: list[str] = []
         self.noted: set[str] = set()
-        self.queue: Any = mp.SimpleQueue()
+        self.queue: Any = sharing_context().SimpleQueue()
         self._warn = warn
 
     def collect(self) -> None:
@@ -93,7 +94,7 @@ class Images(Dataset[Any]):
         batch_transform: Callable[[Tensor, Sequence[int]], Tensor] | None,
     ) -> None:
         """Cache what `decode`, PIL -> uint8 (3, *size), returns; `batch_transform` then replaces `transform`."""
-        self.cache = ImageCache(len(self), size, lambda position: self._read(position, decode))
+        self.cache = ImageCache(len(self), size, partial(self._read, transform=decode))
         self.batch_transform = batch_transform
 
     def __len__(self) -> int:

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from torchvision.transforms import Compose
 
 from irgdistill.config import AugmentConfig, DataConfig, InputSpec
-from irgdistill.data.augmentation import batch_transform, eval_transform, resize_to, to_uint8, train_transform
+from irgdistill.data.augmentation import batch_transform, eval_transform, resize_to, to_tensor, train_transform
 from irgdistill.data.dataset import Images, UnreadableImages, collate
-from irgdistill.data.image_cache import fits, start_method
+from irgdistill.data.image_cache import fits
 from irgdistill.data.sampling import EpochSampler
 from irgdistill.data.splits import Splits
 from irgdistill.data.waiting import WaitMeter
 from irgdistill.errors import UserError
-from irgdistill.runtime import World, ignore_signals
+from irgdistill.runtime import World, ignore_signals, loader_context, start_server
 
 
 class Loader:
@@ -51,13 +52,14 @@ class Loader:
         self.sampler = sampler
         self.waiting = WaitMeter(workers)
         self._epoch = 0
+        if workers and device.type == "cuda":
+            start_server()
         self.loader = DataLoader(
             images,
             batch_size=batch_size if sampler is None else len(sampler.part),
             sampler=sampler,
             num_workers=workers,
             collate_fn=collate if self.stream else no_collate,
-            multiprocessing_context=start_method(getattr(images, "cache", None) is not None) if workers else None,
             worker_init_fn=ignore_signals,
             drop_last=training,
             pin_memory=device.type == "cuda",
@@ -81,6 +83,8 @@ class Loader:
             self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
             self.loader.generator.manual_seed(epoch)
             skip = start
+        if self.loader.num_workers:  # persistent ones that run already stay as they are
+            self.loader.multiprocessing_context = loader_context()
         for number, batch in enumerate(self.waiting.measured(self.loader)):
             self.unreadable.collect()
             if batch is not None and number >= skip:
@@ -114,7 +118,7 @@ def train_images(
         images.second = train_transform(changed, crop, "data.second_view")
     transform = batch_transform(augment, crop.size, seed)
     if transform is not None and fits(len(images), crop.size, config.image_cache_gib, config.workers):
-        images.use_cache(crop.size, to_uint8(resize_to(crop)), transform)
+        images.use_cache(crop.size, Compose([resize_to(crop), to_tensor]), transform)
     return images
 
 
@@ -178,5 +182,5 @@ def eval_loader(
         indices = indices[world.rank :: world.size]
     images = Images(splits.val, indices, transform, 0, unreadable, training=False)
     if fits(len(indices), crop.size, config.image_cache_gib, config.workers):
-        images.use_cache(crop.size, lambda image: torch.as_tensor(transform(image)), None)
+        images.use_cache(crop.size, Compose([transform, torch.as_tensor]), None)
     return Loader(images, config.eval_batch_size, config.workers, device, unreadable, False)

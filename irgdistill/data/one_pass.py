@@ -60,7 +60,8 @@ class OnePass:
         """Number of images left out so far."""
         notes = UnreadableImages(-1, warn)
         images = Images(self.source, range(len(self.source)), eval_transform(crop), 0, notes, training=False)
-        self.loader = Loader(images, config.eval_batch_size, config.workers, device, notes, training=False)
+        workers = config.workers if len(images) > config.eval_batch_size else 0  # a batch has one reader
+        self.loader = Loader(images, config.eval_batch_size, workers, device, notes, training=False)
 
     def __len__(self) -> int:
         """Number of images, with the unreadable ones."""

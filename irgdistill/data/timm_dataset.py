@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -18,6 +19,7 @@ from irgdistill.config import DataConfig
 from irgdistill.data.decoding import open_image, to_rgb
 from irgdistill.data.splits import Splits, hold_out
 from irgdistill.errors import UserError, nearest, one_line
+from irgdistill.runtime import sharing_context
 
 Decode = Callable[[Any, bool], Image.Image]
 """What a reader hands out, and whether photos are turned upright -> RGB."""
@@ -83,6 +85,9 @@ class Stream(IterableDataset[Any]):
         self.exif_orientation = config.exif_orientation
         self.transform: Any = None
         self._decode, self._prepare = decode, prepare
+        for count in vars(dataset.reader).values():
+            if isinstance(count, SharedCount):  # the epoch, made for forked processes alone
+                count.shared_epoch = sharing_context().Value("i", count.value)
 
     def __len__(self) -> int:
         return len(self.dataset)

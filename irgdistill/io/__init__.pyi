@@ -4,7 +4,7 @@ from .loggers.base import LOGGERS, Logger, Loggers, check_loggers, logger
 from .metrics_file import records
 from .record import SELECTING, Evaluation, Number, Record, Summary, read_json
 from .run_folder import WEIGHTS, RunFolder, find_checkpoint
-from .tensors import FORMAT, checksum, own_copies, read_metadata, read_tensors, save_tensors
+from .tensors import FORMAT, checksum, map_tensors, own_copies, read_metadata, read_tensors, save_tensors
 from .text import code_span, markdown, markdown_table, visible, visible_values
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "code_span",
     "find_checkpoint",
     "logger",
+    "map_tensors",
     "markdown",
     "markdown_table",
     "own_copies",

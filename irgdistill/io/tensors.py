@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,12 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Tensors and metadata (None for other safetensors files). Raises UserError, DataError if damaged."""
     return _read(path, tensors=True)
+
+
+def map_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """These tensors of a file that `read_tensors` has verified, mapped into memory and not read."""
+    with _utf8_name(path) as name, safe_open(name, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in names}
 
 
 def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from typing import Any
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -55,6 +56,12 @@ class Signals:
             self.patient = before
 
 
+def block_signals() -> None:
+    """Let SIGINT and SIGTERM wait in this process, on systems that can."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+
+
 def ignore_signals(_worker: int) -> None:
     """Ignore SIGINT and SIGTERM in a loader worker: the parent handles them and still needs the worker.
 
@@ -63,10 +70,11 @@ def ignore_signals(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_await_parent, daemon=True).start()
+        parent = parent_process()  # not `os.getppid`, which may be the server that forked this process
+        threading.Thread(target=_await_parent, args=(parent.pid if parent else None,), daemon=True).start()
 
 
-def _await_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _await_parent(owner: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
         pass
     os._exit(0)

@@ -29,7 +29,7 @@ from irgdistill.config import (
 )
 from irgdistill.data import Images, PartlyLabelled, Splits, crop_of, padding_of
 from irgdistill.errors import UserError
-from irgdistill.io import checksum, read_tensors
+from irgdistill.io import checksum, map_tensors, read_tensors
 from irgdistill.losses import compared_maps
 from irgdistill.matching import MAP_LAYOUTS, Output, Plan, Tap, tap_name
 from irgdistill.models import Network, rebuild_network
@@ -214,6 +214,14 @@ class TeacherCache:
             if where is not None:
                 tensors = {name: x for name, x in tensors.items() if " " not in name or name in wanted}
             self._shards.append(tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the names in place of the tensors: a loader process maps the files itself."""
+        return {**vars(self), "_shards": [list(tensors) for tensors in self._shards]}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._shards = [map_tensors(shard_path(self.folder, i), names) for i, names in enumerate(state["_shards"])]
 
     def rows(self, keys: Sequence[int]) -> dict[str, Tensor]:
         """The rows of these keys: tensors (B, …) by name."""

@@ -22,6 +22,7 @@ from irgdistill.data.augmentation import train_transform, transform_seeded
 from irgdistill.data.dataset import Images, UnreadableImages
 from irgdistill.data.image_cache import fits
 from irgdistill.data.loader import Loader, eval_loader, train_loader
+from irgdistill.data.one_pass import OnePass
 from irgdistill.data.open import open_splits
 from irgdistill.data.sampling import EpochSampler
 from irgdistill.data.sources.torchvision import coarse_cifar100
@@ -356,6 +357,13 @@ def test_evaluation_leaves_unreadable_images_out(folder: Path) -> None:
     assert sum(len(labels) for _, labels in source.epoch()) == 23
     bad.collect()
     assert len(bad.names) == 1
+
+
+@pytest.mark.parametrize(("batch", "workers"), [(24, 0), (23, 2)])
+def test_a_single_batch_is_read_without_loader_processes(folder: Path, batch: int, workers: int) -> None:
+    config = DataConfig(source=str(folder), eval_batch_size=batch, workers=2)
+    images = OnePass(open_splits(config).val, config, input_spec(16), CPU, print)
+    assert images.loader.loader.num_workers == workers
 
 
 def test_a_limited_evaluation_is_spread_over_the_classes(folder: Path) -> None:
