@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from irgdistill.config import AugmentConfig, OptimConfig, ScheduleConfig
-from irgdistill.errors import UserError, nearest
+from irgdistill.errors import TrainingError, UserError, nearest
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, adapters: nn.Module | None = None) -> Optimizer:
@@ -54,6 +54,30 @@ def _groups(adapters: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
         return [{"params": list(adapters.parameters()), "weight_decay": decay}]
     groups: list[dict[str, Any]] = param_groups_weight_decay(adapters, decay)
     return groups
+
+
+class WatchedOptimizer:
+    """An optimizer for `GradScaler`, which does not tell whether it steps it: `stepped` is False for a skipped step."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.param_groups, self.stepped = optimizer, optimizer.param_groups, False
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.stepped = True
+
+
+MOST_SKIPPED = 32
+"""Steps in a row that the scaler may skip, halving its scale each time: from 65,536 to 2⁻¹⁶."""
+
+
+def refuse_skipped(count: int, update: int) -> None:
+    """Raises TrainingError if the scaler has skipped `update` MOST_SKIPPED times."""
+    if count >= MOST_SKIPPED:
+        raise TrainingError(
+            f"the gradients of update {update} are not finite, {count} times in a row, "
+            "whatever the scale of the loss in fp16; --amp bf16 or none may help"
+        )
 
 
 def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Any:

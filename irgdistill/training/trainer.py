@@ -26,6 +26,7 @@ from irgdistill.training.evaluation import (
     score,
 )
 from irgdistill.training.observer import Observer
+from irgdistill.training.optimization import WatchedOptimizer, refuse_skipped
 from irgdistill.training.progress import Progress
 from irgdistill.training.setup import Setup
 from irgdistill.training.state import seed_process
@@ -51,6 +52,7 @@ class Trainer:
         self.config, self.world = components.config, components.world
         self.signals = Signals(patient=True)
         self._met, self._updates, self._every = time.monotonic(), 0, 1
+        self._skipped = 0
 
     def train_step(self, images: Tensor, labels: Tensor, cached: Tensor | None = None) -> dict[str, Tensor]:
         """Raw images (B, 3, H, W) and labels (B,) -> total loss and raw terms, scalars without gradient.
@@ -87,23 +89,29 @@ class Trainer:
     def update_weights(self) -> None:
         """Clip the gradients, step optimizer and schedule, and average the weights.
 
-        Raises TrainingError if the optimizer fails, as with a saved state that does not fit it.
+        With fp16 the scaler skips an update whose gradients are not finite, and lowers its scale; that is none then.
+        Raises TrainingError after many in a row, and if the optimizer fails, as with a state that does not fit.
         """
-        run, progress = self.components, self.progress
+        run, progress, optimizer = self.components, self.progress, WatchedOptimizer(self.components.optimizer)
         if self.config.optim.clip_grad is not None:
-            run.scaler.unscale_(run.optimizer)
+            run.scaler.unscale_(optimizer)  # type: ignore[arg-type]
             torch.nn.utils.clip_grad_norm_(run.student.parameters(), self.config.optim.clip_grad)
-        self._step_optimizer()
+        self._step_optimizer(optimizer)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
+        if not optimizer.stepped:
+            self._skipped += 1
+            refuse_skipped(self._skipped, progress.update + 1)
+            return
+        self._skipped = 0
         progress.update += 1
         run.scheduler.step_update(progress.update)
         if run.ema is not None:
             run.ema.update(run.student.model, step=progress.update)
 
-    def _step_optimizer(self) -> None:
+    def _step_optimizer(self, optimizer: WatchedOptimizer) -> None:
         try:
-            self.components.scaler.step(self.components.optimizer)
+            self.components.scaler.step(optimizer)  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:

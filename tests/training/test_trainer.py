@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from irgdistill.config import load_config
-from irgdistill.errors import Interrupted, UserError
+from irgdistill.errors import Interrupted, TrainingError, UserError
 from irgdistill.matching import Output
 from irgdistill.runtime import World
 from irgdistill.training import Metrics, Progress, Trainer
@@ -226,6 +226,41 @@ def test_gradients_are_clipped_before_the_update() -> None:
     fixture = Fixture(**{"optim.clip_grad": 0.5})
     fixture.step()
     assert fixture.weight == pytest.approx(1 - 0.5 * 0.5), "the norm of the gradient is 2"
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_an_update_that_the_scaler_skips_is_none(clip: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither schedule nor average nor counter advance; the host looks once."""
+    fixture, looks = Fixture(**{"optim.clip_grad": clip}), []
+    fixture.components.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    overflow = fixture.student.model.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with monkeypatch.context() as patch:
+        item = Tensor.item
+        patch.setattr(Tensor, "item", lambda tensor: (looks.append(tensor), item(tensor))[1])
+        fixture.step()
+    assert fixture.events == ["backward"] and fixture.weight == 1.0 and len(looks) == 1
+    assert (fixture.progress.batch, fixture.progress.update) == (1, 0)
+    assert fixture.components.scaler.get_scale() == 4.0
+    overflow.remove()
+    fixture.step()
+    assert fixture.events == [*["backward"] * 2, "optimizer", "schedule 1", "average 1"]
+    assert (fixture.progress.batch, fixture.progress.update) == (2, 1)
+    assert fixture.weight == pytest.approx(0.0 if clip is None else 1 - 0.5 * clip)
+
+
+def test_gradients_that_are_never_finite_end_the_run() -> None:
+    fixture = Fixture()
+    fixture.components.scaler = torch.amp.GradScaler("cpu")
+    overflow = fixture.student.model.weight.register_hook(lambda gradient: gradient * torch.nan)
+    for _ in range(31):
+        fixture.step()
+    overflow.remove()
+    fixture.step()
+    fixture.student.model.weight.register_hook(lambda gradient: gradient * torch.nan)
+    for _ in range(31):
+        fixture.step()
+    with pytest.raises(TrainingError, match=r"update 2 are not finite, 32 times in a row, .*--amp bf16 or none"):
+        fixture.step()
 
 
 def test_the_teacher_gets_the_mixed_images_and_the_rows_of_its_cache() -> None:
