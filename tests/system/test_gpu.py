@@ -1,15 +1,21 @@
-"""A step on a CUDA device is that of the CPU, waits for the device once, and may be recorded as a CUDA graph."""
+"""A step on a CUDA device is that of the CPU, waits for the device once, and may be recorded as a CUDA graph.
+
+A run that is stopped and resumed there equals one that was not.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from support import Run
+from support.interruption import differences, outcome
 
 from irgdistill import graph
 from irgdistill.config.loading import load_config
@@ -139,6 +145,45 @@ def test_edges_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         gradients.append(x.grad.cpu().double())
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3 * float(gradients[0].abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("device", "amp"),
+    [("cpu", "none"), pytest.param(CUDA, "none", marks=GPU), pytest.param(CUDA, "fp16", marks=GPU)],
+)
+def test_a_resumed_run_equals_one_that_was_not_stopped(
+    run: Run, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, amp: str
+) -> None:
+    """Bit for bit, under deterministic algorithms, with a loader process: stopped in its second epoch of four steps."""
+    options = ("--data", "digits", "--student", "cifar_resnet14_x0_5", "--input-size", 32, "--epochs", 2)
+    options += ("--batch-size", 32, "--workers", 1, "--device", device, "--amp", amp, "--set", "optim.ema=0.9")
+    options += (
+        "--set",
+        "runtime.deterministic=true",
+        "--set",
+        "data.train_images=128",
+        "--set",
+        "data.val_fraction=0.1",
+    )
+    taught = ("--teacher", "cifar_resnet20", "--teacher-checkpoint", teacher, "--skip-teacher-check")
+    begin = ("distill", *options, *taught, "--method", "irg+kd+at", "--output")
+    assert run(*begin, tmp_path / "whole").code == 0
+    steps_left, train_step = 6, Trainer.train_step
+
+    def counted(*args: Any) -> Any:
+        nonlocal steps_left
+        steps_left -= 1
+        if steps_left == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", counted)
+        stopped = run(*begin, tmp_path / "cut")
+    assert stopped.code == 128 + signal.SIGTERM and "stopped at epoch 2, batch 2 of 4" in stopped.err
+    resumed = run("distill", "--resume", tmp_path / "cut")
+    assert resumed.code == 0, resumed.err
+    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "cut")) == []
 
 
 @on_gpu
