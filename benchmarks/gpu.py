@@ -25,6 +25,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -162,13 +163,13 @@ def cache(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     from irgdistill.models import build_network
 
-    data = "digits" if arguments.tiny else str(arguments.pack / "data.tar")
+    data, classes, count = packed(arguments)
     with tempfile.TemporaryDirectory() as work:
         weights, found = Path(work, "teacher.safetensors"), Path(work, "cache.json")
-        save_file(build_network(TEACHER, num_classes=10 if arguments.tiny else 100).model.state_dict(), weights)
+        save_file(build_network(TEACHER, num_classes=classes).model.state_dict(), weights)
         words = [
             *("--data", data, "--teacher", TEACHER, "--teacher-checkpoint", weights, "--student", STUDENT),
-            *("--images", 256 if arguments.tiny else 20_000, "--rounds", 2 if arguments.tiny else 5),
+            *("--images", min(256 if arguments.tiny else 20_000, count), "--rounds", 2 if arguments.tiny else 5),
             *("--workers", 0 if arguments.tiny else 8, "--batch-size", 64 if arguments.tiny else 128),
             *("--amp", "none" if arguments.tiny else "bf16", "--device", arguments.device, "--json", found),
         ]
@@ -177,12 +178,22 @@ def cache(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def packed(arguments: argparse.Namespace) -> tuple[str, int, int]:
+    """Data, classes and training images: those of the pack, or the digits for a tiny run without one."""
+    path = arguments.pack / "data.tar"
+    if arguments.tiny and not path.exists():
+        return "digits", 10, 1000
+    with tarfile.open(path) as tar:
+        names = [name.split("/") for name in tar.getnames() if name.startswith("train/")]
+    return str(path), len({name[1] for name in names}), len(names)
+
+
 PAIRS = (("cifar_resnet56", "cifar_resnet20"), ("cifar_resnet32x4", "cifar_resnet8x4"))
 
 
 def train(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    preset = "quickstart" if arguments.tiny else "cifar100-standard"
+    rows, (data, classes, _) = [], packed(arguments)
+    preset = "quickstart" if data == "digits" else "cifar100-standard"
     for teacher, student in PAIRS[:1] if arguments.tiny else PAIRS:
         weights = arguments.pack / f"{teacher}.safetensors"
         given = ["--teacher", teacher, "--teacher-checkpoint", weights]
@@ -191,7 +202,8 @@ def train(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as work:
             words = ["distill", "--preset", preset, "--student", STUDENT if arguments.tiny else student, *given]
             words += ["--output", f"{work}/run", "--device", arguments.device]
-            words += ["--epochs", 1] if arguments.tiny else ["--data", arguments.pack / "data.tar", "--workers", 8]
+            words += ["--data", data, "--workers", 0 if arguments.tiny else 8]
+            words += ["--epochs", 1, "--set", f"data.train_images={max(classes, 128)}"] if arguments.tiny else []
             code, text = irgdistill(*words, limit=arguments.limit / (1 if arguments.tiny else 2) - 20, stop=True)
             path = Path(work, "run/metrics.jsonl")
             records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

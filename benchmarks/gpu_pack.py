@@ -3,8 +3,8 @@
     tar -xf cifar100.tar.xz -C data
     python benchmarks/gpu_pack.py --data data/cifar100 --teacher cifar_resnet56=teacher.safetensors
 
-Writes `gpu-pack/data.tar` (the images as they are, as many of each class as fit into --mib, all validation images
-first) and the teachers' weights under their architecture's name. The folder is ignored by git.
+Writes the teachers' weights under their architecture's name and `gpu-pack/data.tar`: the images as they are, as many of
+each class as fit beside the weights into --mib, all validation images first. The folder is ignored by git.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ def main() -> None:
     parser.add_argument("--mib", type=float, default=58.0)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    kept = pack(arguments.data, arguments.output / "data.tar", int(arguments.mib * 2**20))
-    print(f"{arguments.output / 'data.tar'}: {kept['train']} training and {kept['val']} validation images")
+    room = int(arguments.mib * 2**20)
     for teacher in arguments.teacher:
         name, _, file = teacher.partition("=")
-        shutil.copyfile(file, arguments.output / f"{name}.safetensors")
+        room -= Path(shutil.copyfile(file, arguments.output / f"{name}.safetensors")).stat().st_size
+    kept = pack(arguments.data, arguments.output / "data.tar", room)
+    print(f"{arguments.output / 'data.tar'}: {kept['train']} training and {kept['val']} validation images")
 
 
 if __name__ == "__main__":

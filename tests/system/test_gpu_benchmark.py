@@ -28,11 +28,20 @@ def test_steps_and_edges(tiny: argparse.Namespace) -> None:
     assert [row["images"] for row in gpu.edges(tiny)] == [256, 1024]
 
 
-def test_real_training(tiny: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["digits", "pack"])
+def test_real_training(tiny: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packed: bool) -> None:
     short = ("--set", "data.train_images=64", "--set", "data.val_fraction=0.05", "--batch-size", 32, "--input-size", 16)
-    monkeypatch.setattr(gpu, "irgdistill", lambda *words, **_: (command(*words, *short), ""))
+    ran: list[object] = []
+    monkeypatch.setattr(gpu, "irgdistill", lambda *words, **_: (ran.extend(words), (command(*words, *short), ""))[1])
+    if packed:
+        for part, count in (("train", 40), ("val", 4)):
+            write_images(tmp_path / "data" / part, {"red": count, "green": count})
+        tiny.pack.mkdir()
+        gpu_pack.pack(tmp_path / "data", tiny.pack / "data.tar", 2**20)
+        assert gpu.packed(tiny) == (str(tiny.pack / "data.tar"), 2, 80)
     (row,) = gpu.train(tiny)
     assert row["code"] == 0 and row["epochs"] == 1 and row["images_per_second"] > 0
+    assert ("cifar100-standard" in ran) == (str(tiny.pack / "data.tar") in ran) == packed
 
 
 @pytest.mark.slow
@@ -56,12 +65,19 @@ def test_a_part_that_takes_too_long_leaves_the_others(
     assert capsys.readouterr().out.count("| CPU |") == 3
 
 
-def test_a_pack_holds_as_many_of_each_class_as_fit(tmp_path: Path) -> None:
+def test_a_pack_holds_as_many_of_each_class_as_fit_beside_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for part, count in (("train", 20), ("val", 4)):
         write_images(tmp_path / "data" / part, {"red": count, "green": count})
-    kept = gpu_pack.pack(tmp_path / "data", tmp_path / "data.tar", 50 * 1024)
-    assert kept["val"] == 8 and 0 < kept["train"] < 40
-    assert (tmp_path / "data.tar").stat().st_size <= 50 * 1024
-    with tarfile.open(tmp_path / "data.tar") as tar:
-        names = [name for name in tar.getnames() if name.startswith("train/")]
-    assert abs(sum("red" in name for name in names) - sum("green" in name for name in names)) <= 1
+    (tmp_path / "weights").write_bytes(bytes(10 * 1024))
+    words = ["--data", tmp_path / "data", "--teacher", f"net={tmp_path / 'weights'}", "--mib", 60 / 1024]
+    monkeypatch.setattr(sys, "argv", [*map(str, ["gpu_pack.py", *words, "--output", tmp_path / "pack"])])
+    gpu_pack.main()
+    files = {path.name: path.stat().st_size for path in (tmp_path / "pack").iterdir()}
+    assert set(files) == {"data.tar", "net.safetensors"} and 40 * 1024 < sum(files.values()) <= 60 * 1024
+    with tarfile.open(tmp_path / "pack" / "data.tar") as tar:
+        names = tar.getnames()
+    train = [name for name in names if name.startswith("train/")]
+    assert len(names) - len(train) == 8 and 0 < len(train) < 40
+    assert abs(sum("red" in name for name in train) - sum("green" in name for name in train)) <= 1
