@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from irgdistill.config import Pixels, PluginConfig, Pooling, architecture_of
 from irgdistill.errors import UserError
 from irgdistill.io import FORMAT, Evaluation, Record, read_metadata, read_tensors
 from irgdistill.models.build import build_network, rebuild_network
-from irgdistill.models.foreign import Role, find_weights
+from irgdistill.models.conversion import find_in_file
+from irgdistill.models.foreign import Role
 from irgdistill.models.network import Network, NetworkRecord
-from irgdistill.models.weights import Weights, read_weights
+from irgdistill.models.weights import Weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -161,16 +161,18 @@ def timm_config(network: Network, classes: list[str]) -> dict[str, Any]:
 
 
 def read_checkpoint(
-    path: Path, role: Role, own: Callable[[], Mapping[str, Tensor]]
+    path: Path, role: Role, name: str | None, args: Mapping[str, Any] | None = None
 ) -> tuple[Weights, CheckpointMetadata | None]:
-    """Weights and metadata (None for other files, in which the weights of a network with state dict `own()` are found).
+    """Weights and metadata (None for other files, in which the weights of timm's `name` with `args` are found).
 
-    Raises UserError as `CheckpointMetadata.read`, or if damaged.
+    Raises UserError as `CheckpointMetadata.read` and `find_in_file`, if damaged, or without a name that is needed.
     """
     if CheckpointMetadata.read(path) is None:
-        dicts = read_weights(path)
-        tensors, note = find_weights(dicts, own(), role)
-        return Weights(tensors, str(path), note), None
+        if name is None:
+            raise UserError(
+                f"{path} was not written by irgdistill and does not name its network; name the architecture too"
+            )
+        return find_in_file(path, name, role, args or {}), None
     tensors, values = read_tensors(path)
     assert values is not None
     return Weights(tensors, str(path)), CheckpointMetadata.parse(values, path)
@@ -189,14 +191,11 @@ def restore(
     own. Raises UserError: unreadable, truncated or damaged file,
     other weights without a name, weights that do not fit, another name than the checkpoint's own.
     """
-
-    def shapes() -> Mapping[str, Tensor]:
-        return build_network(_required(name, path), input_size=input_size, meta=True).model.state_dict()
-
-    weights, metadata = read_checkpoint(path, role, shapes)
+    weights, metadata = read_checkpoint(path, role, name)
     if metadata is None:
+        assert name is not None
         network = build_network(
-            _required(name, path), weights=weights, input_size=input_size, preprocessing=preprocessing
+            name, weights=weights, input_size=input_size, args=weights.args, preprocessing=preprocessing
         )
         network.foreign = True
         network.note = f"{network.name}: {weights.note} in {path}" if weights.note else ""
@@ -205,11 +204,3 @@ def restore(
     network = rebuild_network(metadata, input_size=input_size, weights=weights, preprocessing=preprocessing)
     network.classes = metadata.classes
     return network, metadata
-
-
-def _required(name: str | None, path: Path) -> str:
-    if name is None:
-        raise UserError(
-            f"{path} was not written by irgdistill and does not name its network; name the architecture too"
-        )
-    return name

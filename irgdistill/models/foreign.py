@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -52,17 +52,61 @@ def find_weights(
 ) -> tuple[dict[str, Tensor], str]:
     """Find the weights of a network whose state dict is `own`, without the prefix of their keys.
 
-    The second value names what was taken where several fit equally, else it is empty. If nothing has a key of the
-    network, the weights are the largest dictionary as it is.
+    The dictionaries may hold parts of the network, such as a backbone and a head. The second value names what was taken
+    where several fit equally or a part was joined, else it is empty. If nothing has a key of the network, the weights
+    are the largest dictionary as it is.
     """
-    found = [part for place, tensors in dicts.items() for part in _parts(place, tensors, own)]
+    flat = {f"{place}.{key}" if place else key: x for place, tensors in dicts.items() for key, x in tensors.items()}
+    parts = [part for place, tensors in (("", flat), *dicts.items()) for part in _parts(place, tensors, own)]
+    found = list({part.place: part for part in parts}.values())
     if not found:
         return max(dicts.values(), key=len), ""
     most = max(part.fit for part in found)
     equal = [part for part in found if part.fit == most]
     taken = max(equal, key=lambda part: part.preference(role))
-    places = ", ".join(part.place or "the top level" for part in equal)
-    return taken.tensors, f"took {taken.place or 'the top level'} of {places}" if len(equal) > 1 else ""
+    rest, source = _beside(taken, flat, own)
+    note = f"took {taken.place or 'the top level'}{source}"
+    if len(equal) > 1:
+        note += f" of {', '.join(part.place or 'the top level' for part in equal)}"
+    return {**taken.tensors, **rest}, note if len(equal) > 1 or rest else ""
+
+
+def _beside(taken: Found, flat: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """What `taken` lacks, such as a classifier, from a module beside it that holds nothing else, and in words which.
+
+    Nothing if no module fits, or several do.
+    """
+    stem, lacking = _relative(key for key in own if key not in taken.tensors)
+    above = taken.place.split(".") if taken.place else []
+    while lacking and above:
+        within, modules = above.pop(), dict[str, list[str]]()
+        for key in flat:
+            path = key.split(".")
+            if path[: len(above)] == above and path[len(above)] != within:
+                modules.setdefault(path[len(above)], []).append(key)
+        fitting = list[tuple[str, dict[str, str]]]()
+        for keys in modules.values():
+            place, names = _relative(keys)
+            if names.keys() == lacking.keys() and all(
+                flat[key].shape[1:] == own[lacking[name]].shape[1:] for name, key in names.items()
+            ):
+                fitting.append((place, names))
+        if len(fitting) == 1:
+            place, names = fitting[0]
+            return {lacking[name]: flat[key] for name, key in names.items()}, f" with {place} as {stem}"
+        if fitting:
+            break
+    return {}, ""
+
+
+def _relative(keys: Iterable[str]) -> tuple[str, dict[str, str]]:
+    """The module that all keys share, and the keys by their names in it."""
+    paths = {key: key.split(".") for key in keys}
+    longest, shared = min((len(path) - 1 for path in paths.values()), default=0), 0
+    while shared < longest and len({path[shared] for path in paths.values()}) == 1:
+        shared += 1
+    module = ".".join(next(iter(paths.values()), [])[:shared])
+    return module, {".".join(path[shared:]): key for key, path in paths.items()}
 
 
 def _parts(place: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[Found]:

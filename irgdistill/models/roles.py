@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor, nn
 
 from irgdistill.config import Config, StudentConfig, TeacherConfig, import_function, split_function
 from irgdistill.errors import UserError
@@ -14,8 +13,8 @@ from irgdistill.io import Report, RunFolder, find_checkpoint
 from irgdistill.models.build import build_network
 from irgdistill.models.checkpoint import CheckpointMetadata, read_checkpoint, restore
 from irgdistill.models.foreign import Role
-from irgdistill.models.network import Network, pretrained_cfg
-from irgdistill.models.weights import Weights, load_weights
+from irgdistill.models.network import Network
+from irgdistill.models.weights import Weights, classifier_keys, load_weights
 
 
 def build_teacher(spec: TeacherConfig, fetch: bool = True) -> Network:
@@ -124,9 +123,12 @@ def _checkpoint_file(path: Path) -> Path:
 
 def _load_initial(student: Network, path: Path, classes: list[str]) -> str:
     """Load a checkpoint, but for a classifier that does not fit, and say where the student starts."""
-    own, head = student.model.state_dict(), _classifier_keys(student.model)
-    read, metadata = read_checkpoint(path, "student", lambda: own)
+    own, head = student.model.state_dict(), classifier_keys(student.model)
+    read, metadata = read_checkpoint(path, "student", student.name, student.args)
     weights = read.tensors
+    if read.args:
+        needed = json.dumps({**student.args, **read.args})
+        raise UserError(f"the weights in {path} need other arguments of timm's network: --set 'student.args={needed}'")
     theirs = metadata.classes if metadata is not None else classes
     count = next((len(weights[key]) for key in head if key in weights), 0)
     same_width = all(weights[key].shape[1:] == own[key].shape[1:] for key in head if key in weights)
@@ -143,14 +145,6 @@ def _classifier_note(count: int, classes: list[str]) -> str:
     if count == len(classes):
         return ""
     return f"; its classifier is new, for {len(classes)} classes instead of {count or 'none'}"
-
-
-def _classifier_keys(model: nn.Module) -> list[str]:
-    """Keys of the classifier in the state dict, as timm's configuration names them; none if it does not."""
-    heads = pretrained_cfg(model).get("classifier") or ()
-    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-    state: Mapping[str, Tensor] = model.state_dict()
-    return [key for key in state if key.startswith(prefixes)] if prefixes else []
 
 
 def open_network(

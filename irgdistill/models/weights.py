@@ -6,7 +6,8 @@ import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -16,6 +17,7 @@ from torch.serialization import safe_globals
 from irgdistill.errors import UserError, one_line
 from irgdistill.io import read_tensors
 from irgdistill.models.foreign import tensor_dicts
+from irgdistill.models.network import pretrained_cfg
 
 LOCAL = "local-dir:"
 
@@ -29,7 +31,9 @@ class Weights(NamedTuple):
     tensors: Mapping[str, Tensor]
     origin: str
     note: str = ""
-    """What was taken, if the file holds several weights that fit."""
+    """What was taken of the file and how it was changed, where there was a choice."""
+    args: Mapping[str, Any] = MappingProxyType({})
+    """Arguments of `timm.create_model` that the network needs for them."""
 
 
 def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
@@ -89,3 +93,15 @@ def classes_of(name: str, weights: Mapping[str, Tensor]) -> int | None:
             if key + suffix in weights:
                 return int(weights[key + suffix].shape[0])
     return 0 if heads else None
+
+
+def classifier_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The classifier's layers by name, as timm's configuration names them; none if it does not or there are none."""
+    names: Any = pretrained_cfg(model).get("classifier") or ()
+    known = dict(model.named_modules())
+    return {name: known[name] for name in ([names] if isinstance(names, str) else names) if name in known}
+
+
+def classifier_keys(model: nn.Module) -> list[str]:
+    """Keys of the classifier in the state dict."""
+    return [f"{name}.{key}" for name, module in classifier_modules(model).items() for key in module.state_dict()]

@@ -33,6 +33,14 @@ def under(prefix: str, state: State) -> State:
     return {prefix + key: value for key, value in state.items()}
 
 
+def body(state: State) -> State:
+    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+
+
+def relative(prefix: str, state: State) -> State:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
 def logits(model: nn.Module) -> Tensor:
     images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
     with torch.no_grad():
@@ -61,6 +69,21 @@ CONTAINERS: dict[str, Callable[[State, State], Any]] = {
     "state_dict_ema": lambda w, o: {"state_dict": o, "state_dict_ema": w},
     "model_ema": lambda w, o: {"model": o, "model_ema": {"module": w}},
     "ema": lambda w, o: {"ema": under("module.", w), "model": under("module.", o)},
+    "backbone and head": lambda w, o: {
+        "backbone": body(w),
+        "head": relative("fc.", w),
+        "optimizer": {"head": relative("bn1.", o)},
+    },
+    "lightning with its own head": lambda w, o: {
+        "state_dict": under("model.backbone.", body(w)) | under("model.head.1.", relative("fc.", w))
+    },
+    "teacher and student with heads": lambda w, o: {
+        role: {"backbone": body(weights), "classifier": under("linear.", relative("fc.", weights))}
+        for role, weights in (("teacher", o), ("student", w))
+    },
+    "a dictionary for each module": lambda w, o: {
+        name: relative(f"{name}.", w) for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "fc")
+    },
     "lightning with ema": lambda w, o: {"state_dict": under("model.", o) | under("ema_model.module.", w)},
 }
 
@@ -72,7 +95,7 @@ def test_the_weights_are_found_in_any_container(tmp_path: Path, kind: str) -> No
     found, metadata = restore(path, NAME)
     assert metadata is None and found.num_classes == 3
     assert torch.equal(logits(found.model), logits(WANTED)) and not torch.equal(logits(WANTED), logits(OTHER))
-    assert ("took" in found.note) == ("ema" in kind)
+    assert ("took" in found.note) == ("ema" in kind or "head" in kind)
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -107,6 +130,26 @@ def test_a_choice_is_written_to_the_log(run: Run, folder: Path, tmp_path: Path) 
     assert result.code == 0, result.err
     assert f"{NAME} starts from {path} (took model_ema of model, model_ema)" in result.err
     assert f"{NAME}: took model_ema of model, model_ema in {path}\n" in result.err
+
+
+def test_the_head_beside_a_backbone_is_named(tmp_path: Path) -> None:
+    """Unless several modules could be it, or it is more than a linear layer: then the network has no classifier."""
+    weights, path = WANTED.state_dict(), tmp_path / "parts.pth"
+    backbone, head = under("backbone.", body(weights)), relative("fc.", weights)
+    torch.save({"state_dict": backbone | under("head.", head)}, path)
+    assert restore(path, NAME)[0].note == f"{NAME}: took state_dict.backbone with state_dict.head as fc in {path}"
+    for more in (
+        under("one.", head) | under("two.", head),
+        under("head.1.", head) | {"head.0.weight": torch.ones(32)},
+        {"temperature": torch.ones(1), "prototypes.weight": torch.ones(3, 32)},
+    ):
+        torch.save({"state_dict": backbone | more}, path)
+        found = restore(path, NAME)[0]
+        assert found.num_classes == 0 and not found.note
+    with_classes = "test_vit"
+    network = timm.create_model(with_classes, num_classes=0)
+    torch.save(under("net.", network.state_dict()) | under("probe.", nn.Linear(64, 5).state_dict()), path)
+    assert restore(path, with_classes)[0].num_classes == 5
 
 
 def test_a_dictionary_that_holds_itself_is_searched_once(tmp_path: Path) -> None:
