@@ -60,7 +60,7 @@ def cache_teacher(request: CacheRequest) -> None:
     config, report = resolved(request.config), Report()
     config = with_cached_orientation(config, read_manifest(request.output), request.output)
     asked = config
-    config, splits, teachers, method_note = open_data(
+    config, splits, teachers, teacher_notes = open_data(
         asked, lambda: [build_teacher(spec) for spec in asked.all_teachers]
     )
     teacher = teachers[0]
@@ -68,7 +68,7 @@ def cache_teacher(request: CacheRequest) -> None:
         report.line(teacher.note)
     if splits.streaming:
         raise UserError(f"{config.data.source} is a stream: its images have no numbers by which to find them again")
-    for note in filter(None, (*splits.notes, method_note)):
+    for note in (*splits.notes, *teacher_notes):
         report.line(note)
     check_classes(config, teachers, splits.classes)
     largest = _largest(request.logits, teacher.num_classes)

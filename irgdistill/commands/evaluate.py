@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from copy import deepcopy
+from dataclasses import asdict, replace
 from typing import Any
 
 from irgdistill.commands.image_requests import EvalRequest
@@ -12,9 +13,9 @@ from irgdistill.config import Config, DataConfig, data_of
 from irgdistill.data import UnreadableImages, eval_loader, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import Report, table
-from irgdistill.models import Network, multiply_adds, open_network, parameters
+from irgdistill.models import Network, multiply_adds, open_network, parameters, put_in_order
 from irgdistill.runtime import autocast, choose_device, keep_memory, slow_precision
-from irgdistill.training import Metrics, evaluate
+from irgdistill.training import Metrics, difference, evaluate
 
 
 def evaluate_targets(request: EvalRequest) -> None:
@@ -70,9 +71,22 @@ def _evaluate(network: Network, teacher: Network | None, data: DataConfig, confi
     bad = UnreadableImages(data.max_bad_images, report.warn)
     crop = network.input.covering(None if teacher is None else teacher.input)
     loader = eval_loader(splits, data, crop, device, bad)
-    against = None if teacher is None else teacher.tapped(device)
+    against = None if teacher is None else _comparable(teacher, splits.classes, report).tapped(device)
     amp = autocast(config.runtime.amp, device)
     return evaluate(network.tapped(device), loader, amp, against, labelled=splits.labelled)
+
+
+def _comparable(teacher: Network, classes: list[str], report: Report) -> Network:
+    """A copy with its classes in the data's order, if it names them. Raises UserError for another number of classes."""
+    teacher = replace(teacher, model=deepcopy(teacher.model))
+    if note := put_in_order(teacher, classes):
+        report.line(note)
+    problem = difference(teacher, classes, f"--against {teacher.name}")
+    if teacher.num_classes != len(classes):
+        raise UserError(f"{problem}: their logits cannot be compared; --probe knn compares embeddings")
+    if problem:
+        report.warn(f"{problem}: agreement and KL compare classes by their numbers")
+    return teacher
 
 
 def _print_results(results: list[dict[str, Any]]) -> None:

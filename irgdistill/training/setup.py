@@ -23,7 +23,7 @@ from irgdistill.config import (
 from irgdistill.data import Splits, UnreadableImages, balanced_weights, open_splits, train_images
 from irgdistill.errors import UserError
 from irgdistill.matching import Plan, match
-from irgdistill.models import Network, build_booster, build_student, build_teacher
+from irgdistill.models import Network, build_booster, build_student, build_teacher, put_in_order
 from irgdistill.training.cached_views import with_cached_views
 from irgdistill.training.checks import called, check_classes, check_input_sizes, check_logging, difference
 from irgdistill.training.recipe import with_recipe
@@ -65,10 +65,10 @@ class Setup:
     """The untrained network that `rocket` trains with the student."""
     class_weights: list[float] | None = None
     """Weights of the cross-entropy, by class index."""
-    method_note: str = ""
-    """The method that `auto` chose, and why; empty if it was given."""
+    teacher_notes: Sequence[str] = ()
+    """Teachers whose classes were put in order, and the method that `auto` chose, in words."""
     recipe_note: str = ""
-    """The optimizer and learning rate that were chosen, likewise."""
+    """The optimizer and learning rate that were chosen; empty if they were given."""
     start_note: str = ""
     """The origin of the student's weights, in words, and of the teacher's if its file holds several."""
 
@@ -106,8 +106,8 @@ class Setup:
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the log: data, method, initial weights, recipe."""
-        lines = (str(self.splits), *self.splits.notes, self.method_note, self.start_note, self.recipe_note)
+        """Lines for the log: data, teachers, method, initial weights, recipe."""
+        lines = (str(self.splits), *self.splits.notes, *self.teacher_notes, self.start_note, self.recipe_note)
         return [line for line in lines if line]
 
 
@@ -149,7 +149,7 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
     caches = [None if spec.cache is None else TeacherCache(spec.cache) for spec in config.all_teachers]
     config = with_cached_views(config, caches)
     asked = config
-    config, splits, teachers, method_note = open_data(asked, lambda: _teachers(asked, caches, fetch, inputs), inputs)
+    config, splits, teachers, teacher_notes = open_data(asked, lambda: _teachers(asked, caches, fetch, inputs), inputs)
     if splits.default_fraction is not None:  # remembered, so that the run finds the same images again
         config = config.replaced({"data.val_fraction": splits.default_fraction})
     class_weights = weigh_classes(config, splits)
@@ -182,7 +182,7 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
         crop=crop,
         booster=booster,
         class_weights=class_weights,
-        method_note=method_note,
+        teacher_notes=teacher_notes,
         recipe_note=recipe_note,
         start_note="; ".join(filter(None, (start_note, *(teacher.note for teacher in teachers)))),
     )
@@ -190,24 +190,32 @@ def prepare(config: Config, resuming: bool = False, fetch: bool = True, inputs: 
 
 def open_data(
     config: Config, teachers: Callable[[], list[Network]], inputs: SharedInputs | None = None
-) -> tuple[Config, Splits, list[Network], str]:
+) -> tuple[Config, Splits, list[Network], list[str]]:
     """Open the images and build the teachers, the first of which supplies the classes if there are no labels.
 
-    The configuration has the method that `auto` stands for; the text says which and why, and is empty for a method that
-    was given. Raises UserError.
+    Teachers that name all classes give their logits in the data's order. The configuration has the method that `auto`
+    stands for; the texts say what was put in order, and which method was chosen and why. Raises UserError.
     """
     if config.data.labels:
         splits, networks = (open_splits(config.data) if inputs is None else inputs.splits(config)), teachers()
-        config, note = _choose_method(config, networks, splits.classes)
+        config, notes = _in_order(config, networks, splits.classes)
         if splits.labelled_count is not None and config.data.labelled_fraction is None:
             check_partly_labelled(config, f"{config.data.source} has training images without a label")
-        return config, splits, networks, note
+        return config, splits, networks, notes
     networks = teachers()
     first = networks[0]
     known = first.classes or [str(number) for number in range(first.num_classes)]
-    config, note = _choose_method(config, networks, known)
+    config, notes = _in_order(config, networks, known)
     classes = (first.classes or first.num_classes) if config.losses.comparing("logits") else 0
-    return config, open_splits(config.data, classes=classes), networks, note
+    return config, open_splits(config.data, classes=classes), networks, notes
+
+
+def _in_order(config: Config, teachers: Sequence[Network], classes: list[str]) -> tuple[Config, list[str]]:
+    """Put the live teachers' classes in order, and choose the method that `auto` stands for."""
+    pairs = zip(config.all_teachers, teachers, strict=False)
+    notes = [put_in_order(teacher, classes) for spec, teacher in pairs if spec.cache is None]
+    config, note = _choose_method(config, teachers, classes)
+    return config, [text for text in (*notes, note) if text]
 
 
 def _choose_method(config: Config, teachers: Sequence[Network], classes: list[str]) -> tuple[Config, str]:
@@ -239,7 +247,9 @@ def _teachers(
             networks.append(live)
             continue
         if spec.checkpoint is not None:
-            cache.check_same("teacher", describe_teacher(build_teacher(spec)))
+            live = build_teacher(spec)
+            put_in_order(live, cache.manifest.classes or [])
+            cache.check_same("teacher", describe_teacher(live))
         elif spec.name not in (None, cache.manifest.name):
             cache.check_same("teacher", {"architecture": architecture_of(spec.name)})
         cache.check_same("teacher", spec.preprocessing.model_dump(mode="json", exclude_none=True))

@@ -24,7 +24,7 @@ from irgdistill.data import Source, Splits, Unlabelled, open_splits
 from irgdistill.errors import UserError
 from irgdistill.io import Report, find_checkpoint, visible
 from irgdistill.matching import Plan, match, print_plan
-from irgdistill.models import CheckpointMetadata, Network, build_network, build_teacher, restore
+from irgdistill.models import CheckpointMetadata, Network, build_network, build_teacher, put_in_order, restore
 from irgdistill.training import check_input_sizes
 
 
@@ -170,6 +170,8 @@ def open_networks(request: InspectRequest, config: Config) -> Inspection:
         data = data_of(str(request.target), metadata.data, config.data, request.given, metadata.plugins)
         classes = metadata.classes
     splits, teacher = _draw_images(data, request, config.seed, classes), _teacher(config, request)
+    if splits.labelled and (note := put_in_order(teacher, splits.classes)):
+        Report().line(note)
     student, label, weights = _student(config, request, path, len(splits.classes))
     students = [NetworkUnderTest(label, student, weights)]
     if metadata is not None:
