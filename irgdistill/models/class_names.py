@@ -55,5 +55,5 @@ def put_in_order(network: Network, classes: list[str]) -> str:
 
 
 def _recorded(network: Network) -> list[str] | None:
-    recorded: Any = network.classes or network.model.pretrained_cfg.get("label_names")  # type: ignore[union-attr,operator]
+    recorded: Any = network.classes or network.cfg.get("label_names")
     return list(map(str, recorded)) if recorded is not None and len(recorded) == network.num_classes else None
