@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -33,6 +34,17 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     begun = [name for name in lowered if len(given) > 2 and name.startswith(given.lower())]
     close = dict.fromkeys([*begun, *difflib.get_close_matches(given.lower(), lowered, n=3, cutoff=0.5)])
     return f"; did you mean {', '.join(lowered[name] for name in [*close][:3])}?" if close else ""
+
+
+def nearest_path(given: str) -> str:
+    """As `nearest`: the names beside the first folder or file of the path `given` that does not exist."""
+    path = Path(given)
+    while not path.parent.is_dir() and path != path.parent:
+        path = path.parent
+    try:
+        return nearest(path.name, [beside.name for beside in path.parent.iterdir() if beside.name != path.name])
+    except OSError:
+        return ""
 
 
 def one_line(error: object, length: int | None = None) -> str:

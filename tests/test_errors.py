@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from irgdistill.data import UnreadableImages
-from irgdistill.errors import DataError, TrainingError, UserError, nearest, one_line, os_reason
+from irgdistill.errors import DataError, TrainingError, UserError, nearest, nearest_path, one_line, os_reason
 from irgdistill.io.tensors import read_tensors
 
 
@@ -43,3 +43,10 @@ def test_nearest_names() -> None:
     assert nearest("resnt18", ["resnet18", "vit"]) == "; did you mean resnet18?"
     assert nearest("xyz", ["resnet18"]) == ""
     assert nearest("cach", ["compare", "cache-teacher"]) == "; did you mean cache-teacher?"
+
+
+def test_the_nearest_path_is_beside_the_first_part_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "tutorial" / "teacher").mkdir(parents=True)
+    assert nearest_path(f"{tmp_path}/tutoriall/teacher") == "; did you mean tutorial?"
+    assert nearest_path(f"{tmp_path}/tutorial/teach") == "; did you mean teacher?"
+    assert nearest_path(f"{tmp_path}/tutorial/teacher/xyz") == ""

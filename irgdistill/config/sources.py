@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from irgdistill.config.schema import DataConfig
-from irgdistill.errors import UserError, nearest
+from irgdistill.errors import UserError, nearest, nearest_path
 from irgdistill.plugins import Registry
 
 Opener = TypeVar("Opener", bound=Callable[..., Any])
@@ -101,6 +101,7 @@ def check_source(data: DataConfig) -> None:
     entry = find_source(data.source)
     if entry.is_path and not Path(data.source).exists():
         near = nearest(data.source, [word for word in SOURCES if word and not word.endswith("/")])
+        near = near or nearest_path(data.source)
         kind = "file" if entry.word else "folder"
         raise UserError(f"no data {kind} {data.source!r}{near} (a folder, or {', '.join(source_words())})")
     if entry.package and find_spec(entry.package) is None:

@@ -7,6 +7,7 @@ does not depend on the number of workers, and resumes in the middle of an epoch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ class Loader:
         self._epoch = 0
         if workers and device.type == "cuda":
             start_server()
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # `bottleneck` advises instead
         self.loader = DataLoader(
             images,
             batch_size=batch_size if sampler is None else len(sampler.part),

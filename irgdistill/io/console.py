@@ -101,12 +101,12 @@ class Report:
     def advance(self, done: int, epoch: str, terms: Mapping[str, float], images_per_second: float) -> None:
         """Show the position of the run; called at every log interval."""
         parts = [*(f"{name} {value:.3g}" for name, value in terms.items()), f"{images_per_second:,.0f} img/s"]
+        number, _, accuracy = epoch.partition("  ")
         if self._bar is not None:
-            number, _, accuracy = epoch.partition("  ")
             self._bar.show(done, number, [part for part in (accuracy, *parts) if part])
         elif time.monotonic() - self._last_line > LINE_EVERY:
             self._last_line = time.monotonic()
-            self.line("  ".join([epoch, *parts]))
+            self.line("  ".join([number, *parts]))  # the line above has the accuracy
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stdout: bool = True) -> None:

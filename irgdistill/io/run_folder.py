@@ -118,7 +118,7 @@ def find_checkpoint(target: str) -> Path | None:
         for candidate in (RunFolder(path).best, RunFolder(path).last):
             if candidate.exists():
                 return candidate
-        raise UserError(f"{path} holds no best.safetensors or last.safetensors")
+        raise UserError(f"{path} holds no best.safetensors or last.safetensors; a run saves them after its first epoch")
     if path.is_file() or path.suffix in WEIGHTS:
         return path
     return None

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from irgdistill.config import check_model_args, split_function
-from irgdistill.errors import UserError, nearest, one_line
+from irgdistill.errors import UserError, nearest, nearest_path, one_line
 from irgdistill.models.functions import build_from_function
 from irgdistill.models.network import Network, NetworkRecord
 from irgdistill.models.weights import LOCAL, SOURCES, Weights, classes_of, load_weights
@@ -73,7 +73,8 @@ def build_network(
         if pretrained and isinstance(error, (OSError, RuntimeError)):
             raise UserError(
                 f"no pretrained weights of {name} could be fetched ({one_line(error)}); "
-                "give them with --teacher-checkpoint or --student-checkpoint FILE (other commands: --checkpoint)"
+                "give a file with --checkpoint (distill: --teacher-checkpoint, --student-checkpoint), "
+                "or start from random weights: --set student.pretrained=false"
             ) from None
         wanted = {**args, **({} if num_classes is None else {"num_classes": num_classes})}
         if isinstance(error, TypeError) or args:
@@ -154,7 +155,8 @@ def _check_name(name: str) -> None:
     if not timm.is_model(name):
         elsewhere = ", and no folder or file here" if "/" in name or Path(name).suffix else ""
         known = [m.split(".")[0] for m in known_models()]
-        raise UserError(f"unknown model {name!r}{elsewhere}{nearest(name, known)}")
+        near = nearest_path(name) if elsewhere else nearest(name, known)
+        raise UserError(f"unknown model {name!r}{elsewhere}{near}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -231,6 +232,13 @@ def test_progress_keeps_a_value_with_its_name(monkeypatch: pytest.MonkeyPatch) -
             "top-1 50.00 (best 60.00)  loss 1",
             "transform 0.123  edges 2  100 img/s",
         ]
+
+
+def test_a_line_of_a_log_shows_no_accuracy_of_the_epoch_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    report, written = Report(), io.StringIO()
+    report.console, report._last_line = Console(width=90, file=written), float("-inf")
+    report.advance(5, "epoch 2/3  top-1 50.00 (best 60.00)", {"loss": 1.0}, 100)
+    assert written.getvalue() == "epoch 2/3  loss 1  100 img/s\n"
 
 
 def complete(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -77,6 +77,7 @@ def test_digits() -> None:
     [
         (lambda root: None, {"source": "nowhere"}, "no data folder 'nowhere'"),
         (lambda root: None, {"source": "digit"}, "did you mean digits"),
+        (lambda root: None, {"source": "./irgdistil"}, "no data folder './irgdistil'; did you mean irgdistill"),
         (lambda root: None, {}, "no data: give --data"),
         (lambda root: (root / "train").mkdir(), {}, "holds no class folders: expected one folder"),
         (

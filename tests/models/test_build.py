@@ -87,6 +87,8 @@ def test_multiply_adds_of_resnet20() -> None:
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(UserError, match=r"unknown model 'resnet5O'; did you mean .*resnet50"):
         build_network("resnet5O")
+    with pytest.raises(UserError, match=r"unknown model '\./irgdistil', and no folder .*; did you mean irgdistill"):
+        build_network("./irgdistil")
     with pytest.raises(UserError, match=r"no config\.json"):
         build_network("local-dir:/nowhere")
 
