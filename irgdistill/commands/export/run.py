@@ -31,7 +31,7 @@ from irgdistill.io import Report, find_checkpoint, write_atomically, write_folde
 from irgdistill.models import CheckpointMetadata, Network, restore
 
 TOLERANCE = 1e-4
-"""Largest difference between a logit of the export and of the student."""
+"""Largest difference between a logit of the export and of the student, times the largest logit if that exceeds 1."""
 
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -145,7 +145,7 @@ def _check_images(request: ExportRequest, network: Network, metadata: Checkpoint
 
 
 class _Check:
-    """Compares an export with the student. Raises UserError if a logit differs by more than `TOLERANCE`."""
+    """Compares an export with the student. Raises UserError if a logit differs by more than `TOLERANCE` allows."""
 
     def __init__(self, network: Network, images: Tensor, images_name: str, raw_input: bool) -> None:
         normalised = network.preprocess()(images)
@@ -156,10 +156,11 @@ class _Check:
 
     def __call__(self, exported: Logits) -> None:
         difference = float((_in_batches(exported, self.input) - self.expected).abs().max())
-        if not difference <= TOLERANCE:
+        allowed = TOLERANCE * max(1.0, float(self.expected.abs().max()))
+        if not difference <= allowed:
             raise UserError(
                 f"not exported: on {self.images_name} the logits differ from the student's by up to {difference:.1e}, "
-                f"{TOLERANCE:.0e} is allowed; nothing was written"
+                f"{allowed:.0e} is allowed; nothing was written"
             )
         self.result = f"logits within {difference:.1e} of the student's on {self.images_name}"
 
