@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,14 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
+    markdown = markdown.replace(" ± ", "\u00a0±\u00a0")  # a value and its deviation stay on one line
     return with_pictures(markdown, Path(config["docs_dir"])) if page.file.src_uri == "gallery.md" else markdown
+
+
+def on_page_content(html: str, page: Page, config: Any, files: Files) -> str:
+    """Marks the options of every code block, so that a line never breaks within one."""
+    mark = partial(re.sub, r"(?<=[\s>])--?[a-z][-\w]*", r'<span class="option">\g<0></span>')
+    return re.sub(r"<pre>.*?</pre>", lambda block: mark(block[0]), html, flags=re.S)
 
 
 def with_pictures(markdown: str, folder: Path) -> str:
@@ -65,6 +73,8 @@ def commands_page() -> str:
     context = command.make_context("irgdistill", [], resilient_parsing=True)
     page = get_docs_for_click(obj=command, ctx=context, name="irgdistill", title="All commands")
     page = page.replace("# All commands\n", f"# All commands\n\n{COMMANDS}\n", 1)
+    for own in command.commands.values():  # typer cuts each at 45 characters
+        page = page.replace(f": {own.get_short_help_str()}\n", f": {own.get_short_help_str(200)}\n", 1)
     return re.sub(r"^irgdistill .*$", r"```console\n\g<0>\n```", page, flags=re.M)
 
 

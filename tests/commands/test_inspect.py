@@ -115,7 +115,10 @@ def test_json_and_the_training_split(run: Run, made: Path, tmp_path: Path) -> No
 def test_two_networks_that_have_not_met(run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     teacher = ("--teacher-checkpoint", made / "teacher" / "best.safetensors", "--data", made / "data")
+    monkeypatch.setenv("COLUMNS", "80")
     shown = small(run, *teacher, "--student", "cifar_resnet14_x0_5", "--input-size", 16, "--format", "svg")
+    headings = ["stage", "edges", "r", "ρ", "near@2", "CKA", "transform", "r", "positions"]  # none is wrapped
+    assert headings in [line.split() for line in shown.out.splitlines()]
     assert shown.code == 0, shown.err
     assert "cifar_resnet14_x0_5 untrained: untrained, seed 0" in shown.err and "matched stages" in shown.out
     folder = tmp_path / "graphs" / "cifar_resnet20-cifar_resnet14_x0_5"

@@ -61,6 +61,18 @@ def test_the_page_of_commands_has_every_command_with_its_examples() -> None:
             assert f"\n```console\n{example}\n```\n" in page
 
 
+def test_no_summary_of_a_command_is_cut() -> None:
+    summaries = hooks().commands_page().partition("**Commands**")[2].partition("\n## ")[0]
+    assert "* `export`: " in summaries and "..." not in summaries
+
+
+def test_a_line_of_a_code_block_never_breaks_within_an_option() -> None:
+    html = "<p>a --b</p><pre><code>run --lr-base 1 -b 2 a-b <i></i>--c</code></pre>"
+    option = '<span class="option">{}</span>'.format
+    marked = f"run {option('--lr-base')} 1 {option('-b')} 2 a-b <i></i>{option('--c')}"
+    assert hooks().on_page_content(html, None, None, None) == f"<p>a --b</p><pre><code>{marked}</code></pre>"
+
+
 def test_what_replaces_an_option_of_timm_exists() -> None:
     """The second column of the tables names options of `distill` and keys."""
     text = (ROOT / "docs" / "from_timm.md").read_text(encoding="utf-8")

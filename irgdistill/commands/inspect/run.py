@@ -92,7 +92,7 @@ def _print_json(facts: Mapping[str, Any], output: Path) -> None:
 def _print_numbers(facts: Mapping[str, Any]) -> None:
     several = len(facts["students"]) > 1
     columns = ["stage", *(["student"] if several else []), "edges", "r", "ρ", f"near@{facts['neighbours']}", "CKA"]
-    columns += ["transformation", "r", "positions"]
+    columns += ["transform", "r", "positions"]
     rows = []
     for stage in facts["stages"]:
         for name, numbers in stage["numbers"].items():
@@ -101,7 +101,7 @@ def _print_numbers(facts: Mapping[str, Any]) -> None:
             values += [moved.get("mse"), moved.get("pearson"), numbers["positions"]]
             rows.append([stage["name"], *([name] if several else []), *map(format_number, values)])
     table(f"{len(facts['images'])} images of {facts['data']['source']}, seed {facts['seed']}", columns, rows)
-    legend = "edges, transformation: mean squared difference, as in the loss; r: Pearson, ρ: Spearman correlation; "
+    legend = "edges, transform: mean squared difference, as in the loss; r: Pearson, ρ: Spearman correlation; "
     legend += "positions: r of the cosines between an image's positions"
     Report(stdout=True).line(f"  {legend}")
 
