@@ -20,9 +20,10 @@ from irgdistill.commands.compare.statistics import mean_and_deviation, paired_in
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BY_RUN = ("top1", "best", "curves", "agreement")
-"""What a row has of each of its seeds."""
+"""What a row has of each of its seeds; agreement where the teacher has the data's classes."""
 SMALL = ("small-cifar_resnet20_x0_5", "small-cifar_resnet14_x0_5", "small-cifar_resnet56")
 FULL = "full-cifar_resnet20_x0_5"
+ENCODERS = ("flowers5",)
 FRONT = {
     "small-cifar_resnet20_x0_5": ("10,000", "`cifar_resnet20` → `cifar_resnet20_x0_5`"),
     "small-cifar_resnet14_x0_5": ("10,000", "`cifar_resnet20` → `cifar_resnet14_x0_5`"),
@@ -66,14 +67,15 @@ def _joined(old: Row, new: Row) -> dict[str, Any]:
     for key in ("weights", "fades"):
         if old[key] != new[key]:
             raise ValueError(f"{old['method']}: {key} {new[key]}, recorded are runs with {old[key]}")
-    runs = {seed: {key: old[key][i] for key in BY_RUN} for i, seed in enumerate(old["seeds"])}
-    added = {seed: {key: new[key][i] for key in BY_RUN} for i, seed in enumerate(new["seeds"])}
+    by_run = [key for key in BY_RUN if key in old and key in new]
+    runs = {seed: {key: old[key][i] for key in by_run} for i, seed in enumerate(old["seeds"])}
+    added = {seed: {key: new[key][i] for key in by_run} for i, seed in enumerate(new["seeds"])}
     for seed in runs.keys() & added.keys():
         print(f"{old['method']}, seed {seed}: recorded {runs[seed]['top1']:.2f}, again {added[seed]['top1']:.2f}")
     more = len(added.keys() - runs.keys())
     runs = dict(sorted({**added, **runs}.items()))
-    row = dict(old) | {"seeds": list(runs)} | {key: [run[key] for run in runs.values()] for key in BY_RUN}
-    for key in ("top1", "best", "agreement"):
+    row = dict(old) | {"seeds": list(runs)} | {key: [run[key] for run in runs.values()] for key in by_run}
+    for key in ("top1", "best", *(("agreement",) if "agreement" in row else ())):
         row[f"{key}_mean"], row[f"{key}_std"] = mean_and_deviation(row[key])
     for key in ("seconds", "images_per_second"):
         row[key] = (old[key] * len(old["seeds"]) + new[key] * more) / len(runs)
@@ -92,6 +94,7 @@ def tables() -> dict[Path, dict[str, str]]:
     """File -> mark -> the table that stands between `<!-- MARK -->` and `<!-- end MARK -->` in it."""
     pages = {name.removeprefix("small-"): _page_table(record(name)["rows"]) for name in SMALL}
     pages["full"] = _page_table(record(FULL)["rows"])
+    pages |= {name: _page_table(record(name)["rows"]) for name in ENCODERS}
     return {ROOT / "README.md": {"front": _readme_table()}, ROOT / "docs" / "results.md": pages}
 
 
@@ -110,11 +113,20 @@ def _by_accuracy(rows: Sequence[Row]) -> list[Row]:
 
 
 def _page_table(rows: Sequence[Row]) -> str:
-    cells = [("method", "runs", "top-1", "from the student alone", "agreement with the teacher"), ("---",) * 5]
+    agreement = "agreement_mean" in rows[0]
+    columns = (
+        "method",
+        "runs",
+        "top-1",
+        "from the student alone",
+        "agreement with the teacher" if agreement else "best",
+    )
+    cells = [columns, ("---",) * 5]
     for row in _by_accuracy(rows):
         less = f"{row['difference']:+.2f}" if "difference" in row else ""
         less += f" ± {row['half_width_95']:.2f}" if "half_width_95" in row else ""
-        cells.append((_name(row), str(len(row["seeds"])), _top1(row), less, f"{row['agreement_mean']:.1f} %"))
+        last = f"{row['agreement_mean']:.1f} %" if agreement else _mean(row, "best")
+        cells.append((_name(row), str(len(row["seeds"])), _top1(row), less, last))
     return _markdown(cells)
 
 
@@ -141,7 +153,12 @@ def _name(row: Row) -> str:
 
 
 def _top1(row: Row) -> str:
-    return f"{row['top1_mean']:.2f}" + ("" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}")
+    return _mean(row, "top1")
+
+
+def _mean(row: Row, name: str) -> str:
+    deviation = row[f"{name}_std"]
+    return f"{row[f'{name}_mean']:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
 def _markdown(cells: Sequence[tuple[str, ...]]) -> str:
@@ -152,7 +169,7 @@ def _markdown(cells: Sequence[tuple[str, ...]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--add", type=Path, help="compare.json of one more sitting")
-    parser.add_argument("--to", choices=[*SMALL, FULL], help="the record that it belongs to")
+    parser.add_argument("--to", choices=[*SMALL, FULL, *ENCODERS], help="the record that it belongs to")
     arguments = parser.parse_args()
     if (arguments.add is None) != (arguments.to is None):
         parser.error("--add and --to go together")

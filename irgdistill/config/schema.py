@@ -231,14 +231,19 @@ class Config(Section):
 
     @property
     def left_open(self) -> frozenset[str]:
-        """Keys of the settings that a run chooses when it starts: its precision, and the recipe by its student."""
-        optim = self.optim
+        """Keys of the settings that a run chooses when it starts: its precision, the recipe by its student, and the
+        views of a teacher cache.
+        """
+        optim, cached = self.optim, any(teacher.cache is not None for teacher in self.all_teachers)
         is_open = {
             "runtime.amp": self.runtime.amp == "auto",
             "optim.name": optim.name == "auto",
             "optim.lr": optim.lr is None,
             "optim.weight_decay": optim.weight_decay is None,
             "schedule.warmup_epochs": self.schedule.warmup_epochs is None,
+            "data.views": cached and self.data.views is None,
+            "data.view_seed": cached and self.data.view_seed is None,
+            "data.exif_orientation": cached and "exif_orientation" not in self.data.model_fields_set,
         }
         return frozenset(key for key, value in is_open.items() if value)
 

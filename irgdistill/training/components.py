@@ -167,19 +167,21 @@ def _with_precision(setup: Setup, device: torch.device, world: World, report: Re
 
 def _build_loss(setup: Setup, device: torch.device, world: World, report: Report) -> DistillLoss:
     config, booster = setup.config, setup.booster
-    loss = build_loss(
-        config.losses,
-        setup.plan,
-        world if config.runtime.graph_scope == "global" else None,
-        booster=None if booster is None else _tapped(booster, device, config.runtime.channels_last),
-        labels=config.data.labels,
-        class_weights=None if setup.class_weights is None else torch.tensor(setup.class_weights, device=device),
-        embedding_widths=setup.embedding_widths,
-        classifier=setup.student.num_classes > 0,
-        labelled_share=setup.splits.labelled_share,
-        weight=config.teacher.weight,
-        others=[Counterpart(it.plan, it.embedding_widths, it.weight) for it in setup.teachers[1:]],
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 1)  # adapters start alike under a live and a cached teacher
+        loss = build_loss(
+            config.losses,
+            setup.plan,
+            world if config.runtime.graph_scope == "global" else None,
+            booster=None if booster is None else _tapped(booster, device, config.runtime.channels_last),
+            labels=config.data.labels,
+            class_weights=None if setup.class_weights is None else torch.tensor(setup.class_weights, device=device),
+            embedding_widths=setup.embedding_widths,
+            classifier=setup.student.num_classes > 0,
+            labelled_share=setup.splits.labelled_share,
+            weight=config.teacher.weight,
+            others=[Counterpart(it.plan, it.embedding_widths, it.weight) for it in setup.teachers[1:]],
+        )
     for note in loss.notes:
         report.warn(note)
     if config.runtime.compile and world.size == 1:

@@ -309,7 +309,6 @@ def test_the_largest_logits_keep_the_mass_of_the_rest() -> None:
         (("--views", 0), "--views 0: expected at least 1"),
         (("--mixup", 1), "the output for a mix is not"),
         (("--resume", "x"), "cache-teacher does not take --resume"),
-        (("--method", "sp", "--set", "student.name=null"), "sp compares whole maps: give --student, too"),
         (("--output", "FULL"), "is not empty and holds no teacher cache"),
     ],
 )
@@ -325,7 +324,25 @@ def test_what_cannot_be_cached_is_refused(
     assert not (tmp_path / "out").exists() and (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
 
+def test_whole_maps_are_cached_for_a_student(run: Run, teacher: Path, tmp_path: Path) -> None:
+    command = ("cache-teacher", "--preset", "quickstart", "--teacher-checkpoint", teacher, "--method", "sp")
+    result = run(*command, "--device", "cpu", "--output", tmp_path / "out")
+    assert result.code == 2 and "sp compares whole maps: give --student, too" in result.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_from_a_cache_can_be_tried_beforehand(run: Run, cached: dict[str, Path]) -> None:
     result = run("doctor", *RECIPE, "--method", "kd", "--teacher-cache", cached["fp32-all"], "--json")
     assert result.code == 0, result.err
     assert json.loads(result.out)["trial"]["step_rate"] > 0
+
+
+def test_a_comparison_from_a_cache_goes_on(run: Run, cached: dict[str, Path], tmp_path: Path) -> None:
+    """The views that its runs took from the cache are no other settings."""
+    command = ("compare", *RECIPE, "--epochs", 1, "--methods", "none", "--teacher-cache", cached["fp16-all"])
+    assert run(*command, "--seeds", 1, "--output", tmp_path / "out").code == 0
+    result = run(*command, "--seeds", 2, "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"][0]["seeds"] == [0, 1]
+    other = run(*command, "--set", "data.views=3", "--output", tmp_path / "out")
+    assert other.code == 2 and "data.views = 3" in other.err
