@@ -87,6 +87,7 @@ def test_compare(networks: tuple[Path, Path], folder: Path, tmp_path: Path) -> N
     teacher, student = networks
     run = RunFolder(tmp_path)
     student.rename(run.last)
+    run.summary.write_text('{"epochs": 1, "seconds": 1, "images_per_second": 1, "top1": 50, "last_top1": 50}')
     config = load_config(flags={"teacher.checkpoint": teacher, "student.name": NAME, "data.source": str(folder)})
     runs = [table.Run(config, run)]
     assert crop_of(table, "eval_loader", lambda: table.write_table(tmp_path, runs, jobs=1)) == BOTH

@@ -167,7 +167,7 @@ def test_a_lone_checkpoint_knows_its_teacher(run: Run, made: Path, tmp_path: Pat
 
 
 def test_the_plan_of_a_run_needs_no_weights(run: Run, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("irgdistill.models.checkpoint.read_weights", None)
+    monkeypatch.setattr("irgdistill.models.weights.read_weights", None)
     shown = run("inspect-graph", made / "taught", "--plan-only")
     assert shown.code == 0 and "layer3.2" in shown.out and "layer3.1" in shown.out
     plan = json.loads(run("inspect-graph", made / "two-levels" / "last.safetensors", "--plan-only", "--json").out)

@@ -218,7 +218,7 @@ def test_a_teacher_without_class_names_gives_numbers(run: Run, teacher: Path, tm
     assert run("eval", tmp_path / "run", "--against", teacher, "--workers", 0).code == 0
 
 
-def test_such_a_run_goes_on_and_compare_refuses_it(run: Run, teacher: Path, tmp_path: Path) -> None:
+def test_such_a_run_goes_on_and_compare_refuses_none(run: Run, teacher: Path, tmp_path: Path) -> None:
     from irgdistill.training.trainer import Trainer
 
     data = plain(tmp_path / "data", FLAT)
@@ -232,9 +232,8 @@ def test_such_a_run_goes_on_and_compare_refuses_it(run: Run, teacher: Path, tmp_
     a, b = (load_file(tmp_path / name / "best.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(a[key], b[key]) for key in a)
     student = ("--student", "cifar_resnet14_x0_5", "--data", data, "--teacher-checkpoint", teacher)
-    refused = run("compare", *student, "--output", tmp_path / "c", "--set", "data.labels=false")
-    assert refused.code == 2 and "compare ranks methods by accuracy" in refused.err
-    assert "compare does not take --no-labels" in run("compare", *student, "--no-labels").err
+    refused = run("compare", *student, "--no-labels", "--output", tmp_path / "c")
+    assert refused.code == 2 and "method 'none' learns from labels alone" in refused.err
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(2, 1), (6, 1), (19, 1), (40, 2)])

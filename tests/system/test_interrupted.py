@@ -116,7 +116,18 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_that_was_not(tmp
     common += ["--set", "data.train_images=230", "--set", "data.eval_batch_size=64"]
     teacher = [*common, "--method", "none", "--student", "cifar_resnet20", "--output", tmp_path / "teacher"]
     student = [*common, "--teacher-checkpoint", tmp_path / "teacher/best.safetensors"]
-    student += ["--student", "cifar_resnet14_x0_5", "--ema", 0.9, "--accumulate", 2, "--save-every-steps", 3]
+    student += [
+        "--student",
+        "cifar_resnet14_x0_5",
+        "--ema",
+        0.9,
+        "--accumulate",
+        2,
+        "--save-every-steps",
+        3,
+        "--lr",
+        0.01,
+    ]
     resume: list[object] = ["distill", "--resume", tmp_path / "killed"]
     jobs: list[dict[str, Any]] = [
         {"arguments": teacher},

@@ -57,7 +57,7 @@ class Fixture:
         self.model, self.written = nn.Linear(1, 1, bias=False), list[str]()
         self.fill(0)
         config = load_config(flags={"method": "none", **flags})
-        student = SimpleNamespace(name="student")
+        student = SimpleNamespace(name="student", from_timm=True)
         self.components = Components(
             config=config,
             world=World(),
