@@ -54,7 +54,6 @@ def heavy(*values: object) -> object:
         heavy("inception_v3", "inception_v3", {}),
         heavy("convnext_tiny", "convnext_tiny", {}),
         heavy("swin_t", "swin_tiny_patch4_window7_224", {}),
-        heavy("vgg11_bn", "vgg11_bn", {}),
         heavy("vit_b_32", "vit_base_patch32_224", {}),
     ],
 )
