@@ -13,6 +13,10 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 
 from support import SMALL, Result, Run, command, three_colours
 
+from irgdistill.commands import outcome
+
+outcome.SECONDS = 0.001  # the table at the end of a run times a single batch
+
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from irgdistill.cli.options import CODE, Json, command, option, with_settings
+from irgdistill.cli.options import CODE, PREPROCESSING, Json, command, option, with_settings
 from irgdistill.config import METHOD, NETWORKS, RUN, Flag
 
 
@@ -23,18 +23,7 @@ from irgdistill.config import METHOD, NETWORKS, RUN, Flag
 @with_settings(
     {
         "student.input_size": "224 or 256x192.",
-        "student.preprocessing.mean": Flag(
-            "--mean", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number.", metavar="R,G,B"
-        ),
-        "student.preprocessing.std": Flag(
-            "--std", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number.", metavar="R,G,B"
-        ),
-        "student.preprocessing.interpolation": Flag(
-            "--interpolation", NETWORKS, "bilinear, bicubic, ….", metavar="MODE"
-        ),
-        "student.preprocessing.crop_pct": Flag(
-            "--crop-pct", NETWORKS, "Share of the image that is cropped.", metavar="SHARE"
-        ),
+        **PREPROCESSING,
         "teacher.preprocessing.mean": None,
         "teacher.preprocessing.std": None,
         "data.source": "Default: the data set of the checkpoint.",

@@ -19,7 +19,7 @@ from irgdistill.cli.completion import (
     logger_names,
     source_names,
 )
-from irgdistill.config import PANELS, RESULT, Flag
+from irgdistill.config import NETWORKS, PANELS, RESULT, Flag
 from irgdistill.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -101,6 +101,18 @@ Quiet = Annotated[bool, option(RESULT, "--quiet", help="Print results, warnings 
 
 CODE = "Python file whose function made a network, or that adds a data source; may be repeated."
 """Help of --plugin where a checkpoint is read: the function of a network runs only if its file is named."""
+
+
+PREPROCESSING: Mapping[str, Flag] = {
+    f"student.preprocessing.{key}": Flag(name, NETWORKS, text, metavar=metavar)
+    for key, name, text, metavar in (
+        ("mean", "--mean", "Of pixels in [0, 1]: R,G,B or one number.", "R,G,B"),
+        ("std", "--std", "Of pixels in [0, 1]: R,G,B or one number.", "R,G,B"),
+        ("interpolation", "--interpolation", "bilinear, bicubic, ….", "MODE"),
+        ("crop_pct", "--crop-pct", "Share of the image that validation crops.", "SHARE"),
+    )
+}
+"""Flags of a command with one network, by key."""
 
 
 Json = Annotated[bool, option(RESULT, "--json", help="Print one JSON object.")]

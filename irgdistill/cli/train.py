@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from irgdistill.cli.options import Json, Quiet, command, with_settings
+from irgdistill.cli.options import PREPROCESSING, Json, Quiet, command, with_settings
 from irgdistill.cli.run import (
     Backend,
     DryRun,
@@ -48,18 +48,7 @@ from irgdistill.errors import UserError
             common=True,
         ),
         "student.input_size": "224 or 256x192; default: the network's own.",
-        "student.preprocessing.mean": Flag(
-            "--mean", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number.", metavar="R,G,B"
-        ),
-        "student.preprocessing.std": Flag(
-            "--std", NETWORKS, "Of pixels in [0, 1]: R,G,B or one number.", metavar="R,G,B"
-        ),
-        "student.preprocessing.interpolation": Flag(
-            "--interpolation", NETWORKS, "bilinear, bicubic, ….", metavar="MODE"
-        ),
-        "student.preprocessing.crop_pct": Flag(
-            "--crop-pct", NETWORKS, "Share of the image that validation crops.", metavar="SHARE"
-        ),
+        **PREPROCESSING,
         "losses.ce.label_smoothing": None,
     },
     others=True,

@@ -168,7 +168,7 @@ def _with_precision(setup: Setup, device: torch.device, world: World, report: Re
 def _build_loss(setup: Setup, device: torch.device, world: World, report: Report) -> DistillLoss:
     config, booster = setup.config, setup.booster
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed + 1)  # adapters start alike under a live and a cached teacher
+        torch.default_generator.manual_seed(config.seed + 1)  # adapters start alike under a live and a cached teacher
         loss = build_loss(
             config.losses,
             setup.plan,

@@ -61,7 +61,7 @@ def test_an_unfinished_run_is_resumed_to_the_same_end(run: Run, old: Path) -> No
     train, evaluated = records(folder, "train"), last(folder, "eval")
     assert [record["update"] for record in train] == [5, 10]
     assert [record["loss"] for record in train] == pytest.approx([42.32961, 4.311911], rel=0.01)
-    assert 1 < evaluated["loss"] < 3.469203
+    assert evaluated["loss"] == pytest.approx(2.238963, rel=0.05)
 
 
 def test_a_teacher_cache_trains_to_the_same_losses(run: Run, old: Path, tmp_path: Path) -> None:

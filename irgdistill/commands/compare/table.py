@@ -267,7 +267,8 @@ def _cells(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[str], l
         ]
         for row in rows
     ]
-    return columns, cells
+    shown = [i for i in range(len(columns)) if any(line[i] != "–" for line in cells)]
+    return [columns[i] for i in shown], [[line[i] for i in shown] for line in cells]
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
