@@ -77,7 +77,7 @@ def cache_teacher(request: CacheRequest) -> None:
     crop = (student or teacher).input.covering(*(each.input for each in teachers))
     seed = config.seed if config.data.view_seed is None else config.data.view_seed
     views = describe_views(config, crop, count, seed)
-    unreadable = UnreadableImages(config.data.max_bad_images, report.warn)
+    unreadable = UnreadableImages(config.data.max_bad_images, report.warn, report.line)
     images = train_images(splits, config.data, config.augment, crop, seed, unreadable)
     taps, attended = _taps(config, teacher, student)
     grids = attended if config.losses.comparing("grids") else []

@@ -12,11 +12,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from irgdistill.data.augmentation import transform_seeded
-from irgdistill.data.decoding import RESCALED
+from irgdistill.data.decoding import DEEP, RESCALED, TURNED
 from irgdistill.data.image_cache import ImageCache
 from irgdistill.data.splits import Source
 from irgdistill.errors import DataError, one_line
 from irgdistill.runtime import sharing_context
+
+NOTES = {
+    RESCALED: "holds {}: such an image is scaled by its own range to 0 to 255",
+    DEEP: "has {} a channel: such an image is scaled by its depth to 0 to 255",
+    TURNED: "is turned upright by {}, as every such photo (data.exif_orientation)",
+}
+"""What the log says of the first image of each kind, by the key of `Image.info` whose value it contains."""
 
 
 class UnreadableImages:
@@ -28,12 +35,18 @@ class UnreadableImages:
     readable one, of which the first of each kind is shown.
     """
 
-    def __init__(self, limit: int, warn: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        limit: int,
+        warn: Callable[[str], None] = lambda line: None,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`warn` takes what is lost, `note` what is read rightly but not as it is stored."""
         self.limit = limit
         self.names: list[str] = []
         self.noted: set[str] = set()
         self.queue: Any = sharing_context().SimpleQueue()
-        self._warn = warn
+        self._warn, self._note = warn, note
 
     def collect(self) -> None:
         """Warn about images reported since the last call. Raises DataError if there are more than `limit` in all."""
@@ -42,7 +55,7 @@ class UnreadableImages:
             if kind:
                 if kind not in self.noted:
                     self.noted.add(kind)
-                    self._warn(f"{name} {text}")
+                    (self._warn if kind == RESCALED else self._note)(f"{name} {text}")
                 continue
             if name in self.names:
                 continue
@@ -77,7 +90,7 @@ class Images(Dataset[Any]):
         self.queue = unreadable.queue
         self.limit = unreadable.limit
         self.training = training
-        self.noted = False
+        self.noted: set[str] = set()
         self.reported = 0
         """Unreadable images that this process has reported."""
         self.cache: ImageCache | None = None
@@ -163,11 +176,10 @@ class Images(Dataset[Any]):
                 self.reported += 1
                 self.queue.put(("", self.source.describe(self.indices[position]), one_line(error, 100)))
             return None
-        if RESCALED in image.info and not self.noted:
-            self.noted = True
+        for kind in (NOTES.keys() & image.info.keys()) - self.noted:
+            self.noted.add(kind)
             name = self.source.describe(self.indices[position])
-            text = f"holds {image.info[RESCALED]}: such an image is scaled by its own range to 0 to 255"
-            self.queue.put((RESCALED, name, text))
+            self.queue.put((kind, name, NOTES[kind].format(image.info[kind])))
         return transform(image), label
 
 

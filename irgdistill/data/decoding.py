@@ -34,6 +34,10 @@ RESCALED = "irgdistill rescaled"
 """Key of `Image.info` that describes pixels without a natural scale, which were scaled by their range."""
 
 
+DEEP, TURNED = "irgdistill deep", "irgdistill turned"
+"""Keys of `Image.info` for what was done to an image without loss: it was scaled by its depth, or turned upright."""
+
+
 BITS, SAMPLE_FORMAT, SIGNED, ORIENTATION = 258, 339, 2, 0x0112
 """Tags of TIFF and EXIF, and the sample format of signed integers."""
 
@@ -90,9 +94,13 @@ def to_rgb(image: Image.Image, exif_orientation: bool = True) -> Image.Image:
         rgb = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     else:
         rgb = image.convert("RGB")
-    rgb.info = {key: value for key, value in rgb.info.items() if key == RESCALED}  # to convert again changes nothing
+    rgb.info = {key: value for key, value in rgb.info.items() if key in (RESCALED, DEEP)}  # again, nothing changes
     turn = _turn(image) if exif_orientation else None
-    return rgb if turn is None else rgb.transpose(turn)
+    if turn is None:
+        return rgb
+    turned = rgb.transpose(turn)
+    turned.info = rgb.info | {TURNED: "its EXIF orientation"}
+    return turned
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -117,17 +125,17 @@ def _from_deep(image: Image.Image) -> Image.Image:
     """Grey pixels of more than 8 bits, integers or floats, to 8-bit RGB."""
     values = np.asarray(image)
     if image.mode == "F":
-        share, note = _share_of_range(values.astype(np.float64))
+        share, done = _share_of_range(values.astype(np.float64))
     else:
         tags: Any = getattr(image, "tag_v2", {})
         bits, signed = tags.get(BITS, (16,))[0], tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED
         if bits == 32 and not signed:
             values = values.view(np.uint32)  # Pillow keeps them as signed integers
-        share, note = values / (2.0 ** (bits - signed) - 1), ""
+        share, done = values / (2.0 ** (bits - signed) - 1), f"{bits} bits"
     grey = np.rint(255 * np.clip(share, 0, 1)).astype(np.uint8)
     rgb = Image.fromarray(grey).convert("RGB")
-    if note:
-        rgb.info[RESCALED] = note
+    if done:
+        rgb.info[RESCALED if image.mode == "F" else DEEP] = done
     return rgb
 
 

@@ -261,7 +261,7 @@ def _held_out(
 
 def _build_data(setup: Setup, loss: DistillLoss, device: torch.device, world: World, report: Report) -> dict[str, Any]:
     config = setup.config
-    unreadable = UnreadableImages(config.data.max_bad_images, report.warn)
+    unreadable = UnreadableImages(config.data.max_bad_images, report.warn, report.line)
     caches = [teacher.cache for teacher in setup.teachers if teacher.cache is not None]
     train = train_loader(
         setup.splits,

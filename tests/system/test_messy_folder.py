@@ -59,6 +59,12 @@ def test_a_messy_folder_trains_and_the_log_says_what_was_done(run: Run, tmp_path
     (warning,) = (line for line in log if line.startswith("warning: "))
     reason = warning.removeprefix(f"warning: unreadable image skipped (1 of 10 allowed): {first}/cut.jpg ")
     assert "truncated" in reason.lower() and len(reason) < 60
+    done = [
+        f"{first}/turned.jpg is turned upright by its EXIF orientation, as every such photo (data.exif_orientation)",
+        f"{first}/deep.png has 16 bits a channel: such an image is scaled by its depth to 0 to 255",
+    ]
+    assert all(log.count(line) == 1 for line in done)
+    log = [line for line in log if line not in done]
     assert "hidden" not in result.err and "._turned" not in result.err
     assert any(line.startswith("epoch 1/1  top-1 ") for line in log[5:8]), "only a few lines come before it"
     assert json.loads((tmp_path / "run/summary.json").read_text())["bad_images"] == [f"{first}/cut.jpg"]
