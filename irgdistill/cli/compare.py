@@ -30,6 +30,10 @@ def compare(
     ] = "none,kd,irg+kd+at",
     seeds: Annotated[int, option(TRAINING, help="Runs of each method, from --seed on (default: 3).", metavar="N")] = 3,
     jobs: Annotated[int, option(RUN, help="Runs at once on one device (default: 1).", metavar="N")] = 1,
+    together: Annotated[
+        bool,
+        option(RUN, "--together", help="Train the methods of a seed in turns: images and teacher are read once."),
+    ] = False,
     output: Annotated[
         Path, option(RUN, help="Folder of the runs and tables (default: runs/compare).", metavar="DIR")
     ] = Path("runs/compare"),
@@ -58,6 +62,7 @@ def compare(
         seeds=seeds,
         output=output,
         jobs=jobs,
+        together=together,
         preset=distill["preset"],
         settings=distill.settings,
         flags=distill.given,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from irgdistill.training import (
     SavedState,
     Setup,
     SharedInputs,
+    SharedParts,
     Trainer,
     build_components,
     build_trainer,
@@ -101,14 +102,27 @@ def start(
             folder = RunFolder(world.broadcast(folder.path))
             if world.broadcast(restarted and folder.state.exists()):
                 return _resume(folder, setup, world, open_state(folder)[0], False, own_process, outcome)
-            trainer = build_trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
             if world.main:
                 _print_plans(setup)
-            for line in (*setup.notes, f"run folder {folder.path}"):
-                trainer.report.line(line)
-            _report_world(trainer)
-            trainer.start(request.overwrite or restarted)
+            trainer = begin(setup, folder, _report(folder, world), request.overwrite or restarted, world)
             return _train(trainer, folder, own_process, outcome)
+
+
+def begin(
+    setup: Setup,
+    folder: RunFolder,
+    report: Report,
+    overwrite: bool = False,
+    world: World | None = None,
+    shared: SharedParts | None = None,
+) -> Trainer:
+    """A trainer of a new run, ready to train. Raises UserError."""
+    trainer = build_trainer(setup, folder, report, world, shared)
+    for line in (*setup.notes, f"run folder {folder.path}"):
+        report.line(line)
+    _report_world(trainer)
+    trainer.start(overwrite)
+    return trainer
 
 
 def resume(request: ResumeRequest, own_process: bool = False, outcome: bool = False) -> dict[str, Any] | None:
@@ -120,10 +134,7 @@ def resume(request: ResumeRequest, own_process: bool = False, outcome: bool = Fa
     folder = RunFolder(request.path)
     with _explain_stop(folder, resuming=True):
         state, config = open_state(folder, request.previous)
-        tree = config.model_dump()
-        for key, value in request.changes.items():
-            assign(tree, key, value)
-        config = on_backend(validate(tree), request.backend)
+        config = on_backend(with_changes(config, request.changes), request.backend)
         if config.data.source and is_remote(config.data.source):
             Report(quiet=is_worker()).line(f"{request.path} reads {config.data.source} from the network")
         setup = _checked_setup(config, request.gpus, request.backend, resuming=True)
@@ -131,6 +142,14 @@ def resume(request: ResumeRequest, own_process: bool = False, outcome: bool = Fa
             return None
         with process_group(setup.config.runtime.device, request.backend) as world:
             return _resume(folder, setup, world, state, request.previous, own_process, outcome)
+
+
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration of a run to resume, with other values of some keys. Raises UserError."""
+    tree = config.model_dump()
+    for key, value in changes.items():
+        assign(tree, key, value)
+    return validate(tree)
 
 
 def _resume(
@@ -142,14 +161,28 @@ def _resume(
     own_process: bool,
     outcome: bool,
 ) -> dict[str, Any] | None:
-    if world.main:
+    trainer = reopen(setup, folder, _report(folder, world), state, previous, world)
+    return _train(trainer, folder, own_process, outcome)
+
+
+def reopen(
+    setup: Setup,
+    folder: RunFolder,
+    report: Report,
+    state: SavedState,
+    previous: bool = False,
+    world: World | None = None,
+    shared: SharedParts | None = None,
+) -> Trainer:
+    """A trainer of the run in `folder`, ready to go on from `state`. Raises UserError."""
+    if world is None or world.main:
         folder.lock()
     setup = replace(setup, config=_with_saved_precision(setup.config, state))
-    trainer = build_trainer(setup, folder, Report(folder.metrics, quiet=not world.main), world)
+    trainer = build_trainer(setup, folder, report, world, shared)
     trainer.checkpointer.resume(state, previous)
-    trainer.report.line(f"resuming {folder.path} at {state.position} of {trainer.components.batches}")
+    report.line(f"resuming {folder.path} at {state.position} of {trainer.components.batches}")
     _report_world(trainer)
-    return _train(trainer, folder, own_process, outcome)
+    return trainer
 
 
 def _with_saved_precision(config: Config, state: SavedState) -> Config:
@@ -158,6 +191,10 @@ def _with_saved_precision(config: Config, state: SavedState) -> Config:
     if amp == "auto":  # version 0.1 saved it as it was asked for, and knew these two
         amp = "bf16" if choose_device(config.runtime.device).type == "cuda" else "none"
     return config.replaced({"runtime.amp": amp})
+
+
+def _report(folder: RunFolder, world: World) -> Report:
+    return Report(folder.metrics, quiet=not world.main)
 
 
 def _train(trainer: Trainer, folder: RunFolder, own_process: bool, outcome: bool) -> dict[str, Any] | None:

@@ -123,6 +123,8 @@ class CompareRequest:
     output: Path
     jobs: int = 1
     """Runs at once on one device."""
+    together: bool = False
+    """Train the methods of a seed in turns, on the same batches."""
     preset: str | None = None
     settings: Sequence[str] = ()
     flags: Mapping[str, Any] | None = None
@@ -136,6 +138,8 @@ class CompareRequest:
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.jobs < 1:
             raise UserError(f"--seeds {self.seeds} --jobs {self.jobs}: both must be at least 1")
+        if self.together and self.jobs > 1:
+            raise UserError(f"--together trains all methods in one process; leave out --jobs {self.jobs}")
         if not self.methods:
             raise UserError("--methods names no method")
         load_config(self.preset, list(self.settings), self.flags)  # imports the plugins, which may register methods
@@ -143,6 +147,8 @@ class CompareRequest:
             METHODS.find(method)
         for method in () if self.finished else self.methods:
             check_run(self.config(method))
+        if self.together and (loggers := self.config(self.methods[0]).runtime.loggers):
+            raise UserError(f"--log {','.join(loggers)} follows one run at a time; leave it or --together out")
 
     def config(self, method: str, seed: int | None = None) -> Config:
         """Settings of one run. A weight that is set applies only to the methods that have its term."""

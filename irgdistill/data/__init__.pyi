@@ -6,6 +6,7 @@ from .one_pass import OnePass
 from .open import open_splits
 from .sampling import balanced_weights
 from .search import ImageSearch
+from .shared_loaders import KeptLoader, TurnLoader
 from .sources import source
 from .splits import Source, Splits, hold_out
 from .unlabelled import ImageFiles, PartlyLabelled, Unlabelled
@@ -14,11 +15,13 @@ __all__ = [
     "ImageFiles",
     "ImageSearch",
     "Images",
+    "KeptLoader",
     "Loader",
     "OnePass",
     "PartlyLabelled",
     "Source",
     "Splits",
+    "TurnLoader",
     "Unlabelled",
     "UnreadableImageError",
     "UnreadableImages",

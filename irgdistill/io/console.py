@@ -47,7 +47,11 @@ class Report:
     Every text is one line: hidden characters are shown as escapes, and nothing in it is markup.
     """
 
-    def __init__(self, metrics: Path | None = None, stdout: bool = False, quiet: bool = False) -> None:
+    def __init__(
+        self, metrics: Path | None = None, stdout: bool = False, quiet: bool = False, name: str | None = None
+    ) -> None:
+        """`name` begins every line of a run that is trained beside others."""
+        self._name = "" if name is None else f"{name}: "
         self.console = Console(stderr=not stdout, highlight=False, quiet=quiet)
         self.listener: Callable[[Mapping[str, Any]], None] | None = None
         """Called with every record, such as by loggers."""
@@ -62,11 +66,11 @@ class Report:
 
     def result(self, text: str) -> None:
         """Write one line of the command's result."""
-        self.console.print(visible(text), markup=False, soft_wrap=True)
+        self.console.print(visible(self._name + text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Write one warning."""
-        self.console.print(f"warning: {visible(text)}", markup=False, soft_wrap=True, style="yellow")
+        self.console.print(f"warning: {visible(self._name + text)}", markup=False, soft_wrap=True, style="yellow")
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl."""

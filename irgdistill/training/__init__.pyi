@@ -11,6 +11,7 @@ from .probes import knn_top1, linear_top1
 from .progress import Progress
 from .resolving import on_backend, resolved
 from .setup import Setup, SharedInputs, TeacherSetup, open_data, prepare
+from .shared import SharedParts
 from .similarity import agreement, each_pair, linear_cka, nearest_neighbours, pearson, spearman
 from .state import SavedState, changes, open_state, position, seed_process
 from .stored_logits import pack_logits
@@ -24,6 +25,7 @@ from .teacher_cache import (
     shard_path,
 )
 from .teachers import CachedRows
+from .together import Turns, fit_together
 from .trainer import Trainer, build_trainer
 
 __all__ = [
@@ -40,9 +42,11 @@ __all__ = [
     "SavedState",
     "Setup",
     "SharedInputs",
+    "SharedParts",
     "TeacherCache",
     "TeacherSetup",
     "Trainer",
+    "Turns",
     "agreement",
     "build_components",
     "build_trainer",
@@ -57,6 +61,7 @@ __all__ = [
     "each_pair",
     "embed",
     "evaluate",
+    "fit_together",
     "knn_top1",
     "linear_cka",
     "linear_top1",

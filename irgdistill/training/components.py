@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from irgdistill.config import Config, Pooling
-from irgdistill.data import Loader, UnreadableImages, eval_loader, train_loader
+from irgdistill.config import Config
+from irgdistill.data import KeptLoader, Loader, TurnLoader, UnreadableImages, eval_loader, train_loader
 from irgdistill.errors import UserError
 from irgdistill.io import Report
-from irgdistill.losses import Counterpart, DistillLoss, Learner, build_loss
-from irgdistill.matching import Tapped, has_unused_parameters
-from irgdistill.models import Network, fold_batch_norm
+from irgdistill.losses import Counterpart, DistillLoss, build_loss
+from irgdistill.matching import Tapped
 from irgdistill.runtime import (
     World,
     autocast,
@@ -26,16 +24,15 @@ from irgdistill.runtime import (
     gpu_settings,
     renew_statistics,
     slow_precision,
-    sync_batch_norm,
 )
 from irgdistill.training.held_out import HELD_OUT_IMAGES, HeldOutGraph
+from irgdistill.training.networks import build_networks, tapped
 from irgdistill.training.optimization import build_mixup, build_optimizer, build_scheduler
 from irgdistill.training.precision import precision_of
 from irgdistill.training.setup import Setup
+from irgdistill.training.shared import SharedParts
 from irgdistill.training.state import SavedState
-from irgdistill.training.teachers import CachedRows, CachedTeacher, LiveTeacher, Teacher, Teachers
-
-Compilable = TypeVar("Compilable", bound=Callable[..., Any])
+from irgdistill.training.teachers import Teachers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +57,8 @@ class RunComponents:
     ema: ModelEmaV3 | None
     teacher: Teachers | None
     """None for a method without a teacher."""
-    train: Loader
-    validation: Loader
+    train: Loader | TurnLoader
+    validation: Loader | KeptLoader
     unreadable: UnreadableImages
     mixup: Any
     """timm's mixup, None if it is off."""
@@ -120,19 +117,24 @@ class RunComponents:
         self.scaler.load_state_dict(state.scaler)
 
 
-def build_components(setup: Setup, world: World, report: Report) -> RunComponents:
-    """Build a run on the device of this process. Raises UserError for settings that cannot work."""
+def build_components(setup: Setup, world: World, report: Report, shared: SharedParts | None = None) -> RunComponents:
+    """Build a run on the device of this process. Raises UserError for settings that cannot work.
+
+    `shared`: what other runs use too; its caches are left to be opened.
+    """
     device = choose_device(setup.config.runtime.device, world.local_rank)
     with gpu_settings(device, setup.config.runtime.deterministic):
-        return _build_components(setup, device, world, report)
+        return _build_components(setup, device, world, report, shared)
 
 
-def _build_components(setup: Setup, device: torch.device, world: World, report: Report) -> RunComponents:
+def _build_components(
+    setup: Setup, device: torch.device, world: World, report: Report, shared: SharedParts | None
+) -> RunComponents:
     setup = replace(setup, config=_with_precision(setup, device, world, report))
     config = setup.config
     loss = _build_loss(setup, device, world, report)
-    networks = _build_networks(setup, loss, device, world)
-    data = _build_data(setup, loss, device, world, report)
+    networks = build_networks(setup, loss, device, world, shared)
+    data = _build_data(setup, networks["teacher"], device, world, report, shared)
     renew_statistics(networks["student"].model, data["batches"])
     precision = autocast(config.runtime.amp, device)
     optimizer = build_optimizer(networks["student"].model, config.optim, networks["adapters"])
@@ -142,7 +144,7 @@ def _build_components(setup: Setup, device: torch.device, world: World, report: 
         world=world,
         device=device,
         autocast=precision,
-        held_out=_held_out(setup, networks["teacher"], device, data["unreadable"], precision, world),
+        held_out=_held_out(setup, networks["teacher"], device, data["unreadable"], precision, world, shared),
         loss=loss,
         **networks,
         **data,
@@ -173,7 +175,7 @@ def _build_loss(setup: Setup, device: torch.device, world: World, report: Report
             config.losses,
             setup.plan,
             world if config.runtime.graph_scope == "global" else None,
-            booster=None if booster is None else _tapped(booster, device, config.runtime.channels_last),
+            booster=None if booster is None else tapped(booster, device, config.runtime.channels_last),
             labels=config.data.labels,
             class_weights=None if setup.class_weights is None else torch.tensor(setup.class_weights, device=device),
             embedding_widths=setup.embedding_widths,
@@ -189,61 +191,6 @@ def _build_loss(setup: Setup, device: torch.device, world: World, report: Report
     return loss
 
 
-def _build_networks(setup: Setup, loss: DistillLoss, device: torch.device, world: World) -> dict[str, Any]:
-    runtime, optim = setup.config.runtime, setup.config.optim
-    last = runtime.channels_last
-    model = _on_device(setup.student.model, device, last)
-    ema = None if optim.ema is None else ModelEmaV3(model, decay=optim.ema, use_warmup=True)
-    if runtime.sync_bn:
-        model = sync_batch_norm(model, world)
-    view = setup.student.preprocess().to(device)
-    embedding: Pooling | None = "auto" if _embeds(setup, loss) else None
-    student = Tapped(model, view, channels_last=last, **loss.where("student"), embedding=embedding)
-    compiled = _compiled(student, setup.config)
-    adapters = loss.adapters().to(device)
-    if runtime.sync_bn and list(adapters.parameters()):
-        sync_batch_norm(adapters, world)
-    learner = Learner(compiled, adapters) if len(adapters) else compiled
-    unused = world.size > 1 and (
-        not loss.trains_classifier or has_unused_parameters(student, setup.student.input.shape)
-    )
-    return {
-        "student": student,
-        "adapters": adapters,
-        "trained": world.wrap(learner, unused),
-        "evaluated": compiled if ema is None else Tapped(ema.module, view, (), last, embedding=embedding),
-        "ema": ema,
-        "teacher": _build_teachers(setup, loss, device),
-    }
-
-
-def _build_teachers(setup: Setup, loss: DistillLoss, device: torch.device) -> Teachers | None:
-    members = [_build_teacher(setup, loss, device, number) for number in range(len(setup.teachers))]
-    if not members:
-        return None
-    return Teachers(members, [it.weight for it in setup.teachers], [it.answers for it in setup.teachers])
-
-
-def _build_teacher(setup: Setup, loss: DistillLoss, device: torch.device, number: int) -> Teacher:
-    runtime, taps, teacher = setup.config.runtime, loss.where("teacher", number), setup.teachers[number]
-    if teacher.cache is not None:
-        teacher.cache.open(taps)
-        return CachedTeacher(teacher.cache)
-    model = _on_device(teacher.network.model, device, runtime.channels_last)
-    view = teacher.network.preprocess().to(device)
-    if runtime.fold_batch_norm:
-        tapped_modules = {tap.module for kind in taps.values() for tap in kind}
-        fold_batch_norm(model.eval(), teacher.network.input.size, tapped_modules)
-    embedding = teacher.network.pooling if _embeds(setup, loss) else None
-    network = Tapped(model, view, channels_last=runtime.channels_last, **taps, embedding=embedding)
-    return LiveTeacher(_compiled(network.requires_grad_(False).eval(), setup.config))
-
-
-def _embeds(setup: Setup, loss: DistillLoss) -> bool:
-    """Whether the run reads embeddings: for a term, or to evaluate a student without a classifier."""
-    return loss.compares_embeddings or not setup.student.num_classes
-
-
 def _held_out(
     setup: Setup,
     teacher: Teachers | None,
@@ -251,31 +198,49 @@ def _held_out(
     unreadable: UnreadableImages,
     precision: AbstractContextManager[Any],
     world: World,
+    shared: SharedParts | None,
 ) -> HeldOutGraph | None:
     if setup.student.num_classes:
         return None
-    splits, live = setup.splits, None if teacher is None else teacher.network
-    loader = eval_loader(splits, setup.config.data, setup.crop, device, unreadable, HELD_OUT_IMAGES, world)
+    splits, data, live = setup.splits, setup.config.data, None if teacher is None else teacher.network
+
+    def load() -> Loader:
+        return eval_loader(splits, data, setup.crop, device, unreadable, HELD_OUT_IMAGES, world)
+
+    loader = load() if shared is None else shared.validation_loader("held out", data.image_cache_gib, load)
     return HeldOutGraph(loader, precision, world, live, splits.labelled)
 
 
-def _build_data(setup: Setup, loss: DistillLoss, device: torch.device, world: World, report: Report) -> dict[str, Any]:
-    config = setup.config
+def _build_data(
+    setup: Setup,
+    teachers: Teachers | None,
+    device: torch.device,
+    world: World,
+    report: Report,
+    shared: SharedParts | None,
+) -> dict[str, Any]:
+    config, splits = setup.config, setup.splits
     unreadable = UnreadableImages(config.data.max_bad_images, report.warn, report.line)
-    caches = [teacher.cache for teacher in setup.teachers if teacher.cache is not None]
-    train = train_loader(
-        setup.splits,
-        config.data,
-        config.augment,
-        setup.crop,
-        device,
-        config.seed,
-        unreadable,
-        world,
-        CachedRows(caches) if caches else None,
-    )
-    crop = setup.student.input if setup.splits.labelled and setup.student.num_classes else setup.crop
-    validation = eval_loader(setup.splits, config.data, crop, device, unreadable, world=world)
+    if shared is not None:
+        unreadable = shared.unreadable = shared.unreadable or unreadable
+    rows = None if teachers is None else teachers.cached_rows()
+    crop = setup.student.input if splits.labelled and setup.student.num_classes else setup.crop
+
+    def load_train() -> Loader:
+        return train_loader(
+            splits, config.data, config.augment, setup.crop, device, config.seed, unreadable, world, rows
+        )
+
+    def load_validation() -> Loader:
+        return eval_loader(splits, config.data, crop, device, unreadable, world=world)
+
+    train: Loader | TurnLoader
+    validation: Loader | KeptLoader
+    if shared is None:
+        train, validation = load_train(), load_validation()
+    else:
+        train = shared.train_loader(load_train)
+        validation = shared.validation_loader("validation", config.data.image_cache_gib, load_validation)
     accumulate = config.optim.accumulate
     if len(train) < accumulate:
         raise UserError(f"--accumulate {accumulate}: an epoch has {len(train)} batches, at most that many accumulate")
@@ -291,19 +256,3 @@ def _build_data(setup: Setup, loss: DistillLoss, device: torch.device, world: Wo
             "classes": setup.classes,
         },
     }
-
-
-def _tapped(network: Network, device: torch.device, channels_last: bool) -> Tapped:
-    view = network.preprocess().to(device)
-    return Tapped(_on_device(network.model, device, channels_last), view, (), channels_last)
-
-
-def _on_device(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    model = model.to(device)
-    return model.to(memory_format=torch.channels_last) if channels_last else model
-
-
-def _compiled(network: Compilable, config: Config) -> Compilable:
-    if not config.runtime.compile:
-        return network
-    return cast(Compilable, torch.compile(network, mode=config.runtime.compile_mode))

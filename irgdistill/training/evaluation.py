@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.utils import accuracy
 from torch import Tensor
 
-from irgdistill.data import Loader
+from irgdistill.data import KeptLoader, Loader
 from irgdistill.errors import DataError
 from irgdistill.io import SELECTING
 from irgdistill.losses import soft_targets
@@ -58,7 +58,7 @@ class Metrics:
 @torch.no_grad()
 def evaluate(
     network: Tapped,
-    loader: Loader,
+    loader: Loader | KeptLoader,
     autocast: AbstractContextManager[Any],
     teacher: Tapped | None = None,
     world: World | None = None,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irgdistill.data import Loader
+from irgdistill.data import KeptLoader, Loader
 from irgdistill.errors import DataError
 from irgdistill.graph import edge_matrix
 from irgdistill.matching import Tapped
@@ -36,7 +36,7 @@ class HeldOutGraph:
 
     def __init__(
         self,
-        loader: Loader,
+        loader: Loader | KeptLoader,
         autocast: AbstractContextManager[Any],
         world: World,
         teacher: Tapped | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from irgdistill.config import AugmentConfig, OptimConfig, ScheduleConfig
-from irgdistill.errors import TrainingError, UserError, nearest
+from irgdistill.errors import TrainingError, UserError, nearest, one_line
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, adapters: nn.Module | None = None) -> Optimizer:
@@ -65,6 +66,19 @@ class WatchedOptimizer:
     def step(self) -> None:
         self.optimizer.step()
         self.stepped = True
+
+
+def scaled_step(scaler: torch.amp.GradScaler, optimizer: WatchedOptimizer, name: str, update: int) -> None:
+    """Step the optimizer called `name`. Raises TrainingError if it fails, as with a state that does not fit."""
+    try:
+        scaler.step(optimizer)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise TrainingError(
+            f"the optimizer {name} fails at update {update}: "
+            f"{one_line(error, 200)}; a resumed run may have a state that does not fit"
+        ) from error
 
 
 MOST_SKIPPED = 32

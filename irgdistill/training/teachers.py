@@ -18,24 +18,36 @@ class Teacher(Protocol):
 
     network: Tapped | None
     """The frozen network; None for a cache, which holds its answers alone."""
-    row_bytes: int
-    """Bytes of a cached row; 0 without a cache."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a cached row; 0 without a cache."""
 
     def __call__(self, images: Tensor, rows: Tensor | None) -> Output:
         """images (B, 3, H, W) of a step, with the cache's rows (B, n) for them -> logits and features."""
 
 
 class LiveTeacher:
-    """A frozen network that runs on the images of each step."""
+    """A frozen network that runs on the images of each step.
 
-    def __init__(self, network: Tapped) -> None:
+    `remembers`: it keeps its last answer, for runs that take turns on the same images.
+    """
+
+    def __init__(self, network: Tapped, remembers: bool = False) -> None:
         self.network: Tapped | None = network
-        self.row_bytes = 0
-        self._forward = network
+        self._forward, self._remembers = network, remembers
+        self._last: tuple[Tensor, Output] | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        return 0
 
     def __call__(self, images: Tensor, rows: Tensor | None = None) -> Output:
+        if self._last is not None and self._last[0] is images:
+            return self._last[1]
         with torch.no_grad():
             output: Output = self._forward(images)
+        self._last = (images, output) if self._remembers else None
         return output
 
 
@@ -44,7 +56,11 @@ class CachedTeacher:
 
     def __init__(self, cache: TeacherCache) -> None:
         self.network: Tapped | None = None
-        self.cache, self.row_bytes = cache, cache.row_bytes
+        self.cache = cache
+
+    @property
+    def row_bytes(self) -> int:
+        return self.cache.row_bytes
 
     def __call__(self, images: Tensor, rows: Tensor | None = None) -> Output:
         assert rows is not None, "the loader brings the rows of a teacher cache"
@@ -68,6 +84,11 @@ class Teachers:
     @property
     def networks(self) -> list[Tapped]:
         return [member.network for member in self.members if member.network is not None]
+
+    def cached_rows(self) -> CachedRows | None:
+        """What the loader brings: the rows of the caches, if there is any."""
+        caches = [member.cache for member in self.members if isinstance(member, CachedTeacher)]
+        return CachedRows(caches) if caches else None
 
     def __call__(self, images: Tensor, rows: Tensor | None = None) -> list[Output]:
         """images (B, 3, H, W) of a step, with the cached rows (B, n) for them -> the output of each teacher."""

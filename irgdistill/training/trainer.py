@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irgdistill.errors import Interrupted, TrainingError, one_line, os_reason
+from irgdistill.errors import Interrupted, TrainingError, os_reason
 from irgdistill.io import SELECTING, Report, RunFolder
 from irgdistill.losses import Batch, gradient_shares
 from irgdistill.runtime import Signals, Stopped, World, compiler_settings, gpu_settings, read_later
@@ -26,9 +26,10 @@ from irgdistill.training.evaluation import (
     score,
 )
 from irgdistill.training.observer import Observer
-from irgdistill.training.optimization import WatchedOptimizer, refuse_skipped
+from irgdistill.training.optimization import WatchedOptimizer, refuse_skipped, scaled_step
 from irgdistill.training.progress import Progress
 from irgdistill.training.setup import Setup
+from irgdistill.training.shared import SharedParts
 from irgdistill.training.state import seed_process
 from irgdistill.training.teacher_check import check_teachers
 
@@ -51,6 +52,8 @@ class Trainer:
         self.report, self.observers = report, observers
         self.config, self.world = components.config, components.world
         self.signals = Signals(patient=True)
+        self.away = 0.0
+        """Seconds in which other runs had their turn, which are no training time of this one."""
         self._met, self._updates, self._every = time.monotonic(), 0, 1
         self._skipped = 0
 
@@ -96,7 +99,7 @@ class Trainer:
         if self.config.optim.clip_grad is not None:
             run.scaler.unscale_(optimizer)  # type: ignore[arg-type]
             torch.nn.utils.clip_grad_norm_(run.student.parameters(), self.config.optim.clip_grad)
-        self._step_optimizer(optimizer)
+        scaled_step(run.scaler, optimizer, self.config.optim.name, progress.update + 1)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
         if not optimizer.stepped:
@@ -108,17 +111,6 @@ class Trainer:
         run.scheduler.step_update(progress.update)
         if run.ema is not None:
             run.ema.update(run.student.model, step=progress.update)
-
-    def _step_optimizer(self, optimizer: WatchedOptimizer) -> None:
-        try:
-            self.components.scaler.step(optimizer)  # type: ignore[arg-type]
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            raise TrainingError(
-                f"the optimizer {self.config.optim.name} fails at update {self.progress.update + 1}: "
-                f"{one_line(error, 200)}; a resumed run may have a state that does not fit"
-            ) from error
 
     def _refuse_non_finite(self, raw: dict[str, Tensor], non_finite: Callable[[], bool]) -> None:
         """Raises TrainingError if the total is not finite in any process."""
@@ -162,7 +154,7 @@ class Trainer:
         With `--patience` it ends sooner where that many epochs bring no better result; with 0 epochs it only evaluates.
         The first SIGINT or SIGTERM stops it after the current update, a second one at once, by `Stopped`.
         """
-        run, progress, epochs = self.components, self.progress, self.config.schedule.epochs
+        run, epochs = self.components, self.config.schedule.epochs
         with (
             self.signals,
             compiler_settings(self.config.runtime.compile),
@@ -172,23 +164,32 @@ class Trainer:
         ):
             for observer in self.observers:
                 stack.enter_context(observer)
-            if progress.batch == 0 and epochs > 0:
-                self._notify()
-            self.world.wait()  # loggers and observers of the first process may have taken long
-            if epochs == 0:
-                self.end_epoch(self.evaluate())
-            while not self._done():
-                if progress.batch < run.batches:
-                    self.train_epoch()
-                self.end_epoch(self.evaluate())
-                if not self._done():
-                    self._pause()
+            for _ in self.steps():
+                pass
+        return self.finish()
+
+    def steps(self) -> Iterator[None]:
+        """Train to the last epoch, and rest after every batch but an epoch's last: there another run can have its turn.
+
+        `fit` takes these steps within the contexts that a run needs.
+        """
+        run, progress, epochs = self.components, self.progress, self.config.schedule.epochs
+        if progress.batch == 0 and epochs > 0:
+            self._notify()
+        self.world.wait()  # loggers and observers of the first process may have taken long
+        if epochs == 0:
+            self.end_epoch(self.evaluate())
+        while not self._done():
+            if progress.batch < run.batches:
+                yield from self.epoch_steps()
+            self.end_epoch(self.evaluate())
+            if not self._done():
+                self._pause()
         if progress.epoch < epochs:
             self.report.line(
                 f"stopped early: {self.config.schedule.patience} epochs without a better result than "
                 f"{score(progress.best)} of epoch {progress.best['epoch']} (--patience)"
             )
-        return self._finish()
 
     def _done(self) -> bool:
         """Whether the training is over: after the last epoch, or early."""
@@ -197,20 +198,30 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """Train on the batches that are left of the epoch."""
+        for _ in self.epoch_steps():
+            pass
+
+    def epoch_steps(self) -> Iterator[None]:
+        """The same, with a rest after every batch but the last."""
         run, progress = self.components, self.progress
         run.trained.train()
         log_every = self.config.runtime.log_every * run.accumulate
-        since, images_since = time.perf_counter(), 0
+        since, images_since = self._clock(), 0
         for images, labels, *cached in run.train.epoch(progress.epoch, start=progress.batch):
             progress.add(self.train_step(images, labels, *cached))
             images_since += len(labels) * self.world.size
             if progress.batch % log_every == 0 or progress.batch == run.batches:
-                self._log(images_since, time.perf_counter() - since)
-                since, images_since = time.perf_counter(), 0
+                self._log(images_since, self._clock() - since)
+                since, images_since = self._clock(), 0
             if progress.batch % run.accumulate == 0 and self._meets():
                 self._pause()
             if progress.batch == run.batches:
                 return
+            yield
+
+    def _clock(self) -> float:
+        """Seconds in which this run had its turn."""
+        return time.perf_counter() - self.away
 
     def evaluate(self) -> Metrics:
         """Evaluate the weights that would be saved.
@@ -269,7 +280,8 @@ class Trainer:
             title += f"  {score(progress.last)} (best {progress.best[metric_name(progress.best)]:.2f})"
         self.report.advance(self._batches_done(), title, means, images / seconds)
 
-    def _finish(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
+        """Save the summary of the trained run and return it. Raises TrainingError if not all can be saved."""
         progress, setup, saver = self.progress, self.components.setup, self.checkpointer
         best, last = progress.best, progress.last
         if saver.error is not None:
@@ -337,7 +349,9 @@ class Trainer:
         return self.progress.epoch * self.components.batches + self.progress.batch
 
 
-def build_trainer(setup: Setup, folder: RunFolder, report: Report, world: World | None = None) -> Trainer:
+def build_trainer(
+    setup: Setup, folder: RunFolder, report: Report, world: World | None = None, shared: SharedParts | None = None
+) -> Trainer:
     """A trainer of `setup` that saves to `folder`: call `start()` or `checkpointer.resume(state)`, then `fit()`."""
-    components, progress = build_components(setup, world or World(), report), Progress()
+    components, progress = build_components(setup, world or World(), report, shared), Progress()
     return Trainer(components, progress, Checkpointer(components, progress, folder, report), report)

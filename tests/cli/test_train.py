@@ -118,7 +118,7 @@ def test_a_run_ended_by_its_patience_is_finished(run: Run, folder: Path, tmp_pat
     output = tmp_path / "run"
     words = ("train", "--model", NAME, "--data", folder, *SMALL, "--epochs", 9, "--lr", 1e-30, "--patience", 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("irgdistill.training.trainer.Trainer._finish", lambda self: self.stop(2))
+        patch.setattr("irgdistill.training.trainer.Trainer.finish", lambda self: self.stop(2))
         assert run(*words, "--output", output).code == 130
     resumed = run("train", "--resume", output)
     assert resumed.code == 0 and "stopped early: 2 epochs without a better result than" in resumed.err, resumed.err

@@ -14,8 +14,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from irgdistill.commands.compare.table import Run, summary_of, write_table
+from irgdistill.commands.compare.together import train_together
 from irgdistill.commands.distill import resume, start
 from irgdistill.commands.requests import CompareRequest, DistillRequest, ResumeRequest
 from irgdistill.config import Config, changeable_on_resume, dump, of_any_teacher, read_yaml, validate_saved
@@ -50,12 +52,14 @@ def compare(request: CompareRequest) -> None:
     amp = _check(request, left, inputs) or runs[0].config.runtime.amp
     runs, left = ([run.with_precision(amp) for run in them] for them in (runs, left))
     try:
-        if request.jobs == 1:
+        if request.together:
+            train_together(left, _changed(request), inputs)
+        elif request.jobs == 1:
             for number, run in enumerate(left):
                 Report().line(f"[{len(runs) - len(left) + number + 1}/{len(runs)}] {run.name}")
                 _train(run, request, inputs)
         else:
-            _train_together(left, request)
+            _train_at_once(left, request)
     except Stopped as stop:
         raise Interrupted(128 + stop.number, f"{stop}; repeat the command to continue") from None
     except Interrupted as stop:
@@ -144,16 +148,20 @@ def _train(run: Run, request: CompareRequest, inputs: SharedInputs) -> None:
     """Start or resume a run in this process."""
     try:
         if run.folder.state.exists():
-            flags, changeable = request.flags or {}, changeable_on_resume()
-            changed = {key: value for key, value in flags.items() if of_any_teacher(key) in changeable}
-            resume(ResumeRequest(run.folder.path, changed), own_process=True)
+            resume(ResumeRequest(run.folder.path, _changed(request)), own_process=True)
         else:
             start(DistillRequest(run.config, run.folder.path, overwrite=True), own_process=True, inputs=inputs)
     except UserError as error:
         raise UserError(f"{run.name}: {error}") from None
 
 
-def _train_together(left: Sequence[Run], request: CompareRequest) -> None:
+def _changed(request: CompareRequest) -> dict[str, Any]:
+    """What a resumed run may change of its settings, as far as it is asked for."""
+    changeable = changeable_on_resume()
+    return {key: value for key, value in (request.flags or {}).items() if of_any_teacher(key) in changeable}
+
+
+def _train_at_once(left: Sequence[Run], request: CompareRequest) -> None:
     """Run `irgdistill distill` in `request.jobs` processes at a time. A run that fails stops the others."""
     waiting, running = list(left), dict[Run, subprocess.Popen[bytes]]()
     try:
