@@ -54,9 +54,9 @@ class KeptLoader:
 
     def epoch(self) -> Iterator[tuple[Any, ...]]:
         """As that of the loader."""
-        if self._kept is not None:
-            yield from self._kept
-            return
+        yield from self._read() if self._kept is None else self._kept
+
+    def _read(self) -> Iterator[tuple[Any, ...]]:
         kept, room = list[tuple[Any, ...]](), self._room
         for batch in self.loader.epoch():
             room -= sum(part.nbytes for part in batch)

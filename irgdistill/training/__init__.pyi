@@ -24,7 +24,7 @@ from .teacher_cache import (
     describe_views,
     shard_path,
 )
-from .teachers import CachedRows
+from .teachers import CachedRows, LiveTeacher
 from .together import Turns, fit_together
 from .trainer import Trainer, build_trainer
 
@@ -34,6 +34,7 @@ __all__ = [
     "SHARD",
     "CachedRows",
     "Checkpointer",
+    "LiveTeacher",
     "Manifest",
     "Metrics",
     "Observer",

@@ -45,9 +45,13 @@ class LiveTeacher:
     def __call__(self, images: Tensor, rows: Tensor | None = None) -> Output:
         if self._last is not None and self._last[0] is images:
             return self._last[1]
-        with torch.no_grad():
-            output: Output = self._forward(images)
+        output = self._run(images)
         self._last = (images, output) if self._remembers else None
+        return output
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> Output:
+        output: Output = self._forward(images)
         return output
 
 

@@ -18,13 +18,7 @@ from irgdistill.losses import Batch, gradient_shares
 from irgdistill.runtime import Signals, Stopped, World, compiler_settings, gpu_settings, read_later
 from irgdistill.training.checkpointing import Checkpointer
 from irgdistill.training.components import RunComponents, build_components
-from irgdistill.training.evaluation import (
-    Metrics,
-    details,
-    evaluate,
-    metric_name,
-    score,
-)
+from irgdistill.training.evaluation import Metrics, details, evaluate, metric_name, score
 from irgdistill.training.observer import Observer
 from irgdistill.training.optimization import WatchedOptimizer, refuse_skipped, scaled_step
 from irgdistill.training.progress import Progress
@@ -263,9 +257,7 @@ class Trainer:
         read = time.perf_counter()
         means = progress.take_means(self.world)
         record = {
-            "kind": "train",
-            "epoch": progress.epoch + 1,
-            "update": progress.update,
+            **{"kind": "train", "epoch": progress.epoch + 1, "update": progress.update},
             "lr": max(group["lr"] for group in run.optimizer.param_groups),
             "loss": means["loss"],
             "terms": {name: value for name, value in means.items() if name != "loss"},
