@@ -30,7 +30,9 @@ def build_networks(
     ema = None if optim.ema is None else ModelEmaV3(model, decay=optim.ema, use_warmup=True)
     if runtime.sync_bn:
         model = sync_batch_norm(model, world)
-    view = setup.student.preprocess().to(device)
+    view: nn.Module = setup.student.preprocess().to(device)
+    if shared is not None and not runtime.compile:
+        view = shared.student_view(view)
     embedding: Pooling | None = "auto" if _embeds(setup, loss) else None
     student = Tapped(model, view, channels_last=last, **loss.where("student"), embedding=embedding)
     compiled = _compiled(student, setup.config)

@@ -6,12 +6,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from irgdistill.data import KeptLoader, Loader, TurnLoader, UnreadableImages
 from irgdistill.matching import Tap
 from irgdistill.training.teacher_cache import TeacherCache
 from irgdistill.training.teachers import LiveTeacher
 
 Taps = Mapping[str, Sequence[Tap]]
+
+
+class RememberingView(nn.Module):
+    """Preprocessing (B, 3, H, W) -> (B, 3, h, w) that keeps its last result: runs that take turns get the same images."""
+
+    def __init__(self, view: nn.Module) -> None:
+        super().__init__()
+        self.view = view
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not images:
+            self._last = images, self.view(images)
+        return self._last[1]
 
 
 class SharedParts:
@@ -26,6 +42,7 @@ class SharedParts:
         self._kept: dict[str, KeptLoader] = {}
         self._caches: dict[Path, tuple[TeacherCache, dict[str, list[Tap]]]] = {}
         self._live: dict[Any, LiveTeacher] = {}
+        self._view: RememberingView | None = None
 
     def train_loader(self, make: Callable[[], Loader]) -> TurnLoader:
         self.train = self.train or TurnLoader(make())
@@ -50,6 +67,11 @@ class SharedParts:
         if key not in self._live:
             self._live[key] = make()
         return self._live[key]
+
+    def student_view(self, view: nn.Module) -> RememberingView:
+        """The preprocessing of the student, which all runs have in common."""
+        self._view = self._view or RememberingView(view)
+        return self._view
 
     def open(self) -> None:
         """Open the caches, once all runs are built. Raises UserError for a damaged one."""

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import Run, command, interrupted
+from torch import nn
 
 from irgdistill.data import KeptLoader, TurnLoader
 from irgdistill.matching import Output
 from irgdistill.training import LiveTeacher
+from irgdistill.training.shared import RememberingView
 from irgdistill.training.state import load_state
 
 RECIPE = ("--preset", "quickstart", "--student", "cifar_resnet14_x0_5", "--epochs", 2, "--batch-size", 64)
@@ -136,12 +138,15 @@ def test_validation_batches_are_kept_if_they_fit(gib: float, reads: int) -> None
     assert seen == [[0, 1, 2]] * 3 and len(loader.opened) == reads
 
 
-def test_a_teacher_remembers_the_last_images_alone() -> None:
+def test_a_teacher_and_a_view_remember_the_last_images_alone() -> None:
     network: Any = lambda images: Output(images.sum(1), {})  # noqa: E731
     one, other = torch.ones(2, 3), torch.zeros(2, 3)
     teacher = LiveTeacher(network, remembers=True)
     first = teacher(one)
     assert teacher(one) is first and teacher(one.clone()) is not first
     assert teacher(other).logits.tolist() == [0, 0] and teacher(one) is not first
+    view = RememberingView(nn.Flatten())
+    flat = view(one)
+    assert view(one) is flat and view(other) is not flat and view(one) is not flat
     forgetful = LiveTeacher(network)
     assert forgetful(one) is not forgetful(one)
