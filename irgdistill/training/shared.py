@@ -17,7 +17,7 @@ Taps = Mapping[str, Sequence[Tap]]
 
 
 class RememberingView(nn.Module):
-    """Preprocessing (B, 3, H, W) -> (B, 3, h, w) that keeps its last result: runs that take turns get the same images."""
+    """Preprocessing (B, 3, H, W) -> (B, 3, h, w) that keeps its last result, for runs that take turns."""
 
     def __init__(self, view: nn.Module) -> None:
         super().__init__()
