@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from irgdistill.config.settings import keys
@@ -29,8 +29,11 @@ WANTED = {
 """Kind of a pydantic error -> its message for users who may not know Python."""
 
 
-def explain(errors: Iterable[Any]) -> str:
-    """Make one sentence per wrong key, whichever of its parts or alternatives pydantic reports."""
+def explain(errors: Iterable[Any], options: Mapping[str, str] | None = None) -> str:
+    """Make one sentence per wrong key, whichever of its parts or alternatives pydantic reports.
+
+    `options`: key -> the option that gave its value, which is then named in its place.
+    """
     sentences: dict[str, list[str]] = {}
     known = set(keys())
     for error in errors:
@@ -51,7 +54,9 @@ def explain(errors: Iterable[Any]) -> str:
             words = error["ctx"]["expected"]
             allowed = f"expected {words}{nearest(str(error['input']), words.split(QUOTE)[1::2])}"
         allowed = WANTED.get(kind, allowed).replace("Input should be", "expected a value")
-        sentences.setdefault(f"{path} = {_short(error['input'])}: ", []).append(f"{allowed[0].lower()}{allowed[1:]}")
+        given = _short(error["input"])
+        what = f"{options[path]} {given.strip(QUOTE)}: " if options and path in options else f"{path} = {given}: "
+        sentences.setdefault(what, []).append(f"{allowed[0].lower()}{allowed[1:]}")
     return "; ".join(what + ", or ".join(dict.fromkeys(why)) for what, why in sentences.items())
 
 

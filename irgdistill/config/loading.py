@@ -17,7 +17,7 @@ from irgdistill.config.network_files import check_function, join_function, split
 from irgdistill.config.plain_yaml import load_yaml
 from irgdistill.config.renamed import current_key, current_keys, with_earlier_defaults
 from irgdistill.config.schema import Config, DataConfig, PluginConfig, refresh
-from irgdistill.config.settings import keys, of_any_teacher
+from irgdistill.config.settings import keys, of_any_teacher, options
 from irgdistill.config.sources import find_source, is_remote
 from irgdistill.errors import UserError, nearest, one_line
 from irgdistill.plugins import import_plugin
@@ -52,7 +52,8 @@ def load_config(
         assign(tree, path, [*_listed(tree.get(path)), *_listed(value)] if path == "plugins" else value)
     if files:
         assign(tree, "plugins", [*_listed(tree.get("plugins")), *(file.model_dump(mode="json") for file in files)])
-    return validate(tree)
+    names = {setting.key: setting.flag.name for setting in options().values() if setting.flag}
+    return validate(tree, typed={key: names[key] for key in flags or {} if key in names})
 
 
 def _imported(path: str, value: Any, files: list[PluginConfig]) -> Any:
@@ -79,10 +80,11 @@ def import_function(name: str) -> tuple[str, PluginConfig]:
         raise UserError(str(error).replace("--plugin ", "", 1)) from None
 
 
-def validate(tree: Mapping[str, Any], where: str = "") -> Config:
+def validate(tree: Mapping[str, Any], where: str = "", typed: Mapping[str, str] | None = None) -> Config:
     """Tree of plain values -> Config, after its plugins are imported, which may add to what is allowed.
 
-    Raises UserError with the field, the value and what is allowed, or as `load_plugin`.
+    `typed`: key -> the option that set it. Raises UserError with the field, the value and what is allowed, or as
+    `load_plugin`.
     """
     tree = current_keys(tree)
     if plugins := _listed(tree.get("plugins")):
@@ -94,7 +96,7 @@ def validate(tree: Mapping[str, Any], where: str = "") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(where + explain(error.errors())) from None
+        raise UserError(where + explain(error.errors(), typed)) from None
 
 
 def validate_saved(tree: Mapping[str, Any], where: str = "") -> Config:

@@ -155,7 +155,7 @@ def _check_name(name: str) -> None:
     if not timm.is_model(name):
         elsewhere = ", and no folder or file here" if "/" in name or Path(name).suffix else ""
         known = [m.split(".")[0] for m in known_models()]
-        near = nearest_path(name) if elsewhere else nearest(name, known)
+        near = nearest_path(name) if elsewhere else nearest(name, known) or nearest_path(name)
         raise UserError(f"unknown model {name!r}{elsewhere}{near}")
     try:
         timm.get_pretrained_cfg(name)

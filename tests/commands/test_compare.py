@@ -161,7 +161,7 @@ def test_a_weight_that_is_set_holds_for_the_methods_with_its_term() -> None:
         (("--overwrite",), "compare does not take --overwrite"),
         (("--epoch", 3), "no option --epoch; did you mean --epochs"),
         (("--methods", "none,kd"), "method 'kd' needs a teacher"),
-        (("--methods", "none", "--lr", -1), "optim.lr = -1.0"),
+        (("--methods", "none", "--lr", -1), "--lr -1.0: expected a value greater than 0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_the_first_run(
