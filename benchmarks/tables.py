@@ -25,7 +25,7 @@ BY_RUN = (*METRICS, "best", "curves", "agreement")
 """What a row has of each of its seeds; agreement where the teacher has the data's classes."""
 SMALL = ("small-cifar_resnet20_x0_5", "small-cifar_resnet14_x0_5", "small-cifar_resnet56")
 FULL = "full-cifar_resnet20_x0_5"
-ENCODERS = ("flowers5", "flowers5-tenth", "flowers5-unlabelled")
+ENCODERS = ("flowers5", "flowers5-tenth")
 FRONT = {
     "small-cifar_resnet20_x0_5": ("10,000", "`cifar_resnet20` → `cifar_resnet20_x0_5`"),
     "small-cifar_resnet14_x0_5": ("10,000", "`cifar_resnet20` → `cifar_resnet14_x0_5`"),
