@@ -102,8 +102,6 @@ def start(
             folder = RunFolder(world.broadcast(folder.path))
             if world.broadcast(restarted and folder.state.exists()):
                 return _resume(folder, setup, world, open_state(folder)[0], False, own_process, outcome)
-            if world.main:
-                _print_plans(setup)
             trainer = begin(setup, folder, _report(folder, world), request.overwrite or restarted, world)
             return _train(trainer, folder, own_process, outcome)
 
@@ -118,6 +116,8 @@ def begin(
 ) -> Trainer:
     """A trainer of a new run, ready to train. Raises UserError."""
     trainer = build_trainer(setup, folder, report, world, shared)
+    if world is not None and world.main:
+        _print_plans(setup)
     for line in (*setup.notes, f"run folder {folder.path}"):
         report.line(line)
     _report_world(trainer)

@@ -491,8 +491,8 @@ TWO = (("one", 4), ("two", 8))
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--seed", 2**31), "seed = 2147483648"),
-        (("--input-size", 0), "input_size"),
+        (("--seed", 2**31), "--seed 2147483648: expected"),
+        (("--input-size", 0), "--input-size 0: expected"),
         (("--auto-augment", "rnd-m9"), "augment.auto_augment = 'rnd-m9' is not a timm policy"),
         (("--opt", "fusedadam"), "optimizer 'fusedadam' does not work here"),
         (("--set", "augment.scale=[-1,0]"), "augment.scale"),

@@ -166,7 +166,7 @@ def test_quiet_and_json_leave_results_and_warnings(run: Run, tmp_path: Path) -> 
     dry = run("distill", *ALONE, "--dry-run", "--json")
     assert json.loads(dry.out)["config"]["schedule"]["epochs"] == 1 and json.loads(dry.out)["plan"] is None
     failed = run("distill", *ALONE, "--lr", -1, "--quiet", "--json")
-    assert failed.code == 2 and "optim.lr" in failed.err and not failed.out
+    assert failed.code == 2 and "--lr -1.0: expected" in failed.err and not failed.out
 
 
 def test_quiet_console_is_over_afterwards(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ DISTILL = ("distill", "--data", "digits", "--student", "cifar_resnet14_x0_5", "-
         (["--gpus", "two", "--backend", "gloo"], ["--gpus two", "or all"]),
         (["--gpus", "0", "--backend", "gloo"], ["--gpus 0"]),
         (["--gpus", "2", "--backend", "goo"], ["--backend goo", "did you mean gloo?"]),
-        (["--graph-scope", "locale"], ["runtime.graph_scope", "'local'"]),
+        (["--graph-scope", "locale"], ["--graph-scope locale: expected", "'local'"]),
     ],
 )
 def test_refused_before_a_worker_starts(

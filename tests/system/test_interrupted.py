@@ -97,10 +97,10 @@ KILLS = [
     ("write state.safetensors after", 1),  # the first state is complete, but has no name yet
     ("replace state.safetensors after", 1),  # there is a state, but no config.yaml
     ("link previous.safetensors after", 2),
+    ("replace best.safetensors after", 1),  # newer than the state; of the first epoch, which is the best so far
     ("replace state.safetensors before", 2),  # the previous state is the current one
     ("step before", 3),
     ("evaluate after", 1),
-    ("replace best.safetensors after", 1),  # newer than the state
     ("evaluated batch before", 2),
     ("replace last.safetensors before", 1),
     ("write state.safetensors before", 1),
