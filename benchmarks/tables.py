@@ -19,9 +19,7 @@ from irgdistill.commands.compare.statistics import mean_and_deviation, paired_in
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-METRICS = {"top1": "top-1", "knn_top1": "k-NN top-1"}
-"""What runs were validated by; the second without labels."""
-BY_RUN = (*METRICS, "best", "curves", "agreement")
+BY_RUN = ("top1", "best", "curves", "agreement")
 """What a row has of each of its seeds; agreement where the teacher has the data's classes."""
 SMALL = ("small-cifar_resnet20_x0_5", "small-cifar_resnet14_x0_5", "small-cifar_resnet56")
 FULL = "full-cifar_resnet20_x0_5"
@@ -44,9 +42,7 @@ SAME = ("teacher", "student", "epochs", "validation_images")
 
 def check_same(content: Row, more: Row) -> None:
     """Raises ValueError where the runs of `more` are not of the comparison that `content` records."""
-    other = [
-        f"{key} {more.get(key)}, recorded is {content.get(key)}" for key in SAME if more.get(key) != content.get(key)
-    ]
+    other = [f"{key} {more[key]}, recorded is {content[key]}" for key in SAME if more[key] != content[key]]
     if other:
         raise ValueError("another comparison: " + "; ".join(other))
 
@@ -57,8 +53,8 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[dict[str, Any]]:
     for row in new:
         method = row["method"]
         rows[method] = _joined(rows[method], row) if method in rows else dict(row)
-    alone = dict(zip(rows["none"]["seeds"], rows["none"]["top1"], strict=True)) if "none" in rows else {}
-    for row in rows.values() if alone else ():
+    alone = dict(zip(rows["none"]["seeds"], rows["none"]["top1"], strict=True))
+    for row in rows.values():
         pairs = [top1 - alone[seed] for seed, top1 in zip(row["seeds"], row["top1"], strict=True) if seed in alone]
         if row["method"] != "none" and len(pairs) > 1:
             row["difference"], row["half_width_95"] = paired_interval(pairs)
@@ -75,21 +71,15 @@ def _joined(old: Row, new: Row) -> dict[str, Any]:
     runs = {seed: {key: old[key][i] for key in by_run} for i, seed in enumerate(old["seeds"])}
     added = {seed: {key: new[key][i] for key in by_run} for i, seed in enumerate(new["seeds"])}
     for seed in runs.keys() & added.keys():
-        there, here = (values[seed][_metric(old)] for values in (runs, added))
-        print(f"{old['method']}, seed {seed}: recorded {there:.2f}, again {here:.2f}")
+        print(f"{old['method']}, seed {seed}: recorded {runs[seed]['top1']:.2f}, again {added[seed]['top1']:.2f}")
     more = len(added.keys() - runs.keys())
     runs = dict(sorted({**added, **runs}.items()))
     row = dict(old) | {"seeds": list(runs)} | {key: [run[key] for run in runs.values()] for key in by_run}
-    for key in (_metric(row), "best", *(("agreement",) if "agreement" in row else ())):
+    for key in ("top1", "best", *(("agreement",) if "agreement" in row else ())):
         row[f"{key}_mean"], row[f"{key}_std"] = mean_and_deviation(row[key])
     for key in ("seconds", "images_per_second"):
         row[key] = (old[key] * len(old["seeds"]) + new[key] * more) / len(runs)
     return row
-
-
-def _metric(row: Row) -> str:
-    """What the runs of a row were validated by."""
-    return next(name for name in METRICS if name in row)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -119,20 +109,24 @@ def with_tables(text: str, found: Mapping[str, str]) -> str:
 
 
 def _by_accuracy(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: (row["method"] != "none", row[f"{_metric(row)}_mean"]))
+    return sorted(rows, key=lambda row: (row["method"] != "none", row["top1_mean"]))
 
 
 def _page_table(rows: Sequence[Row]) -> str:
-    metric, compared = _metric(rows[0]), any("difference" in row for row in rows)
     agreement = "agreement_mean" in rows[0]
-    columns = ["method", "runs", METRICS[metric], *["from the student alone"] * compared]
-    columns.append("agreement with the teacher" if agreement else "best")
-    cells = [tuple(columns), ("---",) * len(columns)]
+    columns = (
+        "method",
+        "runs",
+        "top-1",
+        "from the student alone",
+        "agreement with the teacher" if agreement else "best",
+    )
+    cells = [columns, ("---",) * 5]
     for row in _by_accuracy(rows):
         less = f"{row['difference']:+.2f}" if "difference" in row else ""
         less += f" ± {row['half_width_95']:.2f}" if "half_width_95" in row else ""
         last = f"{row['agreement_mean']:.1f} %" if agreement else _mean(row, "best")
-        cells.append((_name(row), str(len(row["seeds"])), _mean(row, metric), *[less] * compared, last))
+        cells.append((_name(row), str(len(row["seeds"])), _top1(row), less, last))
     return _markdown(cells)
 
 
@@ -150,12 +144,16 @@ def _readme_table() -> str:
 
 
 def _with_runs(row: Row) -> str:
-    return f"{_mean(row, 'top1')} ({len(row['seeds'])})"
+    return f"{_top1(row)} ({len(row['seeds'])})"
 
 
 def _name(row: Row) -> str:
     method, *rest = row["method"].split(", ")
     return ", ".join([f"`{method}`", *rest])
+
+
+def _top1(row: Row) -> str:
+    return _mean(row, "top1")
 
 
 def _mean(row: Row, name: str) -> str:
@@ -176,8 +174,7 @@ def main() -> None:
     if (arguments.add is None) != (arguments.to is None):
         parser.error("--add and --to go together")
     if arguments.add is not None:
-        more = json.loads(arguments.add.read_text(encoding="utf-8"))
-        content = record(arguments.to)
+        content, more = record(arguments.to), json.loads(arguments.add.read_text(encoding="utf-8"))
         check_same(content, more)
         had = {(row["method"], seed) for row in content["rows"] for seed in row["seeds"]}
         new = {

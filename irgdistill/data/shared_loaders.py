@@ -11,14 +11,16 @@ from irgdistill.data.loader import Loader
 
 
 class TurnLoader:
-    """A training loader for runs that take turns: loads a batch when the first asks for it, keeps it for the others."""
+    """A training loader for runs that take turns: loads a batch when the first asks for it, for all of them.
+
+    The last two batches are kept, since a run that was stopped in its evaluation may be one turn behind the others.
+    """
 
     def __init__(self, loader: Loader) -> None:
         self.loader, self.images = loader, loader.images
         self.seconds = 0.0
         """Time of loading so far."""
-        self._place: tuple[int, int] | None = None
-        self._batch: tuple[Any, ...] | None = None
+        self._kept: dict[tuple[int, int], tuple[Any, ...] | None] = {}
         self._batches: Iterator[tuple[Any, ...]] = iter(())
 
     def __len__(self) -> int:
@@ -27,17 +29,18 @@ class TurnLoader:
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Any, ...]]:
         """As that of the loader."""
         for number in itertools.count(start):
-            if self._place != (epoch, number):
+            if (epoch, number) not in self._kept:
                 self._load(epoch, number)
-            if self._batch is None:
+            batch = self._kept[epoch, number]
+            if batch is None:
                 return
-            yield self._batch
+            yield batch
 
     def _load(self, epoch: int, number: int) -> None:
-        since = time.perf_counter()
-        if self._place != (epoch, number - 1):
+        since, newest = time.perf_counter(), dict([*self._kept.items()][-1:])
+        if (epoch, number - 1) not in newest:
             self._batches = self.loader.epoch(epoch, number)
-        self._place, self._batch = (epoch, number), next(self._batches, None)
+        self._kept = {**newest, (epoch, number): next(self._batches, None)}
         self.seconds += time.perf_counter() - since
 
     def bottleneck(self, seconds: float, busy: float) -> None:

@@ -45,7 +45,8 @@ class SharedParts:
         self._view: RememberingView | None = None
 
     def train_loader(self, make: Callable[[], Loader]) -> TurnLoader:
-        self.train = self.train or TurnLoader(make())
+        if self.train is None:
+            self.train = TurnLoader(make())
         return self.train
 
     def validation_loader(self, what: str, gib: float, make: Callable[[], Loader]) -> KeptLoader:

@@ -27,7 +27,7 @@ class Turns:
         self._rested: tuple[float, float] | None = None
 
     def take(self) -> bool:
-        """Train on one batch -> whether there are more. Raises what `Trainer.fit` raises."""
+        """Train on a batch, or evaluate -> whether there is more to do. Raises what `Trainer.fit` raises."""
         device = self.trainer.components.device
         if self._rested is not None:  # loading, which one run does for all, counts for each as if it were alone
             since, loaded = self._rested

@@ -163,7 +163,7 @@ class Trainer:
         return self.finish()
 
     def steps(self) -> Iterator[None]:
-        """Train to the last epoch, and rest after every batch but an epoch's last: there another run can have its turn.
+        """Train to the last epoch, and rest after every batch and evaluation: there another run can have its turn.
 
         `fit` takes these steps within the contexts that a run needs.
         """
@@ -179,6 +179,7 @@ class Trainer:
             self.end_epoch(self.evaluate())
             if not self._done():
                 self._pause()
+                yield
         if progress.epoch < epochs:
             self.report.line(
                 f"stopped early: {self.config.schedule.patience} epochs without a better result than "
@@ -196,7 +197,7 @@ class Trainer:
             pass
 
     def epoch_steps(self) -> Iterator[None]:
-        """The same, with a rest after every batch but the last."""
+        """The same, with a rest after every batch."""
         run, progress = self.components, self.progress
         run.trained.train()
         log_every = self.config.runtime.log_every * run.accumulate
@@ -209,9 +210,9 @@ class Trainer:
                 since, images_since = self._clock(), 0
             if progress.batch % run.accumulate == 0 and self._meets():
                 self._pause()
+            yield
             if progress.batch == run.batches:
                 return
-            yield
 
     def _clock(self) -> float:
         """Seconds in which this run had its turn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_images_teacher_and_cache_are_read_once(
     run: Run, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     methods, calls = "none,kd,dkd,crd", Counter[str]()
-    options = (*RECIPE, "--epochs", 1, "--seeds", 1, "--methods", methods)
+    options = (*RECIPE, "--seeds", 1, "--methods", methods)
     live = ("--teacher-checkpoint", teacher, "--skip-teacher-check")
     for cls, name in ((TurnLoader, "_load"), (LiveTeacher, "_run"), (KeptLoader, "_read")):
         whole = getattr(cls, name)
@@ -83,7 +84,7 @@ def test_images_teacher_and_cache_are_read_once(
 
         monkeypatch.setattr(cls, name, counted)
     assert run("compare", *options, *live, "--together", "--output", tmp_path / "out").code == 0
-    batches, taps = 4, 2  # kd and dkd tap nothing, crd the last stage
+    batches, taps = 2 * 4, 2  # of two epochs; kd and dkd tap nothing, crd the last stage
     assert calls == {"_load": batches, "_run": taps * batches, "_read": 1}
 
     caching = ("cache-teacher", *RECIPE, "--teacher-checkpoint", teacher, "--method", "crd")
@@ -128,6 +129,16 @@ def test_a_batch_is_loaded_by_the_first_run_and_kept_for_the_others() -> None:
     assert [int(turn[0][0]) for turn in rounds] == [21, 22] and loader.opened == [(2, 1)]
     assert [next(run, None) for run in runs] == [None] * 3 and len(shared) == 3
     assert [int(batch[0][0]) for batch in shared.epoch(3)] == [30, 31, 32] and loader.opened == [(2, 1), (3, 0)]
+
+
+def test_a_run_that_is_a_turn_behind_loads_nothing_again() -> None:
+    loader = Loader(3)
+    shared: Any = TurnLoader(loader)  # type: ignore[arg-type]
+    ahead, late = ((batch for epoch in (0, 1) for batch in islice(shared.epoch(epoch), 3)) for _ in "ab")
+    seen = [int(next(ahead)[0][0])]
+    for _ in range(5):
+        seen += [int(next(ahead)[0][0]), int(next(late)[0][0])]
+    assert seen == [0, 1, 0, 2, 1, 10, 2, 11, 10, 12, 11] and loader.opened == [(0, 0), (1, 0)]
 
 
 @pytest.mark.parametrize(("gib", "reads"), [(300 / 2**30, 1), (299 / 2**30, 3)])
