@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from irgdistill.commands.compare.statistics import mean_and_deviation, paired_interval
+from irgdistill.io import SELECTING
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BY_RUN = ("top1", "best", "curves", "agreement")
-"""What a row has of each of its seeds; agreement where the teacher has the data's classes."""
+BY_RUN = (*SELECTING, "best", "curves")
+"""What a row may have of each of its seeds."""
 SMALL = ("small-cifar_resnet20_x0_5", "small-cifar_resnet14_x0_5", "small-cifar_resnet56")
 FULL = "full-cifar_resnet20_x0_5"
-ENCODERS = ("flowers5", "flowers5-tenth")
+ENCODERS = ("flowers5", "flowers5-tenth", "flowers5-no-labels")
 FRONT = {
     "small-cifar_resnet20_x0_5": ("10,000", "`cifar_resnet20` → `cifar_resnet20_x0_5`"),
     "small-cifar_resnet14_x0_5": ("10,000", "`cifar_resnet20` → `cifar_resnet14_x0_5`"),
@@ -36,13 +37,14 @@ OURS = ("kd+at", "irg+kd+at")
 Row = Mapping[str, Any]
 
 
-SAME = ("teacher", "student", "epochs", "validation_images")
+SAME = ("metric", "teacher", "student", "epochs", "validation_images")
 """What all sittings of a comparison share."""
 
 
 def check_same(content: Row, more: Row) -> None:
     """Raises ValueError where the runs of `more` are not of the comparison that `content` records."""
-    other = [f"{key} {more[key]}, recorded is {content[key]}" for key in SAME if more[key] != content[key]]
+    pairs = ((key, more.get(key), content.get(key)) for key in SAME)
+    other = [f"{key} {new}, recorded is {old}" for key, new, old in pairs if new != old]
     if other:
         raise ValueError("another comparison: " + "; ".join(other))
 
@@ -53,6 +55,8 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[dict[str, Any]]:
     for row in new:
         method = row["method"]
         rows[method] = _joined(rows[method], row) if method in rows else dict(row)
+    if "none" not in rows:  # without labels there is no student alone
+        return list(rows.values())
     alone = dict(zip(rows["none"]["seeds"], rows["none"]["top1"], strict=True))
     for row in rows.values():
         pairs = [top1 - alone[seed] for seed, top1 in zip(row["seeds"], row["top1"], strict=True) if seed in alone]
@@ -71,12 +75,14 @@ def _joined(old: Row, new: Row) -> dict[str, Any]:
     runs = {seed: {key: old[key][i] for key in by_run} for i, seed in enumerate(old["seeds"])}
     added = {seed: {key: new[key][i] for key in by_run} for i, seed in enumerate(new["seeds"])}
     for seed in runs.keys() & added.keys():
-        print(f"{old['method']}, seed {seed}: recorded {runs[seed]['top1']:.2f}, again {added[seed]['top1']:.2f}")
+        metric = next(key for key in SELECTING if key in by_run)
+        print(f"{old['method']}, seed {seed}: recorded {runs[seed][metric]:.2f}, again {added[seed][metric]:.2f}")
     more = len(added.keys() - runs.keys())
     runs = dict(sorted({**added, **runs}.items()))
     row = dict(old) | {"seeds": list(runs)} | {key: [run[key] for run in runs.values()] for key in by_run}
-    for key in ("top1", "best", *(("agreement",) if "agreement" in row else ())):
-        row[f"{key}_mean"], row[f"{key}_std"] = mean_and_deviation(row[key])
+    for key in by_run:
+        if key != "curves":
+            row[f"{key}_mean"], row[f"{key}_std"] = mean_and_deviation(row[key])
     for key in ("seconds", "images_per_second"):
         row[key] = (old[key] * len(old["seeds"]) + new[key] * more) / len(runs)
     return row
@@ -92,9 +98,9 @@ def record(name: str) -> dict[str, Any]:
 
 def tables() -> dict[Path, dict[str, str]]:
     """File -> mark -> the table that stands between `<!-- MARK -->` and `<!-- end MARK -->` in it."""
-    pages = {name.removeprefix("small-"): _page_table(record(name)["rows"]) for name in SMALL}
-    pages["full"] = _page_table(record(FULL)["rows"])
-    pages |= {name: _page_table(record(name)["rows"]) for name in ENCODERS}
+    pages = {name.removeprefix("small-"): _page_table(record(name)) for name in SMALL}
+    pages["full"] = _page_table(record(FULL))
+    pages |= {name: _page_table(record(name)) for name in ENCODERS}
     return {ROOT / "README.md": {"front": _readme_table()}, ROOT / "docs" / "results.md": pages}
 
 
@@ -108,26 +114,21 @@ def with_tables(text: str, found: Mapping[str, str]) -> str:
     return text
 
 
-def _by_accuracy(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: (row["method"] != "none", row["top1_mean"]))
-
-
-def _page_table(rows: Sequence[Row]) -> str:
-    agreement = "agreement_mean" in rows[0]
-    columns = (
-        "method",
-        "runs",
-        "top-1",
-        "from the student alone",
-        "agreement with the teacher" if agreement else "best",
-    )
-    cells = [columns, ("---",) * 5]
-    for row in _by_accuracy(rows):
+def _page_table(content: Row) -> str:
+    """A line for each method, the student alone first, the others by what their last epoch reached."""
+    metric = content["metric"]
+    rows = sorted(content["rows"], key=lambda row: (row["method"] != "none", row[f"{metric}_mean"]))
+    last = "agreement" if metric == "top1" and "agreement_mean" in rows[0] else "best"
+    titles = {"agreement": "agreement with the teacher", "best": "best"}
+    cells = [("method", "runs", SELECTING[metric], "from the student alone", titles[last])]
+    for row in rows:
         less = f"{row['difference']:+.2f}" if "difference" in row else ""
         less += f" ± {row['half_width_95']:.2f}" if "half_width_95" in row else ""
-        last = f"{row['agreement_mean']:.1f} %" if agreement else _mean(row, "best")
-        cells.append((_name(row), str(len(row["seeds"])), _top1(row), less, last))
-    return _markdown(cells)
+        end = f"{row['agreement_mean']:.1f} %" if last == "agreement" else _mean(row, "best")
+        cells.append((_name(row), str(len(row["seeds"])), _mean(row, metric), less, end))
+    if not any(less for _, _, _, less, _ in cells[1:]):
+        cells = [(*first, end) for *first, _, end in cells]
+    return _markdown([cells[0], ("---",) * len(cells[0]), *cells[1:]])
 
 
 def _readme_table() -> str:
@@ -144,16 +145,12 @@ def _readme_table() -> str:
 
 
 def _with_runs(row: Row) -> str:
-    return f"{_top1(row)} ({len(row['seeds'])})"
+    return f"{_mean(row, 'top1')} ({len(row['seeds'])})"
 
 
 def _name(row: Row) -> str:
     method, *rest = row["method"].split(", ")
     return ", ".join([f"`{method}`", *rest])
-
-
-def _top1(row: Row) -> str:
-    return _mean(row, "top1")
 
 
 def _mean(row: Row, name: str) -> str:

@@ -32,7 +32,7 @@ def test_readme_and_docs_show_what_was_recorded() -> None:
         "README.md": ["front"],
         "results.md": [
             *("cifar_resnet20_x0_5", "cifar_resnet14_x0_5", "cifar_resnet56", "full"),
-            *("flowers5", "flowers5-tenth"),
+            *("flowers5", "flowers5-tenth", "flowers5-no-labels"),
         ],
     }
     for path, marks in found.items():
@@ -52,6 +52,22 @@ def test_seeds_of_another_sitting_are_added(capsys: pytest.CaptureFixture[str]) 
     assert kd["half_width_95"] == pytest.approx(4.303 * statistics.stdev([3, 1, 2.5]) / 3**0.5)
     assert at["seeds"] == [1] and "difference" not in at
     assert "kd, seed 0: recorded 73.00, again 74.00" in capsys.readouterr().out
+
+
+def test_runs_without_labels_have_no_student_alone() -> None:
+    def by_neighbours(seeds: dict[int, float]) -> dict[str, Any]:
+        found = row("kd", seeds)
+        found["knn_top1"] = found.pop("top1")
+        return found
+
+    (kd,) = tables.merged([by_neighbours({0: 60.0})], [by_neighbours({1: 62.0})])
+    assert kd["seeds"] == [0, 1] and kd["knn_top1"] == [60.0, 62.0] and kd["knn_top1_mean"] == 61.0
+    assert "difference" not in kd
+    for name, columns in (
+        ("flowers5", "top-1 | from the student alone | best"),
+        ("flowers5-no-labels", "k-NN top-1 | best"),
+    ):
+        assert tables._page_table(tables.record(name)).startswith(f"| method | runs | {columns} |\n")
 
 
 @pytest.mark.parametrize("losses", [{"weights": {"ce": 2.0}}, {"fades": {"kd": [0.3, 0.6]}}])
